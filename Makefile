@@ -1,0 +1,80 @@
+# Everything a newcomer and CI do. Needs python3 (3.11 to 3.13) with its venv module, and make; nothing else.
+# EXTRAS=dev,oracle adds the tests that compare with PyTorch. PYTHON=python3.12 picks another interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev
+PYTEST_ARGS ?=
+MODEL ?= smollm2-135m-instruct
+PROMPT ?= Explain in three sentences why the sky is blue.
+
+BIN := $(VENV)/bin
+comma := ,
+# One stamp for each set of extras: asking for more installs more, asking again installs nothing.
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: run test test-fast lint format bench wheel clean help
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make run        build .venv, fetch the demo model, stream an answer"
+	@echo "make test       the whole test suite (test-fast: without the slow ones)"
+	@echo "make lint       ruff and pyright"
+	@echo "make format     let ruff rewrite the files"
+	@echo "make bench      compare with other engines on this machine"
+	@echo "make wheel      build dist/*.whl"
+	@echo "make clean      remove what the others made; fetched models stay"
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is older than Python 3.11: install a newer one, or call make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "$(PYTHON) has no venv module: apt-get install python3-venv (Debian, Ubuntu)"; exit 1; }
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.created
+	@echo "installing atoma-jax (the first time takes a minute or two)"
+	@$(PIP) install --quiet --editable .
+	@touch $@
+
+$(STAMP): $(VENV)/.installed
+	@echo "installing atoma-jax[$(EXTRAS)]"
+	@$(PIP) install --quiet --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	@echo "installing atoma-jax[bench] (compiles llama.cpp: takes cmake, a C++ compiler and minutes)"
+	@$(PIP) install --quiet --editable '.[bench]'
+	@touch $@
+
+run: $(VENV)/.installed
+	@$(BIN)/atoma-jax pull $(MODEL) >/dev/null
+	@$(BIN)/atoma-jax generate --model $(MODEL) --prompt "$(PROMPT)"
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(STAMP)
+	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP)
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-bench
+	@$(BIN)/python bench/compare.py
+
+wheel: $(STAMP)
+	@$(BIN)/python -m hatchling build -t wheel
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

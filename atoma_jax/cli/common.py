@@ -1,0 +1,190 @@
+"""What every command that runs a model shares: the engine's flags, the sampling flags, start-up and its report.
+
+Limits of settings are `config.py`'s and `sampling_params.py`'s; a flag that was not given leaves the decision to them.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import platformdirs
+import typer
+
+from atoma_jax.cli.protocol import ChatEngine
+from atoma_jax.config import EngineConfig
+from atoma_jax.errors import ConfigError
+from atoma_jax.sampling_params import RequestOutputKind, SamplingParams
+
+LOWEST_LOGPROB = -9999.0  # stands for -inf, which JSON cannot hold; the same number as in the server's answers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Flags that build an engine. None: not given, so the --config file or the engine decides."""
+
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A name of configs/models, a .gguf file, a folder, or a hub id."),
+    ] = None
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for hub ids.")] = None
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it.")] = None
+    dtype: Annotated[str | None, typer.Option(help="Of matrix products: auto, float32 or bfloat16.")] = None
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output together.")] = None
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that one step may hold.")] = None
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens that one step may hold.")] = None
+    block_size: Annotated[int | None, typer.Option(help="Tokens of a KV page.")] = None
+    num_pages: Annotated[int | None, typer.Option(help="KV pages in all.")] = None
+    kv_cache_memory_bytes: Annotated[int | None, typer.Option(help="Bytes of the KV cache.")] = None
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None
+    enable_prefix_caching: Annotated[
+        bool | None,
+        typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse KV of common prefixes."),
+    ] = None
+    scheduling_policy: Annotated[str | None, typer.Option(help="fcfs or priority.")] = None
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling; the same one gives the same tokens.")] = None
+    deterministic: Annotated[
+        bool | None,
+        typer.Option("--deterministic/--no-deterministic", help="Bit-equal outputs whatever else is served."),
+    ] = None
+    compile_cache_dir: Annotated[
+        Path | None, typer.Option(help="Keeps compiled programs for the next start; default: in the user's cache.")
+    ] = None
+    compile_cache: Annotated[
+        bool, typer.Option("--compile-cache/--no-compile-cache", help="Whether compiled programs are kept.")
+    ] = True
+
+    def engine_config(self) -> EngineConfig:
+        """The settings, checked.
+
+        Raises:
+            ConfigError: a setting is unknown or outside its limits, or two contradict each other.
+        """
+        if self.compile_cache_dir is not None and not self.compile_cache:
+            raise ConfigError("compile_cache_dir", str(self.compile_cache_dir), "contradicts --no-compile-cache")
+        given = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(self).items()
+            if value is not None and name not in ("config", "compile_cache")
+        }
+        config = EngineConfig.from_options(given) if self.config is None else EngineConfig.from_toml(self.config, given)
+        if not self.compile_cache:
+            return _with_compile_cache(config, None)
+        if config.compile.compile_cache_dir is None:
+            return _with_compile_cache(config, str(platformdirs.user_cache_path("atoma-jax") / "programs"))
+        return config
+
+    def as_flags(self) -> list[str]:
+        """The flags that were given, but for those of the compile cache, as arguments for another process."""
+        flags: list[str] = []
+        for name, value in dataclasses.asdict(self).items():
+            flag = name.replace("_", "-")
+            if value is None or name in ("compile_cache", "compile_cache_dir"):
+                continue
+            if isinstance(value, bool):
+                flags.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                flags += [f"--{flag}", str(value)]
+        return flags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """Flags of one request's sampling; its seed is the engine's --seed."""
+
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0
+    top_k: Annotated[int, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")] = 0
+    min_p: Annotated[float, typer.Option(help="Keep tokens this likely relative to the likeliest.")] = 0.0
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the output; may be repeated.")] = None
+
+    def params(
+        self,
+        *,
+        max_tokens: int | None,
+        seed: int | None,
+        n: int = 1,
+        logprobs: int | None = None,
+        output_kind: RequestOutputKind = RequestOutputKind.DELTA,
+    ) -> SamplingParams:
+        """The settings, checked; arguments as in `SamplingParams`.
+
+        Raises:
+            ParameterError: one is outside its limits.
+        """
+        return SamplingParams(
+            n=n,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            seed=seed,
+            stop=self.stop,
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            output_kind=output_kind,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningEngine:
+    """An engine that is ready, and how long that took.
+
+    Attributes:
+        llm: the engine.
+        phases: seconds by phase of the start, in order, the import of the engine's code first.
+    """
+
+    llm: ChatEngine
+    phases: dict[str, float]
+
+    @property
+    def startup_seconds(self) -> float:
+        """Seconds from the first import to readiness."""
+        return self.phases["imports"] + self.llm.startup.total
+
+    def startup_json(self) -> dict[str, Any]:
+        """The start as keys of a JSON object."""
+        return {
+            "startup_s": self.startup_seconds,
+            "startup_phases_s": self.phases,
+            "compile_cache_hits": self.llm.startup.compile_cache_hits,
+            "compile_cache_misses": self.llm.startup.compile_cache_misses,
+        }
+
+    def startup_line(self) -> str:
+        """The start as a line for people."""
+        phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.phases.items())
+        return f"start-up {self.startup_seconds:.2f} s ({phases})"
+
+
+@contextmanager
+def running_engine(config: EngineConfig) -> Generator[RunningEngine]:
+    """Builds the engine, says on standard error what it is doing, and shuts it down at the end."""
+    started = time.perf_counter()
+    from atoma_jax import LLM  # imports JAX: seconds that help and errors of the command line must not wait for
+
+    imports = time.perf_counter() - started
+    _report_phase("imports", imports)
+    llm = LLM.from_config(config, on_phase=_report_phase)
+    try:
+        yield RunningEngine(llm=llm, phases={"imports": imports, **llm.startup.phases})
+    finally:
+        llm.shutdown()
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Writes the one object that a command with --json prints on standard output."""
+    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def _report_phase(name: str, seconds: float) -> None:
+    typer.echo(f"{name.replace('_', ' '):<12}{seconds:7.2f} s", err=True)
+
+
+def _with_compile_cache(config: EngineConfig, folder: str | None) -> EngineConfig:
+    return dataclasses.replace(config, compile=dataclasses.replace(config.compile, compile_cache_dir=folder))

@@ -1,0 +1,239 @@
+"""Settings of one engine: frozen sections, checked once, here. Owns every limit of every setting; reads no environment.
+
+The sections mean the same in a TOML file (`[model]`, `[cache]`, …) and as flat keyword arguments
+(`EngineConfig.from_options`), whose names are those of other engines where these have one. `None` stands for "the
+engine decides from the model and the device" and says so per field.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from atoma_jax.errors import ConfigError
+
+_NO_MODEL = "must name a model: a configs/models name, a .gguf file, a folder or a hub id"
+_TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+
+MAX_SEQS = 4096
+MAX_TOKENS_A_STEP = 65536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which model is served, and in which arithmetic."""
+
+    model: str  # a name of configs/models, a .gguf file, a folder, or a hub id
+    revision: str | None = None  # of a hub repository
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # operands of matrix products; sums are float32
+    max_model_len: int | None = None  # tokens of prompt and output together; None: what the model was trained for
+    seed: int = 0  # of requests that bring none
+    trust_remote_code: bool = False  # refused: code of a checkpoint is never run
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("model", self.model, _NO_MODEL)
+        _at_least("max_model_len", self.max_model_len, 1)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError("seed", self.seed, "must be between 0 and 2**63 - 1")
+        if self.trust_remote_code:
+            raise ConfigError("trust_remote_code", True, "must be false: code shipped with a checkpoint is never run")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    block_size: int = 16  # tokens of a page
+    num_pages: int | None = None  # pages in all, page 0 is scratch; None: from kv_cache_memory_bytes
+    kv_cache_memory_bytes: int | None = None  # None: a share of the device's memory, see engine/memory.py
+    gpu_memory_utilization: float | None = None  # share of a GPU's memory for weights, KV and workspace; None: 0.92
+    # auto: float32 on a CPU, bfloat16 elsewhere
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        if self.block_size not in (8, 16, 32, 64, 128):
+            raise ConfigError("block_size", self.block_size, "must be 8, 16, 32, 64 or 128 tokens")
+        if self.num_pages is not None and self.num_pages < 2:
+            raise ConfigError("num_pages", self.num_pages, "must be at least 2: page 0 is scratch")
+        _at_least("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
+        if self.num_pages is not None and self.kv_cache_memory_bytes is not None:
+            raise ConfigError("num_pages", self.num_pages, "contradicts kv_cache_memory_bytes: give one of the two")
+        share = self.gpu_memory_utilization
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError("gpu_memory_utilization", share, "must be above 0 and at most 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """What one step may hold, and in which order requests get in."""
+
+    max_num_seqs: int | None = None  # rows of a step; None: 16 on a CPU, 64 elsewhere
+    max_num_batched_tokens: int | None = None  # tokens of a step; None: 512 on a CPU, 2048 elsewhere
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    enable_chunked_prefill: bool = True
+    async_scheduling: bool = True  # dispatch step N + 1 before the tokens of step N are read
+    max_num_queued_reqs: int | None = None  # further requests are refused; None: no bound
+    watermark: float = 0.01  # share of the pages that admission leaves free
+
+    def __post_init__(self) -> None:
+        _between("max_num_seqs", self.max_num_seqs, 1, MAX_SEQS)
+        _between("max_num_batched_tokens", self.max_num_batched_tokens, 1, MAX_TOKENS_A_STEP)
+        _at_least("max_num_queued_reqs", self.max_num_queued_reqs, 1)
+        if not 0 <= self.watermark < 0.5:
+            raise ConfigError("watermark", self.watermark, "must be at least 0 and below 0.5")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileConfig:
+    """Which programs are compiled before the engine is ready. Nothing is compiled afterwards."""
+
+    decode_rows: tuple[int, ...] | None = None  # None: rising from 1 to max_num_seqs
+    prefill_tokens: tuple[int, ...] | None = None  # None: three sizes, up to max_num_batched_tokens
+    score_tokens: int = 128  # prompt tokens scored in one step for prompt_logprobs
+    compile_cache_dir: str | None = None  # programs are kept here for the next start; None: nowhere
+    deterministic: bool = False  # one decode bucket, one chunk size: outputs are bit-equal whatever else is served
+    enforce_eager: bool = False  # refused: the engine runs compiled programs alone
+
+    def __post_init__(self) -> None:
+        for name in ("decode_rows", "prefill_tokens"):
+            sizes: tuple[int, ...] | None = getattr(self, name)
+            if sizes is not None and (not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes))):
+                raise ConfigError(name, sizes, "must be a rising list of sizes of at least 1")
+        _between("score_tokens", self.score_tokens, 1, MAX_TOKENS_A_STEP)
+        if self.enforce_eager:
+            raise ConfigError("enforce_eager", True, "must be false: the engine runs compiled programs alone")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationConfig:
+    """Limits on what a request may ask for."""
+
+    max_logprobs: int = 20  # entries a position
+
+    def __post_init__(self) -> None:
+        _between("max_logprobs", self.max_logprobs, 0, 64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """All settings of an engine."""
+
+    model: ModelConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> "EngineConfig":
+        """Builds a configuration from flat options, e.g. `{"model": "m.gguf", "max_num_seqs": 8}`.
+
+        Raises:
+            ConfigError: an option is unknown (a near name is offered), of a wrong type, or outside its limits.
+        """
+        sections: dict[str, dict[str, Any]] = {}
+        for name, value in options.items():
+            if name not in _SECTION_OF:
+                raise ConfigError(name, value, f"is no setting of the engine{_suggestion(name, list(_SECTION_OF))}")
+            sections.setdefault(_SECTION_OF[name], {})[name] = value
+        return cls.from_sections(sections)
+
+    @classmethod
+    def from_toml(cls, path: Path, overrides: dict[str, Any] | None = None) -> "EngineConfig":
+        """Reads the sections of a TOML file; flat `overrides` win over the file.
+
+        Raises:
+            ConfigError: the file is missing or no TOML, or a section, setting or value is not valid.
+        """
+        try:
+            sections = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError("config", str(path), f"cannot be read: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError("config", str(path), f"is no valid TOML: {error}") from error
+        for name, value in (overrides or {}).items():
+            if name not in _SECTION_OF:
+                raise ConfigError(name, value, f"is no setting of the engine{_suggestion(name, list(_SECTION_OF))}")
+            section = sections.setdefault(_SECTION_OF[name], {})
+            if isinstance(section, dict):
+                section[name] = value
+        return cls.from_sections(sections)
+
+    @classmethod
+    def from_sections(cls, sections: dict[str, Any]) -> "EngineConfig":
+        """Builds a configuration from `{"cache": {"block_size": 16}, …}`; errors as in `from_options`."""
+        built: dict[str, Any] = {}
+        for name, values in sections.items():
+            if name not in _SECTIONS:
+                raise ConfigError(name, values, f"is no section; there are {', '.join(_SECTIONS)}")
+            if not isinstance(values, dict):
+                raise ConfigError(name, values, "must be a table of settings")
+            built[name] = _build(name, _SECTIONS[name], values)
+        if "model" not in built:
+            raise ConfigError("model", None, _NO_MODEL)
+        return cls(**built)
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """All settings as nested plain values, for printing."""
+        return dataclasses.asdict(self)
+
+
+_SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "cache": CacheConfig,
+    "scheduler": SchedulerConfig,
+    "compile": CompileConfig,
+    "validation": ValidationConfig,
+}
+_SECTION_OF = {option.name: name for name, section in _SECTIONS.items() for option in dataclasses.fields(section)}
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}" if near else f"; there are {', '.join(sorted(known))}"
+
+
+def _build(section: str, kind: type, values: dict[str, Any]) -> Any:
+    hints = get_type_hints(kind)
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise ConfigError(f"{section}.{name}", value, f"is no setting{_suggestion(name, list(hints))}")
+        checked[name] = _checked(name, value, hints[name])
+    if section == "model" and "model" not in checked:
+        raise ConfigError("model", None, _NO_MODEL)
+    return kind(**checked)
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the annotation `hint` wants it; true and "7" are no numbers."""
+    choices = get_args(hint)
+    if get_origin(hint) is Literal:
+        if value not in choices:
+            raise ConfigError(name, value, f"must be one of {', '.join(map(str, choices))}")
+        return value
+    if type(None) in choices:
+        return None if value is None else _checked(name, value, choices[0])
+    if get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(name, value, "must be a list of integers")
+        return tuple(_checked(name, item, int) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(name, value, f"must be {_TYPE_NAMES[hint]}")
+    return value
+
+
+def _at_least(name: str, value: int | None, low: int) -> None:
+    if value is not None and value < low:
+        raise ConfigError(name, value, f"must be at least {low}")
+
+
+def _between(name: str, value: int | None, low: int, high: int) -> None:
+    if value is not None and not low <= value <= high:
+        raise ConfigError(name, value, f"must be between {low} and {high}")

@@ -1,0 +1,92 @@
+"""The fixed shapes of an engine's steps: which programs there are, and which one a plan takes.
+
+No JAX here: the list is part of the configuration and is printed at start.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from atoma_jax.config import CompileConfig
+from atoma_jax.engine.plan import StepPlan
+from atoma_jax.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One compiled step.
+
+    Attributes:
+        kind: decode: one token a row. mixed: decodes and chunks of prefill. score: one chunk of one sequence, all of
+            whose positions yield logits.
+        tokens: T, positions computed.
+        rows: B, sequences.
+    """
+
+    kind: Literal["decode", "mixed", "score"]
+    tokens: int
+    rows: int
+
+    @property
+    def logit_rows(self) -> int:
+        """Positions whose logits are computed."""
+        return self.tokens if self.kind == "score" else self.rows
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.tokens}x{self.rows}"
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """All programs of an engine, each kind from small to large."""
+
+    decode: tuple[Program, ...]
+    mixed: tuple[Program, ...]
+    score: Program
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """The programs that first steps need come first, then by size."""
+        return (*self.mixed, *self.decode, self.score)
+
+    def choose(self, plan: StepPlan) -> Program:
+        """The smallest program that holds `plan`."""
+        if plan.is_scoring:
+            return self.score
+        if plan.is_decode_only:
+            return next(program for program in self.decode if program.rows >= len(plan.decodes))
+        return next(program for program in self.mixed if program.tokens >= plan.num_tokens)
+
+
+def make_buckets(config: CompileConfig, *, max_num_seqs: int, max_num_batched_tokens: int, growth: int) -> Buckets:
+    """The programs that a configuration asks for; where it does not say, rows grow by the factor `growth`.
+
+    Raises:
+        ConfigError: the sizes given do not reach the limits of the scheduler.
+    """
+    rows = config.decode_rows or _rising(max_num_seqs, growth)
+    tokens = config.prefill_tokens or _three_sizes(max_num_seqs, max_num_batched_tokens)
+    if config.deterministic:
+        rows, tokens = (max_num_seqs,), (max_num_batched_tokens,)
+    if rows[-1] != max_num_seqs:
+        raise ConfigError("decode_rows", rows, f"must end with max_num_seqs = {max_num_seqs}")
+    if tokens[-1] != max_num_batched_tokens:
+        raise ConfigError("prefill_tokens", tokens, f"must end with max_num_batched_tokens = {max_num_batched_tokens}")
+    if tokens[0] < max_num_seqs:
+        raise ConfigError("prefill_tokens", tokens, f"must hold the {max_num_seqs} rows of max_num_seqs each")
+    return Buckets(
+        decode=tuple(Program("decode", size, size) for size in rows),
+        mixed=tuple(Program("mixed", size, max_num_seqs) for size in tokens),
+        score=Program("score", min(config.score_tokens, max_num_batched_tokens), 1),
+    )
+
+
+def _rising(limit: int, growth: int) -> tuple[int, ...]:
+    sizes = [1]
+    while sizes[-1] * growth < limit:
+        sizes.append(sizes[-1] * growth)
+    return (*sizes, limit) if sizes[-1] < limit else (limit,)
+
+
+def _three_sizes(rows: int, limit: int) -> tuple[int, ...]:
+    """A short prompt's, a medium one, the limit."""
+    return tuple(sorted({max(rows, limit // 16), max(rows, limit // 4), limit}))

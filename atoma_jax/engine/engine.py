@@ -1,0 +1,259 @@
+"""`Engine`: requests in, steps, outputs out. One thread calls it; `async_engine.py` shares it between many.
+
+A step is: plan (host) → pack → one jitted call → commit → text. Step N + 1 is dispatched before the tokens of step N are
+read, unless `async_scheduling` is off.
+"""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+from typing import Any
+
+from atoma_jax.engine.compilations import COMPILATIONS
+from atoma_jax.engine.limits import EngineLimits
+from atoma_jax.engine.plan import Committed, StepPlan
+from atoma_jax.engine.request import Request, Sample
+from atoma_jax.engine.runner import HostOutput, PendingOutput, Runner
+from atoma_jax.engine.sampler_state import SamplerShape, SlotRules, bad_word_sequences
+from atoma_jax.engine.sampling_rows import Column, encode, setting_flags
+from atoma_jax.engine.scheduler import Scheduler, SchedulerStats
+from atoma_jax.engine.sequence import Sequence
+from atoma_jax.engine.stats import EngineStats, StatsRecorder
+from atoma_jax.engine.text_stream import TextStream
+from atoma_jax.errors import EngineDeadError, ParameterError
+from atoma_jax.outputs import RequestOutput
+from atoma_jax.sampling_params import RequestOutputKind, SamplingParams, validate_prompt
+from atoma_jax.tokenizer import Tokenizer
+
+Prompt = str | Mapping[str, Any] | ListLike[int]  # text, {"prompt": text}, {"prompt_token_ids": ids}, or ids
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    plan: StepPlan
+    output: PendingOutput
+
+
+class Engine:
+    """The loop over one scheduler and one runner."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        scheduler: Scheduler,
+        runner: Runner,
+        sampler: SamplerShape,
+        model_config: EngineLimits,
+        *,
+        pipelined: bool,
+        seed: int,
+    ):
+        self.tokenizer, self.model_config = tokenizer, model_config
+        self._scheduler, self._runner, self._sampler = scheduler, runner, sampler
+        self._depth = 1 if pipelined else 0
+        self._seed = seed
+        self._num_requests = 0
+        self._requests: dict[str, Request] = {}
+        self._in_flight: deque[_InFlight] = deque()
+        self._dead: str | None = None
+        self._recorder = StatsRecorder()
+        self._compilations_at_start = COMPILATIONS.programs
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._requests) or bool(self._in_flight)
+
+    @property
+    def is_dead(self) -> bool:
+        """A step has failed; nothing more can be done with this engine."""
+        return self._dead is not None
+
+    @property
+    def num_recompilations(self) -> int:
+        """Programs compiled in this process since the engine was ready; 0 unless something is wrong."""
+        return COMPILATIONS.programs - self._compilations_at_start
+
+    def stats(self) -> EngineStats:
+        """Times and counters since the start or `reset_stats`."""
+        return self._recorder.read(self._scheduler.stats(), self.num_recompilations)
+
+    def reset_stats(self) -> None:
+        """Begins a new reading."""
+        self._recorder = StatsRecorder(self._scheduler.stats())
+        self._compilations_at_start = COMPILATIONS.programs
+
+    def scheduler_stats(self) -> SchedulerStats:
+        """Gauges of this moment: running, waiting, pages."""
+        return self._scheduler.stats()
+
+    def check_integrity(self) -> None:
+        """Asserts the invariants of sequences, slots and pages; for tests and idle moments."""
+        self._scheduler.check_integrity()
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all shared prefixes."""
+        self._scheduler.pool.reset_cache()
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> None:
+        """Queues a request. Nothing is kept of one that is refused.
+
+        Args:
+            request_id: unique among unfinished requests.
+            prompt: text, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or token ids.
+            params: its settings.
+            priority: smaller goes first, under the priority policy.
+            cache_salt: prefixes are shared only between requests of equal salt.
+
+        Raises:
+            ParameterError: the prompt or a parameter is outside the limits of this model or engine.
+            Overloaded: the queue is full.
+            EngineDeadError: an earlier step failed.
+        """
+        self._check_alive()
+        text, ids = self._encode(prompt)
+        limits = self.model_config
+        params.validate_for(vocab_size=limits.vocab_size, max_logprobs=limits.max_logprobs)
+        validate_prompt(ids, vocab_size=limits.vocab_size, max_model_len=limits.max_model_len)
+        samples = [self._sample(request_id, index, ids, params, priority, cache_salt) for index in range(params.n)]
+        request = Request(
+            request_id, text, params, samples, self._rules(params), self.tokenizer, arrival=time.perf_counter()
+        )
+        self._scheduler.add([sample.seq for sample in samples])
+        self._requests[request_id] = request
+        self._num_requests += 1
+        self._recorder.prompt_tokens += len(ids)
+
+    def abort_request(self, request_id: str) -> RequestOutput | None:
+        """Ends a request in whatever state and frees its pages; returns what it had, None if it is not there."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return None
+        self._scheduler.abort(request_id)
+        request.end_texts()
+        return request.output(time.perf_counter())
+
+    def step(self) -> list[RequestOutput]:
+        """Dispatches the next step, takes in the one before; returns what is new.
+
+        Raises:
+            EngineDeadError: the device failed. The state was donated to the failed step, so the engine cannot go on.
+        """
+        self._check_alive()
+        begin = time.perf_counter()
+        try:
+            plan = self._scheduler.plan()
+            if plan is not None:
+                self._launch(plan)
+            if not self._in_flight or (plan is not None and len(self._in_flight) <= self._depth):
+                self._recorder.host_seconds += time.perf_counter() - begin
+                return []
+            done = self._in_flight.popleft()
+            wait = time.perf_counter()
+            output = done.output.read()
+            read = time.perf_counter()
+        except Exception as error:
+            self._dead = f"{type(error).__name__}: {error}"
+            raise EngineDeadError(f"A step failed, so the engine is lost: {self._dead}. Build it anew.") from error
+        outputs = self._commit(done.plan, output, read)
+        end = time.perf_counter()
+        self._recorder.add_step(host=(wait - begin) + (end - read), device=read - wait, stats=self._scheduler.stats())
+        return outputs
+
+    def _launch(self, plan: StepPlan) -> None:
+        now = time.perf_counter()
+        for work in plan.works:
+            if work.is_first:
+                self._begin(work.seq, now)
+        self._in_flight.append(_InFlight(plan, self._runner.launch(plan)))
+
+    def _begin(self, seq: Sequence, now: float) -> None:
+        request = self._requests[seq.request_id]
+        if request.metrics.first_scheduled_time is None:
+            request.metrics.first_scheduled_time = now
+        assert seq.slot is not None
+        settings = request.samples[seq.index].settings
+        settings[Column.SLOT] = seq.slot
+        self._runner.take_slot(seq.slot, settings, request.rules, seq.tokens[: seq.prompt_len], seq.output_tokens)
+
+    def _commit(self, plan: StepPlan, output: HostOutput, now: float) -> list[RequestOutput]:
+        changed: dict[str, Request] = {}
+        for news in self._scheduler.commit(plan, output.tokens, output.ok):
+            request = self._requests[news.work.seq.request_id]
+            if self._take(request, news, output, now):
+                changed[request.request_id] = request
+        outputs: list[RequestOutput] = []
+        for request_id, request in changed.items():
+            if request.finished:
+                del self._requests[request_id]
+            if request.finished or request.params.output_kind is not RequestOutputKind.FINAL_ONLY:
+                outputs.append(request.output(now))
+        return outputs
+
+    def _take(self, request: Request, news: Committed, output: HostOutput, now: float) -> bool:
+        """Takes in one row; whether the caller may see something new."""
+        work = news.work
+        if work.scores:
+            request.add_scores(work.start, work.count, output)
+            return False
+        if news.token is None or news.row is None:  # the logits were not finite
+            request.end_texts()
+            return True
+        sample = request.samples[work.seq.index]
+        stopped = request.add_token(sample, news.token, news.row, output, now)
+        self._recorder.generation_tokens += 1
+        if stopped is not None:
+            self._scheduler.finish(work.seq, "stop", stopped)
+        return True
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            return prompt, self.tokenizer.encode(prompt)
+        if isinstance(prompt, Mapping):
+            known = {"prompt", "prompt_token_ids"}
+            if not prompt or not set(prompt) <= known:
+                raise ParameterError("prompt", sorted(map(str, prompt)), f"A prompt's keys must be of {sorted(known)}.")
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+            if ids is None:
+                return text, self.tokenizer.encode(text)  # pyright: ignore[reportArgumentType]  # encode refuses others
+            return text, list(ids)
+        return None, list(prompt)
+
+    def _sample(
+        self, request_id: str, index: int, ids: list[int], params: SamplingParams, priority: int, salt: str | None
+    ) -> Sample:
+        seq = Sequence(
+            request_id=request_id,
+            index=index,
+            tokens=list(ids),
+            params=params,
+            eos_ids=self.tokenizer.eos_token_ids,
+            priority=priority,
+            cache_salt=salt,
+        )
+        seed = self._seed + self._num_requests if params.seed is None else params.seed
+        settings = encode(params, slot=0, seed=seed, sample_index=index)
+        return Sample(seq, settings, TextStream(self.tokenizer, params) if params.detokenize else None)
+
+    def _rules(self, params: SamplingParams) -> SlotRules | None:
+        if not setting_flags(params).needs_slot_row:
+            return None
+        ends = () if params.ignore_eos else sorted(self.tokenizer.eos_token_ids)
+        bad_words = bad_word_sequences(
+            params.bad_words, lambda text: self.tokenizer.encode(text, add_special_tokens=False)
+        )
+        return SlotRules(params, shape=self._sampler, stop_ids=(*ends, *params.stop_token_ids), bad_words=bad_words)
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(f"An earlier step failed, so the engine is lost: {self._dead}. Build it anew.")

@@ -1,0 +1,60 @@
+"""Logprob, rank and likeliest tokens of the model's true distribution: raw logits, before any rule or temperature."""
+
+from dataclasses import dataclass
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32
+
+from atoma_jax.engine.vocab_blocks import count, largest, to_blocks
+
+
+@no_type_check  # JAX also fills it with abstract values
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Zeros in rows that did not ask."""
+
+    logprob: Float32[Array, " B"]
+    rank: Int32[Array, " B"]  # 1 for the likeliest; of equal tokens the lower id comes first
+    top_ids: Int32[Array, "B n"]  # by rank
+    top_logprobs: Float32[Array, "B n"]
+
+
+def token_logprobs(
+    logits: Float32[Array, "B V"],
+    tops: Float32[Array, "B N"],
+    tokens: Int32[Array, " B"],
+    asked: Bool[Array, " B"],
+    num_top: int,
+) -> TokenLogprobs:
+    """Those of one token a row, and the `num_top` likeliest, given `block_max(logits)`.
+
+    Costs nothing in steps where no row asks.
+    """
+    B = logits.shape[0]
+    nothing = TokenLogprobs(
+        logprob=jnp.zeros(B, jnp.float32),
+        rank=jnp.zeros(B, jnp.int32),
+        top_ids=jnp.zeros((B, num_top), jnp.int32),
+        top_logprobs=jnp.zeros((B, num_top), jnp.float32),
+    )
+
+    def compute(logits: Array, tops: Array, tokens: Array, asked: Array) -> TokenLogprobs:
+        top = jnp.max(tops, axis=1)
+        exps = jnp.exp(logits - top[:, None])
+        norm = top + jnp.log(jnp.sum(jnp.sum(to_blocks(exps, 0.0), axis=2), axis=1))  # logsumexp, [B]
+        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")  # [B, 1]
+        ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
+        before = (logits > chosen) | ((logits == chosen) & (ids < tokens[:, None]))
+        values, top_ids = largest(logits, tops, num_top)
+        return TokenLogprobs(
+            logprob=jnp.where(asked, chosen[:, 0] - norm, 0.0),
+            rank=jnp.where(asked, 1 + count(before), 0),
+            top_ids=jnp.where(asked[:, None], top_ids, 0),
+            top_logprobs=jnp.where(asked[:, None], values - norm[:, None], 0.0),
+        )
+
+    return lax.cond(jnp.any(asked), compute, lambda *_: nothing, logits, tops, tokens, asked)

@@ -1,0 +1,72 @@
+"""How much memory the KV cache gets, in pages. Arithmetic on sizes; allocates nothing and imports no JAX."""
+
+import os
+from dataclasses import dataclass
+
+from atoma_jax.config import CacheConfig
+from atoma_jax.errors import ConfigError
+
+CPU_KV_BYTES = 1 << 30  # of a CPU's memory, unless one full context takes more
+CPU_KV_SHARE = 0.5  # of a CPU's free memory, at most
+GPU_SHARE = 0.92  # of a GPU's memory for weights, KV and workspace
+WORKSPACE_BYTES = 1 << 30  # of a GPU, for the temporaries of a step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMemory:
+    """Memory of one device, before weights are placed."""
+
+    is_cpu: bool
+    free: int  # bytes
+    weights: int  # bytes that the model will take
+
+
+def free_host_bytes() -> int:
+    """Bytes of memory that this machine can give without swapping."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def plan_pages(config: CacheConfig, memory: DeviceMemory, *, page_bytes: int, max_model_len: int) -> int:
+    """Pages of the KV cache, scratch page included.
+
+    Args:
+        config: gives the number, the bytes, or neither.
+        memory: of the device.
+        page_bytes: K and V of one page in all layers.
+        max_model_len: tokens that one sequence may reach; the cache must hold one such sequence.
+
+    Raises:
+        ConfigError: one sequence of `max_model_len` does not fit.
+    """
+    needed = -(-max_model_len // config.block_size) + 1
+    if config.num_pages is not None:
+        pages, name, given = config.num_pages, "num_pages", config.num_pages
+    elif config.kv_cache_memory_bytes is not None:
+        name, given = "kv_cache_memory_bytes", config.kv_cache_memory_bytes
+        pages = given // page_bytes
+    else:
+        name, given = "max_model_len", max_model_len
+        pages = _default_bytes(config, memory, needed * page_bytes) // page_bytes
+    if pages < needed:
+        tokens = max(0, pages - 1) * config.block_size
+        raise ConfigError(
+            name,
+            given,
+            f"one sequence of max_model_len = {max_model_len} tokens needs {needed} pages of {page_bytes} bytes and there "
+            f"is room for {pages}; set max_model_len to at most {tokens}, or give the cache {needed * page_bytes} bytes "
+            "by kv_cache_memory_bytes",
+        )
+    return pages
+
+
+def _default_bytes(config: CacheConfig, memory: DeviceMemory, one_sequence: int) -> int:
+    if memory.is_cpu:
+        if config.gpu_memory_utilization is not None:
+            raise ConfigError(
+                "gpu_memory_utilization",
+                config.gpu_memory_utilization,
+                "there is no GPU: set kv_cache_memory_bytes to size the cache in this machine's memory",
+            )
+        return min(max(CPU_KV_BYTES, one_sequence), int(max(0, memory.free - memory.weights) * CPU_KV_SHARE))
+    share = GPU_SHARE if config.gpu_memory_utilization is None else config.gpu_memory_utilization
+    return max(0, int(memory.free * share) - memory.weights - WORKSPACE_BYTES)

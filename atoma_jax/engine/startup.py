@@ -1,0 +1,279 @@
+"""Builds an engine from its configuration: finds the model, loads it, compiles every program meanwhile.
+
+Everything is checked from the file's header before anything large is allocated.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from atoma_jax.config import EngineConfig
+from atoma_jax.engine.admission import SchedulerLimits
+from atoma_jax.engine.buckets import Buckets, make_buckets
+from atoma_jax.engine.compilations import COMPILATIONS
+from atoma_jax.engine.engine import Engine
+from atoma_jax.engine.limits import EngineLimits
+from atoma_jax.engine.memory import DeviceMemory, free_host_bytes, plan_pages
+from atoma_jax.engine.pages import PagePool
+from atoma_jax.engine.prefix_cache import PrefixCache
+from atoma_jax.engine.runner import Runner
+from atoma_jax.engine.sampler_state import SamplerShape
+from atoma_jax.engine.scheduler import Scheduler
+from atoma_jax.engine.step import StepSizes, Weights
+from atoma_jax.errors import ConfigError, UnsupportedModelError
+from atoma_jax.loading.gguf import GGUFFile
+from atoma_jax.loading.gguf_spec import read_spec
+from atoma_jax.loading.hub import ResolvedModel, resolve
+from atoma_jax.loading.weights import abstract_weights, load_weights
+from atoma_jax.model_spec import ModelSpec
+from atoma_jax.models.decoder import Decoder
+from atoma_jax.models.params import fill, specs_of
+from atoma_jax.ops import Backend
+from atoma_jax.tokenizer import load_gguf_tokenizer
+
+CPU_SEQS, CPU_TOKENS, CPU_GROWTH = 16, 512, 4  # few programs: each takes a CPU seconds to compile
+GPU_SEQS, GPU_TOKENS, GPU_GROWTH = 64, 2048, 2
+
+OnPhase = Callable[[str, float], None]
+
+
+@dataclass(slots=True)
+class StartupReport:
+    """Seconds of each phase, in order. Programs compile while weights load: "compile" is what was left after that."""
+
+    phases: dict[str, float] = field(default_factory=lambda: dict[str, float]())
+    compile_cache_hits: int = 0
+    compile_cache_misses: int = 0
+
+    @property
+    def total(self) -> float:
+        """Seconds of all phases."""
+        return sum(self.phases.values())
+
+
+class _Phases:
+    """Times phases and tells who listens."""
+
+    def __init__(self, on_phase: OnPhase | None):
+        self.report = StartupReport()
+        self._on_phase = on_phase
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begin
+        self.report.phases[name] = seconds
+        if self._on_phase is not None:
+            self._on_phase(name, seconds)
+
+
+def start_engine(
+    config: EngineConfig, *, on_phase: OnPhase | None = None, progress: bool = True
+) -> tuple[Engine, StartupReport]:
+    """Builds an engine that is ready: nothing compiles afterwards.
+
+    Args:
+        config: checked settings.
+        on_phase: called with name and seconds as each phase ends.
+        progress: show bars on standard error for what is fetched.
+
+    Raises:
+        UserError: the model or a setting cannot be used; see the subclasses.
+        DownloadError: the model could not be fetched.
+    """
+    phases = _Phases(on_phase)
+    hits, misses = COMPILATIONS.cache_hits, COMPILATIONS.cache_misses
+    _use_compile_cache(config.compile.compile_cache_dir)
+    with phases.phase("resolve"):
+        found = resolve(config.model.model, revision=config.model.revision, progress=progress)
+        _check_kind(found)
+    with GGUFFile.open(found.path) as file:
+        with phases.phase("header"):
+            spec = read_spec(file)
+            plan = _plan(config, spec, file)
+        model = Decoder(spec, plan.backend)
+        wanted = specs_of(model)
+        with phases.phase("tokenizer"):
+            abstract = _state_of(Decoder(spec, plan.backend), abstract_weights(file, spec, wanted, plan.backend))
+            limits = _limits(config, plan, spec, abstract)
+            runner = _runner(config, plan, spec, limits, model)
+            pool = runner.compile(abstract, threads=plan.threads)
+            tokenizer = load_gguf_tokenizer(file.metadata, source=str(found.path))
+            _check_vocabulary(tokenizer.vocab_size, spec, found.path)
+        with phases.phase("weights"):
+            loaded = load_weights(file, spec, wanted, plan.backend, threads=plan.threads, on_bytes=lambda _: None)
+            weights = _state_of(model, loaded)
+            jax.block_until_ready(weights)
+    with phases.phase("compile"):
+        runner.start(weights)
+        pool.shutdown()
+    with phases.phase("warm_up"):
+        runner.warm_up()
+    engine = Engine(
+        tokenizer,
+        Scheduler(PagePool(limits.num_pages, PrefixCache(limits.page_size)), _scheduler_limits(config, plan, limits)),
+        runner,
+        plan.sampler,
+        limits,
+        pipelined=config.scheduler.async_scheduling,
+        seed=config.model.seed,
+    )
+    phases.report.compile_cache_hits = COMPILATIONS.cache_hits - hits
+    phases.report.compile_cache_misses = COMPILATIONS.cache_misses - misses
+    return engine, phases.report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What the configuration comes to on this device, for this model."""
+
+    backend: Backend
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    buckets: Buckets
+    sampler: SamplerShape
+    kv_dtype: Any
+    threads: int
+
+
+def _plan(config: EngineConfig, spec: ModelSpec, file: GGUFFile) -> _Plan:
+    platform = jax.default_backend()
+    if platform not in ("cpu", "gpu"):
+        raise ConfigError("JAX_PLATFORMS", platform, "must be cpu or cuda: the engine has no kernels for others")
+    is_cpu = platform == "cpu"
+    length = config.model.max_model_len or spec.context_length
+    if length > spec.context_length:
+        raise ConfigError(
+            "max_model_len", length, f"must be at most {spec.context_length}, what {file.path.name} was trained for"
+        )
+    if length < 2:
+        raise ConfigError("max_model_len", length, "must be at least 2: a prompt token and an output token")
+    seqs = config.scheduler.max_num_seqs or (CPU_SEQS if is_cpu else GPU_SEQS)
+    tokens = config.scheduler.max_num_batched_tokens or max(seqs, min(CPU_TOKENS if is_cpu else GPU_TOKENS, length))
+    if tokens < seqs:
+        raise ConfigError("max_num_batched_tokens", tokens, f"must be at least max_num_seqs = {seqs}")
+    kv_dtype = config.cache.kv_cache_dtype
+    if kv_dtype == "auto":
+        kv_dtype = "float32" if is_cpu else "bfloat16"
+    return _Plan(
+        backend=_backend(config, is_cpu=is_cpu),
+        max_model_len=length,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        buckets=make_buckets(
+            config.compile,
+            max_num_seqs=seqs,
+            max_num_batched_tokens=tokens,
+            growth=CPU_GROWTH if is_cpu else GPU_GROWTH,
+        ),
+        sampler=SamplerShape(slots=seqs, vocab_size=spec.vocab_size, max_model_len=length),
+        kv_dtype=jnp.dtype(kv_dtype),
+        threads=len(os.sched_getaffinity(0)),
+    )
+
+
+def _backend(config: EngineConfig, *, is_cpu: bool) -> Backend:
+    operands = config.model.dtype
+    if operands == "auto":
+        operands = "float32" if is_cpu else "bfloat16"
+    return Backend(
+        platform="cpu" if is_cpu else "cuda", operands=operands, weight_layout="rows" if is_cpu else "planar"
+    )
+
+
+def _limits(config: EngineConfig, plan: _Plan, spec: ModelSpec, abstract: Weights) -> EngineLimits:
+    page_bytes = spec.kv_bytes_per_token(plan.kv_dtype.itemsize) * config.cache.block_size
+    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    is_cpu = plan.backend.platform == "cpu"
+    free = free_host_bytes() if is_cpu else jax.local_devices()[0].memory_stats()["bytes_limit"]
+    memory = DeviceMemory(is_cpu=is_cpu, free=free, weights=weight_bytes)
+    pages = plan_pages(config.cache, memory, page_bytes=page_bytes, max_model_len=plan.max_model_len)
+    return EngineLimits(
+        model=config.model.model,
+        max_model_len=plan.max_model_len,
+        vocab_size=spec.vocab_size,
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        max_logprobs=config.validation.max_logprobs,
+        num_pages=pages,
+        page_size=config.cache.block_size,
+        kv_cache_bytes=pages * page_bytes,
+        weight_bytes=weight_bytes,
+    )
+
+
+def _runner(config: EngineConfig, plan: _Plan, spec: ModelSpec, limits: EngineLimits, model: Decoder) -> Runner:
+    sizes = StepSizes(
+        table_width=-(-plan.max_model_len // limits.page_size),
+        page_size=limits.page_size,
+        max_logprobs=min(limits.max_logprobs, spec.vocab_size),
+    )
+    return Runner(
+        model,
+        spec,
+        plan.sampler,
+        plan.buckets,
+        sizes,
+        num_pages=limits.num_pages,
+        kv_dtype=plan.kv_dtype,
+        split_prefill=config.compile.deterministic,
+    )
+
+
+def _scheduler_limits(config: EngineConfig, plan: _Plan, limits: EngineLimits) -> SchedulerLimits:
+    chosen = config.scheduler
+    return SchedulerLimits(
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_model_len=limits.max_model_len,
+        policy=chosen.scheduling_policy,
+        enable_chunked_prefill=chosen.enable_chunked_prefill,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+        watermark=chosen.watermark,
+        max_waiting=chosen.max_num_queued_reqs,
+        score_chunk=plan.buckets.score.tokens,
+        fixed_chunk=limits.max_num_batched_tokens if config.compile.deterministic else None,
+    )
+
+
+def _state_of(model: Decoder, values: dict[str, Any]) -> Weights:
+    fill(model, values)
+    return nnx.state(model)
+
+
+def _use_compile_cache(folder: str | None) -> None:
+    if folder is None:
+        return
+    Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _check_kind(found: ResolvedModel) -> None:
+    if found.kind != "gguf":
+        raise UnsupportedModelError(
+            "model",
+            str(found.path),
+            "must be a GGUF file or a folder with one: safetensors folders are not implemented",
+        )
+
+
+def _check_vocabulary(tokens: int, spec: ModelSpec, path: Path) -> None:
+    if tokens > spec.vocab_size:
+        raise UnsupportedModelError(
+            f"{path}: metadata 'tokenizer.ggml.tokens'",
+            tokens,
+            f"must have at most the {spec.vocab_size} rows of token_embd",
+        )

@@ -1,0 +1,125 @@
+"""The device's side of a step: one function from weights, state and a packed batch to tokens and new state.
+
+Look-up of tokens, forward pass, sampling, and the tokens that the next step reads: all in one program, which donates
+the state. Compiling and calling it is `runner.py`'s.
+"""
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int32
+
+from atoma_jax import ops
+from atoma_jax.engine.batch import BatchFields, unpack
+from atoma_jax.engine.buckets import Program
+from atoma_jax.engine.sampler import sample, score
+from atoma_jax.engine.sampler_state import SamplerShape, SamplerState, init_state
+from atoma_jax.engine.sampling_rows import decode_rows
+from atoma_jax.model_spec import ModelSpec
+from atoma_jax.models.decoder import Decoder
+from pallas_kernels.paged_attention import KVPages
+
+
+Weights: TypeAlias = Any  # an `nnx.State`, whose own type cannot be checked at run time
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineState:
+    """Everything that lives on the device from step to step."""
+
+    pages: KVPages
+    sampler: SamplerState
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """What the host reads. Logprobs are read only for requests that asked for them."""
+
+    tokens_ok: Int32[Array, "2 Q"]  # tokens, then 1 where the row's logits were finite: one copy for both
+    logprob: Array  # f32 [Q], of the token
+    rank: Int32[Array, " Q"]
+    top_ids: Int32[Array, "Q n"]
+    top_logprobs: Array  # f32 [Q, n]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSizes:
+    """Sizes that all programs of an engine share."""
+
+    table_width: int  # pages of a page table
+    page_size: int
+    max_logprobs: int
+
+
+def make_state(spec: ModelSpec, sampler: SamplerShape, *, num_pages: int, page_size: int, kv_dtype: Any) -> EngineState:
+    """An empty state."""
+    shape = (spec.num_layers, num_pages, spec.num_kv_heads, page_size, spec.head_dim)
+    return EngineState(
+        pages=KVPages(jnp.zeros(shape, kv_dtype), jnp.zeros(shape, kv_dtype)), sampler=init_state(sampler)
+    )
+
+
+def run_step(
+    weights: Weights,
+    state: EngineState,
+    words: Int32[Array, " words"],
+    *,
+    graph: Any,
+    program: Program,
+    sizes: StepSizes,
+) -> tuple[EngineState, StepOutput]:
+    """One step of `program`.
+
+    Args:
+        weights: of the model; kept.
+        state: donated.
+        words: `batch.pack`'s array.
+        graph: the model's `nnx.GraphDef`; static.
+        program: which; static.
+        sizes: static.
+    """
+    model: Decoder = nnx.merge(graph, weights)
+    batch: BatchFields = unpack(words, program, sizes.table_width)  # pyright: ignore[reportArgumentType]
+    tokens = _input_tokens(batch, state.sampler)
+    hidden, pages = model.hidden(tokens, batch.position, state.pages, _attention_batch(batch, program, sizes))
+    logits = model.logits(hidden[batch.logit_token])
+    with jax.named_scope("sample"):
+        rows = decode_rows(batch.sampling)
+        if program.kind == "score":
+            out, sampler = score(logits, rows, max_logprobs=sizes.max_logprobs), state.sampler
+        else:
+            out, sampler = sample(logits, rows, state.sampler, max_logprobs=sizes.max_logprobs)
+    return EngineState(pages=pages, sampler=sampler), StepOutput(
+        tokens_ok=jnp.stack([out.tokens, out.ok.astype(jnp.int32)]),
+        logprob=out.logprob,
+        rank=out.rank,
+        top_ids=out.top_ids,
+        top_logprobs=out.top_logprobs,
+    )
+
+
+def _input_tokens(batch: BatchFields, sampler: SamplerState) -> Int32[Array, " T"]:
+    """Given tokens, and for rows whose input is still on the device the last one sampled in their slot."""
+    from_slot = batch.from_slot[batch.row]  # [T]
+    last = sampler.last_token[jnp.maximum(from_slot - 1, 0)]
+    return jnp.where(from_slot > 0, last, batch.tokens)
+
+
+def _attention_batch(batch: BatchFields, program: Program, sizes: StepSizes) -> ops.AttentionBatch:
+    index = jnp.arange(program.tokens, dtype=jnp.int32)
+    page = batch.page_table[batch.row, batch.position // sizes.page_size]
+    blocks = None
+    if program.kind != "decode":
+        blocks = ops.query_blocks(batch.chunk_start, batch.chunk_count, batch.chunk_position, program.tokens)
+    return ops.AttentionBatch(
+        page=jnp.where(index < batch.num_tokens[0], page, 0),  # padding writes to the scratch page
+        slot=batch.position % sizes.page_size,
+        page_table=batch.page_table,
+        decode_lengths=batch.decode_length,
+        blocks=blocks,
+    )

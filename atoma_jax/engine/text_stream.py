@@ -1,0 +1,68 @@
+"""The text of one sample as its tokens come: decoding, stop strings, and what may be shown already."""
+
+from atoma_jax.sampling_params import SamplingParams
+from atoma_jax.tokenizer import IncrementalDecoder, Tokenizer
+
+
+class TextStream:
+    """Shows text as soon as no stop string can begin in it, and nothing behind a stop string. Linear in the text."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
+        self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens=params.skip_special_tokens, continues=True)
+        self._stops = params.stop
+        self._min_tokens = params.min_tokens
+        self._keep_stop = params.include_stop_str_in_output
+        self._tokens = 0
+        self._shown: list[str] = []
+        self._taken = 0  # pieces of `_shown` that `take` has given out
+        self._held = ""  # decoded, may be the beginning of a stop string
+
+    @property
+    def text(self) -> str:
+        """All that is shown."""
+        return "".join(self._shown)
+
+    def take(self) -> str:
+        """What was shown since the last call."""
+        pieces = self._shown[self._taken :]
+        self._taken = len(self._shown)
+        return "".join(pieces)
+
+    def push(self, token: int, *, ends: bool) -> str | None:
+        """Takes one token; returns the stop string that it completed, if any: the text ends there.
+
+        Args:
+            token: sampled.
+            ends: it is an end or stop token, whose own text is not part of the answer unless stop strings are kept.
+        """
+        self._tokens += 1
+        if not ends or self._keep_stop:
+            self._held += self._decoder.push([token])
+        if self._stops and self._tokens > self._min_tokens:
+            hits = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+            if hits:
+                at, stop = min(hits, key=lambda hit: hit[0])
+                self._show(at + len(stop) if self._keep_stop else at)
+                self._held = ""
+                return stop
+        self._show(len(self._held) - self._possible_stop())
+        return None
+
+    def finish(self) -> None:
+        """No more tokens will come: shows what was held back."""
+        self._held += self._decoder.flush()
+        self._show(len(self._held))
+
+    def _show(self, count: int) -> None:
+        if count:
+            self._shown.append(self._held[:count])
+            self._held = self._held[count:]
+
+    def _possible_stop(self) -> int:
+        """Characters at the end of what is held that a stop string may begin with."""
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        for count in range(min(longest, len(self._held)), 0, -1):
+            tail = self._held[-count:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return count
+        return 0

@@ -1,0 +1,1 @@
+"""Model files: bounded parsers that import no JAX, names of weights, and the way from a file to sharded arrays."""

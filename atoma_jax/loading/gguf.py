@@ -1,0 +1,172 @@
+"""Opens GGUF files: maps them, puts shards together, and gives tensors as views of the mapping.
+
+Owns files and shards. The header's format and its checks are `gguf_header.py`'s, checked access to metadata is
+`gguf_metadata.py`'s, decoding is `quant/ggml.py`'s. Nothing here reads a byte of tensor data or imports JAX.
+"""
+
+import mmap
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from jaxtyping import UInt8
+
+from atoma_jax.errors import ModelNotFoundError, WeightFileError
+from atoma_jax.loading.gguf_header import parse_header
+from atoma_jax.loading.gguf_metadata import Metadata
+from atoma_jax.quant.ggml import check_supported
+from atoma_jax.quant.ggml_types import GGMLType
+
+_SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GGUFTensor:
+    """One tensor as it lies in the file."""
+
+    name: str
+    shape: tuple[int, ...]  # outermost first, as numpy: [N, K] for a matrix with K inputs
+    type: GGMLType
+    data: UInt8[np.ndarray, "rows row_bytes"]  # read-only view of the mapping; rows = product of shape[:-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.data.nbytes
+
+
+class GGUFFile:
+    """A GGUF model, of one file or several shards, checked as a whole before it is handed out.
+
+    Attributes:
+        path: the file that was asked for.
+        metadata: that of the first shard; stays valid after `close`.
+        tensors: by name, in the order of the files.
+    """
+
+    def __init__(self, path: Path, metadata: Metadata, tensors: dict[str, GGUFTensor]):
+        """Use `open`."""
+        self.path = path
+        self.metadata = metadata
+        self.tensors = tensors
+
+    @classmethod
+    def open(cls, path: str | PathLike[str]) -> "GGUFFile":
+        """Opens a file; for any shard named `…-00001-of-00003.gguf`, all of them, which must lie beside it.
+
+        Raises:
+            ModelNotFoundError: there is no regular, readable file at `path`, or a shard is missing.
+            WeightFileError: a file is damaged, truncated, or contradicts itself or its siblings.
+            UnsupportedModelError: a tensor's type has no decoder.
+        """
+        path = Path(path)
+        shard = _Shard.open(path)
+        count = shard.metadata.get_int("split.count", 1, maximum=65535)
+        shards = [shard] if count <= 1 else _open_siblings(shard, count)
+        tensors = _merge(shards)
+        for tensor in tensors.values():
+            check_supported(f"{path}: tensor {tensor.name!r} type", tensor.type)
+        return cls(path, shards[0].metadata, tensors)
+
+    def close(self) -> None:
+        """Forgets all tensors. The files stay mapped until the last view of a tensor is gone."""
+        self.tensors = {}
+
+    def __enter__(self) -> "GGUFFile":
+        """The file itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Closes."""
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """One file."""
+
+    path: Path
+    metadata: Metadata
+    tensors: Sequence[GGUFTensor]
+
+    @classmethod
+    def open(cls, path: Path) -> "_Shard":
+        mapping = _map(path)
+        header = parse_header(mapping, path)
+        content = np.frombuffer(mapping, np.uint8)
+        tensors = [
+            GGUFTensor(
+                name=info.name,
+                shape=info.shape,
+                type=info.type,
+                data=content[info.start : info.start + info.nbytes].reshape(info.rows, info.row_bytes),
+            )
+            for info in header.tensors
+        ]
+        return cls(path, header.metadata, tensors)
+
+
+def _map(path: Path) -> mmap.mmap:
+    """The whole file, read-only."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise ModelNotFoundError("model", str(path), f"there is no such file ({error})") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise ModelNotFoundError("model", str(path), "is a directory; name the .gguf file in it")
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        raise ModelNotFoundError("model", str(path), "must be a regular file")
+    if status.st_size == 0:
+        raise WeightFileError(f"{path}: magic", "0 bytes", "the file is empty; fetch it again")
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise ModelNotFoundError("model", str(path), f"the file cannot be mapped ({error})") from error
+
+
+def _open_siblings(shard: _Shard, count: int) -> list[_Shard]:
+    """All shards of the model that `shard` is part of, in order."""
+    name = _SHARD_NAME.fullmatch(shard.path.name)
+    if name is None or int(name["count"]) != count:
+        problem = (
+            f"the file is one of {count} shards and must be named like …-00001-of-{count:05}.gguf to find the others"
+        )
+        raise WeightFileError(shard.metadata.field("split.count"), shard.path.name, problem)
+    paths = [shard.path.with_name(f"{name['prefix']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        problem = (
+            f"needs its {count} shards side by side; {len(missing)} are missing, the first is {missing[0]}: fetch it"
+        )
+        raise ModelNotFoundError("model", str(shard.path), problem)
+    shards = [shard if path == shard.path else _Shard.open(path) for path in paths]
+    for number, sibling in enumerate(shards):
+        _expect(sibling, "split.no", number)
+        _expect(sibling, "split.count", count)
+    _expect(shards[0], "split.tensors.count", sum(len(sibling.tensors) for sibling in shards))
+    return shards
+
+
+def _expect(shard: _Shard, key: str, expected: int) -> None:
+    found = shard.metadata.get_int(key)
+    if found != expected:
+        problem = f"must be {expected}: the shards do not belong together, fetch all of them again"
+        raise WeightFileError(shard.metadata.field(key), found, problem)
+
+
+def _merge(shards: Sequence[_Shard]) -> dict[str, GGUFTensor]:
+    tensors: dict[str, GGUFTensor] = {}
+    for shard in shards:
+        for tensor in shard.tensors:
+            if tensor.name in tensors:
+                raise WeightFileError(f"{shard.path}: tensor name", tensor.name, "is in another shard as well")
+            tensors[tensor.name] = tensor
+    return tensors

@@ -1,0 +1,40 @@
+"""`ModelSpec`: the shape of a decoder, as every reader of model files fills it and every model is built from it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Family = Literal["llama", "gemma"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Dimensions and switches of one decoder. Per-layer settings are tuples of L entries."""
+
+    architecture: str  # as the file calls it
+    family: Family  # the module that implements it, see models/registry.py
+    vocab_size: int  # V
+    dim: int  # D
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    ffn_dim: int  # F
+    context_length: int  # tokens the model was trained for
+    norm_eps: float
+    rope_theta: float
+    rope_factor: float = 1.0  # linear scaling: positions are divided by this
+    local_rope_theta: float | None = None  # of layers with a window; None: as the others
+    windows: tuple[int | None, ...] = ()  # tokens each layer looks back; None: all of them
+    attention_scale: float  # factor of the logits
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    embedding_scale: float = 1.0
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_frequency_divisors: bool = False  # the file brings one divisor for each pair of a head (Llama 3.x)
+
+    def kv_bytes_per_token(self, bytes_per_value: int) -> int:
+        """Bytes of K and V that one token takes in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value

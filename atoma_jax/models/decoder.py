@@ -1,0 +1,70 @@
+"""A whole decoder: embedding, a stack of one family's layers, final norm and head. Owns no sampling and no batching."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float32, Int32
+
+from atoma_jax import ops
+from atoma_jax.model_spec import ModelSpec
+from atoma_jax.models.layers import rms_norm, rope_tables, softcapped, window_sizes
+from atoma_jax.models.params import matrix, vector
+from atoma_jax.models.registry import LAYERS
+from pallas_kernels.paged_attention import KVPages
+
+
+class Decoder(nnx.Module):
+    """Built abstractly: every weight is a `ParamSpec` until `params.fill` puts arrays in.
+
+    Layers are one module whose weights have a leading axis of layers; a scan runs over it, so that a program's size and
+    compile time do not depend on depth.
+    """
+
+    def __init__(self, spec: ModelSpec, backend: ops.Backend):
+        self.spec, self.backend = spec, backend
+        D, V = spec.dim, spec.vocab_size
+        self.embed = matrix(V, D, ("vocab", "embed"), stacked=False)
+        self.layers = LAYERS[spec.family](spec, backend)
+        self.final_norm = vector(D, "embed", stacked=False)
+        if not spec.tied_embeddings:
+            self.head = matrix(V, D, ("vocab", "embed"), stacked=False)
+        if spec.rope_frequency_divisors:
+            self.rope_divisors = vector(spec.head_dim // 2, "head_dim", stacked=False)
+
+    def hidden(
+        self,
+        tokens: Int32[Array, " T"],
+        positions: Int32[Array, " T"],
+        pages: KVPages,
+        batch: ops.AttentionBatch,
+    ) -> tuple[Float32[Array, "T D"], KVPages]:
+        """Runs all layers over the step's tokens; writes their K and V into `pages`."""
+        spec = self.spec
+        with jax.named_scope("embed"):
+            x = ops.embed(tokens, self.embed.get_value()) * spec.embedding_scale
+        divisors = self.rope_divisors[...] if spec.rope_frequency_divisors else None
+        rope = rope_tables(positions, spec, divisors)
+        windows = window_sizes(spec)
+        graph, weights = nnx.split(self.layers)
+
+        def layer(
+            carry: tuple[Array, KVPages], inputs: tuple[Array, Array, Array, Any]
+        ) -> tuple[tuple[Array, KVPages], None]:
+            index, window, windowed, state = inputs
+            module = nnx.merge(graph, state)
+            with jax.named_scope("layer"):
+                return module(*carry, rope, batch, layer=index, window=window, windowed=windowed), None
+
+        is_windowed = jnp.asarray([window is not None for window in spec.windows or (None,) * spec.num_layers])
+        inputs: Any = (jnp.arange(spec.num_layers, dtype=jnp.int32), jnp.asarray(windows), is_windowed, weights)
+        (x, pages), _ = jax.lax.scan(layer, (x, pages), inputs)
+        return x, pages
+
+    def logits(self, x: Float32[Array, "B D"]) -> Float32[Array, "B V"]:
+        """Scores of the next token, from the hidden states of some tokens."""
+        with jax.named_scope("head"):
+            x = rms_norm(x, self.final_norm[...], self.spec.norm_eps)
+            table = self.embed.get_value() if self.spec.tied_embeddings else self.head.get_value()
+            return softcapped(ops.linear(x, table, self.backend), self.spec.final_softcap)

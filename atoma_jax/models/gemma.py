@@ -1,0 +1,38 @@
+"""Gemma 3: the llama layer with a norm behind each branch too, and layers that alternate between windows and all."""
+
+from jaxtyping import Array, Bool, Float32, Int32
+
+from atoma_jax import ops
+from atoma_jax.model_spec import ModelSpec
+from atoma_jax.models.layers import Rope, rms_norm
+from atoma_jax.models.llama import LlamaLayer
+from atoma_jax.models.params import vector
+from pallas_kernels.paged_attention import KVPages
+
+
+class GemmaLayer(LlamaLayer):
+    """The branches of a llama layer, each normalized again before it is added. Norm scales are stored as 1 + w."""
+
+    def __init__(self, spec: ModelSpec, backend: ops.Backend):
+        super().__init__(spec, backend)
+        self.post_attn_norm = vector(spec.dim, "embed")
+        self.post_ffn_norm = vector(spec.dim, "embed")
+
+    def __call__(
+        self,
+        x: Float32[Array, "T D"],
+        pages: KVPages,
+        rope: Rope,
+        batch: ops.AttentionBatch,
+        *,
+        layer: Int32[Array, ""],
+        window: Int32[Array, ""],
+        windowed: Bool[Array, ""],
+    ) -> tuple[Float32[Array, "T D"], KVPages]:
+        """One layer over the step's tokens; `layer` is its place in the cache."""
+        eps = self.spec.norm_eps
+        h = rms_norm(x, self.attn_norm[...], eps)
+        h, pages = self.attention(h, pages, rope, batch, layer=layer, window=window, windowed=windowed)
+        x = x + rms_norm(h, self.post_attn_norm[...], eps)
+        h = self.feed_forward(rms_norm(x, self.ffn_norm[...], eps))
+        return x + rms_norm(h, self.post_ffn_norm[...], eps), pages

@@ -1,0 +1,55 @@
+"""How a model declares its weights before it has any: shape, logical axes, and how they are filled afterwards."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flax import nnx
+
+from atoma_jax.quant.qtensor import QTensor
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One weight of a model. Its axes are names that `sharding` maps to the axes of a mesh.
+
+    Attributes:
+        shape: logical shape; `[N, K]`, out-features first, for matrices.
+        axes: one logical name for each dimension.
+        quantizable: the weight may be a `QTensor`.
+        stacked: an axis of layers comes before `shape`.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    quantizable: bool = False
+    stacked: bool = False
+
+
+# `Any`, as what a parameter holds changes from its spec to an array when it is filled.
+def matrix(N: int, K: int, axes: tuple[str, str], *, stacked: bool = True) -> Any:
+    """A weight that may be quantized; a layer's, unless it is not stacked."""
+    return nnx.Param(ParamSpec((N, K), axes, quantizable=True, stacked=stacked))
+
+
+def vector(n: int, axis: str, *, stacked: bool = True) -> Any:
+    """A dense float32 vector, such as a norm's scale or a bias; a layer's, unless it is not stacked."""
+    return nnx.Param(ParamSpec((n,), (axis,), stacked=stacked))
+
+
+def specs_of(model: nnx.Module) -> dict[str, ParamSpec]:
+    """Every weight that `model` declares, by dotted path."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
+
+
+def fill(model: nnx.Module, values: Mapping[str, Any]) -> None:
+    """Puts arrays and `QTensor`s in the places that `specs_of` lists."""
+    for path, leaf in nnx.iter_graph(model):
+        if isinstance(leaf, nnx.Param):
+            name = ".".join(map(str, path))
+            value = values[name]
+            spec: ParamSpec = leaf.get_value()
+            shape = value.shape if isinstance(value, QTensor) else value.shape[1 if spec.stacked else 0 :]
+            assert tuple(shape) == spec.shape, (name, shape, spec.shape)
+            leaf.set_value(value)

@@ -1,0 +1,7 @@
+"""Which layer implements which family."""
+
+from atoma_jax.model_spec import Family
+from atoma_jax.models.gemma import GemmaLayer
+from atoma_jax.models.llama import LlamaLayer
+
+LAYERS: dict[Family, type[LlamaLayer]] = {"llama": LlamaLayer, "gemma": GemmaLayer}

@@ -1,0 +1,40 @@
+"""`QTensor`: a quantized weight on the device. Owns its fields and layouts; products with it are in `ops.py`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+from jaxtyping import Array
+
+Layout = Literal["rows", "planar"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QTensor:
+    """A weight `[N, K]` of groups of `group` elements along K: `scale · (code − zero) − min`.
+
+    Layouts are described in `pallas_kernels/quantized_matmul.py`. Leading axes, such as layers, come before all of a
+    child's own. In the rows layout `zero` is 0, as codes are signed.
+    """
+
+    codes: Array  # rows: int8 [*lead, N, K/g, g]; planar: uint16 [*lead, N, K·bits/16]
+    scales: Array  # rows: [*lead, N, K/g]; planar: [*lead, K/g, N]
+    mins: Array | None  # as scales
+    layout: Layout = field(metadata={"static": True})
+    shape: tuple[int, int] = field(metadata={"static": True})  # (N, K)
+    group: int = field(metadata={"static": True})
+    bits: int = field(metadata={"static": True})  # of a stored code
+    zero: int = field(metadata={"static": True})
+    plane: int = field(metadata={"static": True})  # planar: elements of a plane; rows: 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on all devices together."""
+        return sum(part.nbytes for part in (self.codes, self.scales, self.mins) if part is not None)
+
+
+def planar_plane(K: int, group: int, bits: int) -> int | None:
+    """Elements of a plane of the planar layout for K inputs: the most that divide both group and K; None if none do."""
+    planes = 16 // bits
+    return next((plane for plane in (64, 32, 16) if group % plane == 0 and K % (plane * planes) == 0), None)

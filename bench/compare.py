@@ -1,0 +1,306 @@
+"""This engine beside others: the same file, prompts and machine, in turns. Prints medians and ratios with their spread.
+
+Every engine lives in a process of its own for the whole comparison and waits while others run, so the memory of all must
+fit at once. A round runs each kind of work on each engine, in an order that rotates from round to round; ratios are
+taken within a round, so that a machine that slows down for a while slows both sides. Prompts are random token ids, new
+in every round and the same for all; outputs are greedy, of a fixed length.
+
+| number | work | tokens a second |
+|---|---|---|
+| prefill | 1 sequence, 512 tokens in, 1 out | 512 / time |
+| decode | 1 sequence, 16 in, 128 out | 127 / (time − time of the first token) |
+| batch | 16 sequences, 128 in, 64 out | 16·64 / time, prefill included |
+| batch prefill | 16 sequences, 128 in, 1 out | 16·128 / time |
+| batch decode | the last two | 16·63 / (time of the batch − time of its prefill) |
+
+`python bench/compare.py --model smollm2-135m-instruct --python llama_cpp=/other/venv/bin/python`
+"""
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from atoma_jax.benchmarks.machine import describe_host
+from atoma_jax.loading.gguf import GGUFFile
+from atoma_jax.loading.hub import resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+ENGINE = "atoma"
+PEERS = ("llama_cpp", "transformers", "openvino")
+LOWEST_ID = 1000  # ids below are control tokens and bytes in the vocabularies of all common models
+TAIL = 1500  # characters of a failed process's messages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One run: `num_seqs` prompts of `prompt_tokens`, continued by `new_tokens`."""
+
+    num_seqs: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How large each kind of work is."""
+
+    prefill_tokens: int
+    decode_tokens: int
+    num_seqs: int
+    prompt_tokens: int
+    output_tokens: int
+
+    def works(self) -> dict[str, Work]:
+        """What a round runs, by name."""
+        S, P, O = self.num_seqs, self.prompt_tokens, self.output_tokens  # noqa: E741
+        return {
+            "prefill": Work(num_seqs=1, prompt_tokens=self.prefill_tokens, new_tokens=1),
+            "decode": Work(num_seqs=1, prompt_tokens=16, new_tokens=self.decode_tokens),
+            "batch": Work(num_seqs=S, prompt_tokens=P, new_tokens=O),
+            "batch_prefill": Work(num_seqs=S, prompt_tokens=P, new_tokens=1),
+        }
+
+    def rates(self, timings: dict[str, dict[str, Any]]) -> dict[str, float]:
+        """Tokens a second by kind, from the timings of one round."""
+        decode, batch = timings["decode"], timings["batch"]["total_s"]
+        prefill = timings["batch_prefill"]["total_s"]
+        return {
+            "prefill": self.prefill_tokens / timings["prefill"]["total_s"],
+            "decode": (self.decode_tokens - 1) / (decode["total_s"] - decode["first_s"]),
+            "batch": self.num_seqs * self.output_tokens / batch,
+            "batch_prefill": self.num_seqs * self.prompt_tokens / prefill,
+            "batch_decode": self.num_seqs * (self.output_tokens - 1) / (batch - prefill),
+        }
+
+
+class PeerError(Exception):
+    """A peer's process failed; the message holds what it said last."""
+
+
+class Worker:
+    """A peer's process."""
+
+    def __init__(self, name: str, python: str, setup: dict[str, Any]):
+        """Starts it. `description` is empty where its library is `missing`.
+
+        Raises:
+            PeerError: it could not load the model.
+        """
+        self.name = name
+        self._messages = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._process = subprocess.Popen(
+            [python, "-m", "bench.peers.worker", name],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._messages,
+            text=True,
+        )
+        answer = self._ask(setup)
+        self.missing: str | None = answer.get("missing")
+        self.description: str = answer.get("description", "")
+
+    def run(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+        """One run's timing, checked to have done the work."""
+        timing = self._ask({"prompts": prompts, "new_tokens": new_tokens})
+        lengths = {len(ids) for ids in timing["token_ids"]}
+        if lengths != {new_tokens} or len(timing["token_ids"]) != len(prompts):
+            raise PeerError(f"{self.name} made {sorted(lengths)} tokens a sequence where {new_tokens} were asked for")
+        return timing
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._messages.close()
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise PeerError(self._last_words("ended early")) from None
+        line = self._process.stdout.readline()
+        if not line:
+            raise PeerError(self._last_words("ended early"))
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise PeerError(self._last_words(answer["error"]))
+        return answer
+
+    def _last_words(self, problem: str) -> str:
+        self._messages.seek(0)
+        return f"{self.name}: {problem}\n{self._messages.read()[-TAIL:]}"
+
+
+def main(
+    model: Annotated[str, typer.Option(help="As for atoma-jax; must be a GGUF file.")] = "smollm2-135m-instruct",
+    peers: Annotated[str, typer.Option(help="Names, separated by commas.")] = ",".join(PEERS),
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    python: Annotated[list[str] | None, typer.Option(help="PEER=PATH: the interpreter a peer lives in.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="PEER:NAME=VALUE: a setting of one peer.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of each peer; default: the cores this may use.")] = None,
+    prefill_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    decode_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    num_seqs: Annotated[int, typer.Option(min=1)] = 16,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    output_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all numbers here.")] = None,
+) -> None:
+    """Compare this engine with others on this machine."""
+    names = [name for name in peers.split(",") if name]
+    unknown = [name for name in names if name not in PEERS]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(PEERS)}", param_hint="--peers")
+    sizes = Sizes(
+        prefill_tokens=prefill_tokens,
+        decode_tokens=decode_tokens,
+        num_seqs=num_seqs,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+    )
+    path = resolve(model).path.absolute()
+    with GGUFFile.open(path) as file:
+        vocab_size = len(file.metadata["tokenizer.ggml.tokens"])
+    setup = {
+        "model": str(path),
+        "threads": threads or len(os.sched_getaffinity(0)),
+        "num_seqs": num_seqs,
+        "max_len": max(work.prompt_tokens + work.new_tokens for work in sizes.works().values()) + 1,
+    }
+    interpreters = dict(_pair(entry, "--python") for entry in python or [])
+    options: dict[str, dict[str, str]] = {}
+    for entry in option or []:
+        target, value = _pair(entry, "--option")
+        peer, _, setting = target.partition(":")
+        options.setdefault(peer, {})[setting] = value
+    workers = start([ENGINE, *names], setup, interpreters, options)
+    try:
+        results = compare(workers, sizes, rounds=rounds, vocab_size=vocab_size, seed=seed)
+    finally:
+        for worker in workers:
+            worker.close()
+    report(results)
+    if json_file is not None:
+        about = {"model": str(path), "rounds": rounds, "threads": setup["threads"], **describe_host()}
+        descriptions = {worker.name: worker.description for worker in workers}
+        everything = {**about, "engines": descriptions, "rates": results, "ratios": ratios(results)}
+        json_file.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+
+
+def start(
+    names: list[str], setup: dict[str, Any], interpreters: dict[str, str], options: dict[str, dict[str, str]]
+) -> list[Worker]:
+    """Starts the engines one after the other; says which are missing. This engine must be there."""
+    workers: list[Worker] = []
+    for name in names:
+        try:
+            python = interpreters.get(name, sys.executable)
+            worker = Worker(name, python, {**setup, "options": options.get(name, {})})
+        except PeerError as error:
+            _give_up_on(name, error)
+            continue
+        if worker.missing is None:
+            print(f"{name}: {worker.description}", flush=True)
+            workers.append(worker)
+        else:
+            worker.close()
+            _give_up_on(name, PeerError(f"{name} is not installed: {worker.missing}"))
+    return workers
+
+
+def compare(
+    workers: list[Worker], sizes: Sizes, *, rounds: int, vocab_size: int, seed: int
+) -> dict[str, dict[str, list[float]]]:
+    """Tokens a second by engine and kind, one a round, after a first round that does not count."""
+    results: dict[str, dict[str, list[float]]] = {worker.name: {} for worker in workers}
+    rng = random.Random(seed)
+    alive = list(workers)
+    for number in range(rounds + 1):
+        print(f"round {number} of {rounds}" if number else "warm-up", file=sys.stderr, flush=True)
+        timings: dict[str, dict[str, Any]] = {worker.name: {} for worker in alive}
+        for kind, work in sizes.works().items():
+            prompts = [
+                [rng.randrange(LOWEST_ID, vocab_size) for _ in range(work.prompt_tokens)] for _ in range(work.num_seqs)
+            ]
+            turn = number % len(alive)
+            for worker in [*alive[turn:], *alive[:turn]]:
+                try:
+                    timings[worker.name][kind] = worker.run(prompts, work.new_tokens)
+                except PeerError as error:
+                    _give_up_on(worker.name, error)
+                    alive.remove(worker)
+        if number:
+            for worker in alive:
+                for kind, rate in sizes.rates(timings[worker.name]).items():
+                    results[worker.name].setdefault(kind, []).append(rate)
+    return {name: rates for name, rates in results.items() if len(next(iter(rates.values()), [])) == rounds}
+
+
+def ratios(results: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """This engine's rate over each peer's, within each round: median and extremes, by peer and kind."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, rates in results.items():
+        if name == ENGINE:
+            continue
+        found[name] = {}
+        for kind, theirs in rates.items():
+            quotients = [ours / other for ours, other in zip(results[ENGINE][kind], theirs, strict=True)]
+            found[name][kind] = {
+                "median": statistics.median(quotients),
+                "min": min(quotients),
+                "max": max(quotients),
+            }
+    return found
+
+
+def report(results: dict[str, dict[str, list[float]]]) -> None:
+    """Prints a table: medians in tokens a second; behind each peer's, this engine's ratio to it (min–max)."""
+    quotients = ratios(results)
+    names = [ENGINE, *quotients]
+    print("\n" + f"{'tokens/s':<15}{ENGINE:>9}" + "".join(f"{name:>32}" for name in quotients))
+    for kind in results[ENGINE]:
+        cells: list[str] = []
+        for name in names:
+            cell = f"{statistics.median(results[name][kind]):9.1f}"
+            if name != ENGINE:
+                ratio = quotients[name][kind]
+                cell += f"  ×{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})".rjust(23)
+            cells.append(cell)
+        print(f"{kind.replace('_', ' '):<15}" + "".join(cells))
+    print(f"× = {ENGINE} / peer: above 1, this engine is faster.")
+
+
+def _give_up_on(name: str, error: PeerError) -> None:
+    print(error, file=sys.stderr, flush=True)
+    if name == ENGINE:
+        raise SystemExit(1)
+    print(f"{name}: left out", flush=True)
+
+
+def _pair(entry: str, flag: str) -> tuple[str, str]:
+    name, equals, value = entry.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{entry!r} is not NAME=VALUE", param_hint=flag)
+    return name, value
+
+
+if __name__ == "__main__":
+    typer.run(main)

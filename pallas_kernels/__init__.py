@@ -1,0 +1,1 @@
+"""Kernels of the engine, each beside its plain `jax.numpy` twin. Imports JAX and nothing of the engine."""

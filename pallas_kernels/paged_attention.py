@@ -1,0 +1,210 @@
+"""Attention over a paged KV cache, as plain XLA: the KV write, decode, and ragged prefill.
+
+K and V of all layers are `[L, P, K, S, H]` each: layers, pages, kv heads, slots of a page, head dim. Page 0 is scratch:
+what is padding writes there. Contexts are read in chunks with a running softmax (flash attention, arXiv:2205.14135), as
+many as the longest context of the step needs: the width of a page table costs nothing.
+
+Slots behind the end of a context may hold anything, NaN included: they are masked in the logits and in V.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+CHUNK = 128  # tokens of context read at once
+QUERY_BLOCK = 128  # tokens of one sequence that share a read of its context in prefill
+NEVER = -1e30  # logit of a masked slot; finite, so that a fully masked chunk gives no NaN
+
+
+class KVPages(NamedTuple):
+    """The cache of all layers."""
+
+    k: Float[Array, "L P K S H"]
+    v: Float[Array, "L P K S H"]
+
+
+class QueryBlocks(NamedTuple):
+    """The work list of one prefill step, shared by its layers. The first `used` entries hold work."""
+
+    used: Int32[Array, ""]
+    row: Int32[Array, " blocks"]  # of the sequence
+    token: Int32[Array, " blocks"]  # first token of the block, in the flat batch
+    size: Int32[Array, " blocks"]  # tokens
+    position: Int32[Array, " blocks"]  # of the first token, in its sequence
+
+
+def write_kv(
+    pages: KVPages,
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    *,
+    layer: Int32[Array, ""],
+    page: Int32[Array, " T"],
+    slot: Int32[Array, " T"],
+) -> KVPages:
+    """Puts each token's K and V at its page and slot. Several tokens may share a place in page 0 alone."""
+    return KVPages(
+        pages.k.at[layer, page, :, slot].set(k.astype(pages.k.dtype)),
+        pages.v.at[layer, page, :, slot].set(v.astype(pages.v.dtype)),
+    )
+
+
+def decode_attention(
+    q: Float[Array, "B N H"],
+    pages: KVPages,
+    *,
+    layer: Int32[Array, ""],
+    page_table: Int32[Array, "B W"],
+    lengths: Int32[Array, " B"],
+    window: Int32[Array, ""],
+    scale: float,
+    softcap: float | None,
+) -> Float32[Array, "B N H"]:
+    """Attention of one query a sequence, at the last position of its context.
+
+    Args:
+        q: queries, rotated.
+        pages: the cache, the queries' own positions included.
+        layer: whose pages are read.
+        page_table: pages of each sequence; behind its end anything.
+        lengths: tokens of each context; 0 for a padded row, which yields zeros.
+        window: how far back a query sees, itself included.
+        scale: factor of the logits.
+        softcap: logits become `softcap · tanh(logits / softcap)`.
+    """
+    B, N, H = q.shape
+    K, S = pages.k.shape[2], pages.k.shape[3]
+    per_chunk = max(1, CHUNK // S)
+    queries = q.reshape(B, K, N // K, H).astype(jnp.float32) * scale
+    table = _padded(page_table, per_chunk)
+    first = jnp.where(lengths > 0, jnp.maximum(lengths - window, 0), jnp.iinfo(jnp.int32).max)
+
+    def chunk(c: Array, carry: _Softmax) -> _Softmax:
+        ids = lax.dynamic_slice_in_dim(table, c * per_chunk, per_chunk, axis=1)  # [B, C]
+        position = (c * per_chunk * S + jnp.arange(per_chunk * S, dtype=jnp.int32))[None]
+        seen = (position < lengths[:, None]) & (position >= (lengths - window)[:, None])  # [B, C·S]
+        k, v = _context(pages, layer, ids, seen)  # [B, K, C·S, H]
+        logits = _capped(jnp.einsum("bkgh,bkch->bkgc", queries, k), softcap)
+        return _accumulate(carry, jnp.where(seen[:, None, None], logits, NEVER), v)
+
+    start = jnp.min(first) // (per_chunk * S)
+    stop = -(-jnp.max(lengths) // (per_chunk * S))
+    return _finish(lax.fori_loop(start, stop, chunk, _empty((B, K, N // K), H))).reshape(B, N, H)
+
+
+def query_blocks(
+    start: Int32[Array, " B"], count: Int32[Array, " B"], position: Int32[Array, " B"], num_tokens: int
+) -> QueryBlocks:
+    """Cuts the ragged queries of a step into blocks of one sequence each.
+
+    Args:
+        start: first token of each row in the flat batch of `num_tokens`; rows lie in order, without gaps.
+        count: tokens of each row, 0 for padding.
+        position: of each row's first token in its sequence.
+        num_tokens: size of the flat batch.
+    """
+    blocks_of_row = -(-count // QUERY_BLOCK)
+    ends = jnp.cumsum(blocks_of_row)
+    block = jnp.arange(-(-num_tokens // QUERY_BLOCK) + start.shape[0] - 1, dtype=jnp.int32)
+    row = jnp.minimum(jnp.searchsorted(ends, block, side="right"), start.shape[0] - 1).astype(jnp.int32)
+    offset = (block - (ends - blocks_of_row)[row]) * QUERY_BLOCK
+    return QueryBlocks(
+        ends[-1], row, start[row] + offset, jnp.clip(count[row] - offset, 0, QUERY_BLOCK), position[row] + offset
+    )
+
+
+def ragged_attention(
+    q: Float[Array, "T N H"],
+    pages: KVPages,
+    blocks: QueryBlocks,
+    *,
+    layer: Int32[Array, ""],
+    page_table: Int32[Array, "B W"],
+    window: Int32[Array, ""],
+    scale: float,
+    softcap: float | None,
+) -> Float32[Array, "T N H"]:
+    """Causal attention of ragged runs of queries over their sequences' pages. Arguments as in `decode_attention`.
+
+    Tokens behind the last row hold zeros.
+    """
+    T, N, H = q.shape
+    K, S = pages.k.shape[2], pages.k.shape[3]
+    per_chunk = max(1, CHUNK // S)
+    G, M = N // K, min(QUERY_BLOCK, T)
+    table = _padded(page_table, per_chunk)
+    queries = jnp.pad(q.astype(jnp.float32) * scale, ((0, M), (0, 0), (0, 0)))
+
+    def block(b: Array, out: Array) -> Array:
+        row, token, last = blocks.row[b], blocks.token[b], blocks.position[b] + blocks.size[b]
+        mine = lax.dynamic_slice_in_dim(queries, token, M).reshape(M, K, G, H)
+        mine = mine.transpose(1, 2, 0, 3).reshape(K, G * M, H)
+        at = jnp.tile(blocks.position[b] + jnp.arange(M, dtype=jnp.int32), G)[:, None]  # [G·M, 1]
+
+        def chunk(c: Array, carry: _Softmax) -> _Softmax:
+            ids = lax.dynamic_slice(table, (row, c * per_chunk), (1, per_chunk))
+            position = c * per_chunk * S + jnp.arange(per_chunk * S, dtype=jnp.int32)
+            k, v = _context(pages, layer, ids, (position < last)[None])  # [1, K, C·S, H]
+            seen = (position[None] <= at) & (position[None] > at - window) & (position < last)[None]
+            logits = _capped(jnp.einsum("kmh,kch->kmc", mine, k[0]), softcap)
+            return _accumulate(carry, jnp.where(seen[None], logits, NEVER), v[0])
+
+        start = jnp.maximum(blocks.position[b] - window + 1, 0) // (per_chunk * S)
+        stop = -(-last // (per_chunk * S))
+        result = _finish(lax.fori_loop(start, stop, chunk, _empty((K, G * M), H)))  # [K, G·M, H]
+        result = result.reshape(K, G, M, H).transpose(2, 0, 1, 3).reshape(M, N, H)
+        # Blocks go in order, so what a block writes behind its own end is overwritten by the next one.
+        valid = (jnp.arange(M) < blocks.size[b])[:, None, None]
+        return lax.dynamic_update_slice_in_dim(out, jnp.where(valid, result, 0.0), token, axis=0)
+
+    out = lax.fori_loop(0, blocks.used, block, jnp.zeros((T + M, N, H), jnp.float32))
+    return out[:T]
+
+
+class _Softmax(NamedTuple):
+    """Running softmax of some queries: largest logit, sum of weights, weighted sum of V."""
+
+    largest: Array
+    total: Array
+    acc: Array
+
+
+def _empty(lead: tuple[int, ...], H: int) -> _Softmax:
+    return _Softmax(
+        jnp.full(lead, NEVER, jnp.float32), jnp.zeros(lead, jnp.float32), jnp.zeros((*lead, H), jnp.float32)
+    )
+
+
+def _accumulate(carry: _Softmax, logits: Float32[Array, "*q C"], v: Float32[Array, "*k C H"]) -> _Softmax:
+    largest = jnp.maximum(carry.largest, jnp.max(logits, -1))
+    weights = jnp.where(logits > NEVER, jnp.exp(logits - largest[..., None]), 0.0)
+    decay = jnp.exp(carry.largest - largest)
+    total = carry.total * decay + jnp.sum(weights, -1)
+    return _Softmax(largest, total, carry.acc * decay[..., None] + jnp.einsum("...mc,...ch->...mh", weights, v))
+
+
+def _finish(carry: _Softmax) -> Float32[Array, "*q H"]:
+    return carry.acc / jnp.where(carry.total > 0, carry.total, 1.0)[..., None]
+
+
+def _context(
+    pages: KVPages, layer: Array, ids: Int32[Array, "B C"], seen: Bool[Array, "B C·S"]
+) -> tuple[Float32[Array, "B K C·S H"], Float32[Array, "B K C·S H"]]:
+    """A chunk of context; unseen slots of V are zero, as 0 · NaN is NaN."""
+
+    def read(cache: Array) -> Array:
+        got = cache[layer, ids].transpose(0, 2, 1, 3, 4).astype(jnp.float32)  # [B, K, C, S, H]
+        return got.reshape(got.shape[0], got.shape[1], -1, got.shape[-1])
+
+    return read(pages.k), jnp.where(seen[:, None, :, None], read(pages.v), 0.0)
+
+
+def _padded(page_table: Int32[Array, "B W"], multiple: int) -> Int32[Array, "B W+"]:
+    """The table with scratch pages behind it, so that no chunk's slice is shifted back at the end."""
+    return jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % multiple)))
+
+
+def _capped(logits: Array, softcap: float | None) -> Array:
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)

@@ -1,0 +1,116 @@
+"""Products with group-quantized weights, as plain XLA: unpacking, dequantization, matrix product, row look-up.
+
+A weight is `[N, K]`, out-features first as in the files, and equals `scale[n, k // g] * code[n, k] - min[n, k // g]`.
+Codes come in one of two layouts:
+
+- rows: int8 `[N, K/g, g]`, one byte a code. What XLA:CPU is quick with: unpacking fields costs it three to eight times
+  as much as the product itself.
+- planar: uint16 words `[N, K·bits/16]`. K is cut into blocks of KB = P·planes, planes = 16/bits. Word j of block b
+  holds in bit field i the element b·KB + i·P + j, so that a plane is contiguous in K and a word is as wide as the
+  bfloat16 it becomes. What the GPU kernels read.
+
+Which layout and which route a product takes is decided in `atoma_jax/ops.py`, not here.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int8, UInt16
+
+TILE_ELEMENTS = 1 << 20  # dequantized at once where a weight is larger: 4 MB of float32 stay in a CPU's second cache
+
+
+def pack_planar(codes: np.ndarray, bits: int, plane: int) -> np.ndarray:
+    """Packs unsigned codes `[N, K]` below 2**bits into words `[N, K·bits/16]` with planes of `plane` elements."""
+    planes = 16 // bits
+    N, K = codes.shape
+    assert K % (plane * planes) == 0, (K, plane, planes)
+    fields = codes.reshape(N, K // (plane * planes), planes, plane).astype(np.uint16)
+    words = np.zeros((N, K // (plane * planes), plane), np.uint16)
+    for i in range(planes):
+        words |= fields[:, :, i] << np.uint16(bits * i)
+    return words.reshape(N, -1)
+
+
+def unpack_planar(words: UInt16[Array, "*lead W"], bits: int, plane: int) -> UInt16[Array, "*lead K"]:
+    """Codes in natural order from `pack_planar`'s words."""
+    blocks = words.reshape(*words.shape[:-1], -1, 1, plane)
+    shifts = (jnp.arange(16 // bits, dtype=jnp.uint16) * bits)[:, None]
+    codes = (blocks >> shifts) & np.uint16(2**bits - 1)  # [*lead, K/KB, planes, P]
+    return codes.reshape(*words.shape[:-1], -1)
+
+
+def dequantize(
+    codes: Array,
+    scales: Float[Array, "*lead G"],
+    mins: Float[Array, "*lead G"] | None,
+    *,
+    zero: int = 0,
+) -> Float32[Array, "*lead K"]:
+    """Weights from codes `[*lead, G, g]` in natural order: `scale·(code − zero) − min`, in float32."""
+    weights = codes.astype(jnp.float32)
+    if zero:
+        weights = weights - zero
+    weights = weights * scales[..., None].astype(jnp.float32)
+    if mins is not None:
+        weights = weights - mins[..., None].astype(jnp.float32)
+    return weights.reshape(*codes.shape[:-2], -1)
+
+
+def matmul_rows(
+    x: Float[Array, "T K"],
+    codes: Int8[Array, "N G g"],
+    scales: Float[Array, "N G"],
+    mins: Float[Array, "N G"] | None,
+    *,
+    operands: jnp.dtype,
+) -> Float32[Array, "T N"]:
+    """x · Wᵀ with W in the rows layout.
+
+    Weights are dequantized to `operands`, in tiles where W is large, multiplied by `x` cast to it, summed in float32.
+    """
+    T, N = x.shape[0], codes.shape[0]
+    x = x.astype(operands)
+
+    def product(codes: Array, scales: Array, mins: Array | None) -> Array:
+        return dot(x, dequantize(codes, scales, mins).astype(operands))  # [T, n]
+
+    tiles = -(-codes.size // TILE_ELEMENTS)
+    if tiles == 1:
+        return product(codes, scales, mins)
+    rows = -(-N // tiles)
+
+    def tile(i: Array, y: Array) -> Array:
+        # The last tile starts early and repeats some rows: N need not divide, and nothing is padded or copied.
+        start = jnp.minimum(i * rows, N - rows)
+        part = product(
+            lax.dynamic_slice_in_dim(codes, start, rows),
+            lax.dynamic_slice_in_dim(scales, start, rows),
+            None if mins is None else lax.dynamic_slice_in_dim(mins, start, rows),
+        )
+        return lax.dynamic_update_slice_in_dim(y, part, start, axis=1)
+
+    return lax.fori_loop(0, tiles, tile, jnp.zeros((T, N), jnp.float32))
+
+
+def matmul_planar(
+    x: Float[Array, "T K"],
+    words: UInt16[Array, "N W"],
+    scales: Float[Array, "G N"],
+    mins: Float[Array, "G N"] | None,
+    *,
+    bits: int,
+    plane: int,
+    zero: int,
+    operands: jnp.dtype,
+) -> Float32[Array, "T N"]:
+    """x · Wᵀ with W in the planar layout, whose scales and mins lie `[K/g, N]`: the twin of the Pallas kernel."""
+    codes = unpack_planar(words, bits, plane)  # [N, K]
+    codes = codes.reshape(codes.shape[0], scales.shape[0], -1)  # [N, G, g]
+    weights = dequantize(codes, scales.T, None if mins is None else mins.T, zero=zero)
+    return dot(x.astype(operands), weights.astype(operands))
+
+
+def dot(x: Float[Array, "T K"], weights: Float[Array, "N K"]) -> Float32[Array, "T N"]:
+    """x · Wᵀ, summed in float32."""
+    return lax.dot_general(x, weights, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

@@ -1,0 +1,53 @@
+"""What all tests share: the platform, checked shapes, a compile cache, hypothesis profiles and the real models."""
+
+import os
+from pathlib import Path
+
+# Before anything imports JAX: the suite is for the CPU wherever it runs, so that its numbers are the same everywhere.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import hypothesis
+import jaxtyping
+import pytest
+
+# Before anything of ours is imported: every annotated shape and dtype of a call is checked while tests run.
+jaxtyping.install_import_hook(["atoma_jax", "pallas_kernels", "sharding"], "beartype.beartype")
+
+hypothesis.settings.register_profile("dev", deadline=None)  # a first example may compile for seconds
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+_COMPILE_CACHE_BYTES = 2 << 30
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Shares compiled programs between tests, workers and runs: in `.pytest_cache`, dropped by `--cache-clear`."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # A limit also makes JAX lock the folder, without which a second worker may read a program that is half written.
+    jax.config.update("jax_compilation_cache_max_size", _COMPILE_CACHE_BYTES)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct, Q4_1: what `atoma-jax pull smollm2-135m-instruct` brings."""
+    return _pull("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def gemma3_path() -> Path:
+    """Gemma 3 270M, Q4_K_M: what `atoma-jax pull gemma3-270m` brings."""
+    return _pull("gemma3-270m")
+
+
+def _pull(name: str) -> Path:
+    from atoma_jax.errors import DownloadError
+    from atoma_jax.loading.hub import resolve
+
+    try:
+        return resolve(name, progress=False).path
+    except DownloadError as error:
+        pytest.skip(str(error))

@@ -1,0 +1,218 @@
+"""Small random models for tests: a `transformers` model, the GGUF file that llama.cpp would make of it, and a paged run.
+
+Names of tensors and of metadata come from the `gguf` package, the arithmetic from `transformers`: neither is ours.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from atoma_jax import ops
+from atoma_jax.loading.gguf import GGUFFile
+from atoma_jax.loading.gguf_spec import read_spec
+from atoma_jax.loading.weights import load_weights
+from atoma_jax.models.decoder import Decoder
+from atoma_jax.models.params import fill, specs_of
+from pallas_kernels.paged_attention import KVPages
+
+F32 = gguf.GGMLQuantizationType.F32
+ARCHES = {arch: name for name, arch in ((v, k) for k, v in gguf.MODEL_ARCH_NAMES.items())}
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """How a `transformers` model becomes a file."""
+
+    arch: str
+    metadata: dict[str, Any] = field(default_factory=dict)  # keys behind "{arch}." beyond those that all have
+    types: Callable[[str], gguf.GGMLQuantizationType] = lambda name: F32  # of each matrix, by its name in the file
+    extra: dict[str, np.ndarray] = field(default_factory=dict)  # tensors of no parameter
+
+
+@pytest.fixture(scope="session")
+def recipe() -> type[Recipe]:
+    return Recipe
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[[Any, Recipe], Path]:
+    """Writes a model's file; where it is quantized, puts the rounded weights back into the model."""
+
+    def save(model: Any, how: Recipe) -> Path:
+        import torch
+
+        path = tmp_path / "model.gguf"
+        writer = gguf.GGUFWriter(path, how.arch)
+        _write_metadata(writer, model.config, how)
+        names = gguf.get_tensor_name_map(_arch_enum(how.arch), model.config.num_hidden_layers)
+        rng = np.random.default_rng(7)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+                assert name is not None, key
+                values = _to_file(name, parameter.numpy(), model.config, how.arch)
+                kind = how.types(name) if values.ndim == 2 else F32
+                raw = _quantize(values, kind, rng)
+                writer.add_tensor(name, raw, raw_dtype=kind)
+                exact = gguf.quants.dequantize(raw, kind).reshape(values.shape)
+                parameter.copy_(torch.from_numpy(_from_file(name, exact, model.config, how.arch)))
+        for name, values in how.extra.items():
+            writer.add_tensor(name, values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return save
+
+
+def _arch_enum(arch: str) -> gguf.MODEL_ARCH:
+    return next(enum for enum, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+
+
+def _write_metadata(writer: gguf.GGUFWriter, config: Any, how: Recipe) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    for key, value in how.metadata.items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+        add[type(value)](f"{how.arch}.{key}", value)
+
+
+def _permuted_heads(name: str, config: Any, arch: str) -> int:
+    """Heads of a weight whose rows llama.cpp interleaves; 0 for the others."""
+    if arch != "llama" or ".attn_output" in name:
+        return 0
+    return {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2], 0)
+
+
+def _to_file(name: str, values: np.ndarray, config: Any, arch: str) -> np.ndarray:
+    if heads := _permuted_heads(name, config, arch):
+        half = values.shape[0] // heads // 2
+        values = values.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(values.shape)
+    if arch == "gemma3" and "norm" in name:
+        values = values + np.float32(1)
+    return np.ascontiguousarray(values, np.float32)
+
+
+def _from_file(name: str, values: np.ndarray, config: Any, arch: str) -> np.ndarray:
+    if heads := _permuted_heads(name, config, arch):
+        half = values.shape[0] // heads // 2
+        values = values.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(values.shape)
+    if arch == "gemma3" and "norm" in name:
+        values = values - np.float32(1)
+    return np.ascontiguousarray(values)
+
+
+def _quantize(values: np.ndarray, kind: gguf.GGMLQuantizationType, rng: np.random.Generator) -> np.ndarray:
+    """Blocks of a matrix. The package cannot quantize to K types: there, random blocks of the same spread."""
+    if not kind.name.endswith("_K"):
+        return gguf.quants.quantize(values, kind)
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (values.size // elements, size), np.uint8)
+    spread = 2 * float(values.std())
+    if kind.name == "Q6_K":
+        halves, at = [spread / (32 * 127)], 208
+    else:
+        largest = 15 if kind.name == "Q4_K" else 31
+        halves, at = [2 * spread / (largest * 63), spread / 63], 0
+    blocks[:, at : at + 2 * len(halves)] = np.asarray(halves, np.float16).view(np.uint8)
+    return blocks.reshape(values.shape[0], -1)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one sequence does in a step."""
+
+    sequence: int
+    count: int
+    decode: bool = False
+
+
+class Paged:
+    """A model behind a paged cache. Pages of all sequences are shuffled, and hold NaN where nothing was written."""
+
+    SLOTS, PAGES, WIDTH, ROWS = 8, 40, 9, 3  # S, P, W, B
+
+    def __init__(self, path: Path, *, layout: str = "rows", operands: str = "float32", threads: int = 2):
+        with GGUFFile.open(path) as file:
+            self.spec = spec = read_spec(file)
+            backend = ops.Backend(platform="cpu", operands=operands, weight_layout=layout)  # type: ignore[arg-type]
+            model = Decoder(spec, backend)
+            fill(model, load_weights(file, spec, specs_of(model), backend, threads=threads, on_bytes=lambda n: None))
+        self._graph, self._weights = nnx.split(model)
+        self._mixed = jax.jit(self._step, donate_argnums=1)
+        self._decode = jax.jit(lambda *inputs: self._step(*inputs, blocks=False), donate_argnums=1)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all sequences."""
+        spec = self.spec
+        shape = (spec.num_layers, self.PAGES, spec.num_kv_heads, self.SLOTS, spec.head_dim)
+        self._pages = KVPages(jnp.full(shape, jnp.nan, jnp.float32), jnp.full(shape, jnp.nan, jnp.float32))
+        shuffled = np.random.default_rng(5).permutation(np.arange(1, self.PAGES))
+        self._table = shuffled[: self.ROWS * self.WIDTH].reshape(self.ROWS, self.WIDTH).astype(np.int32)
+        self._done = np.zeros(self.ROWS, np.int32)
+
+    def run(self, sequences: Sequence[np.ndarray], plan: Sequence[Sequence[Work]], *, tokens: int) -> list[np.ndarray]:
+        """Runs the plan's steps, of at most `tokens` tokens each; logits of every token of each sequence."""
+        logits = [np.full((len(ids), self.spec.vocab_size), np.nan, np.float32) for ids in sequences]
+        for step in plan:
+            only_decode = all(work.decode for work in step)
+            T = self.ROWS if only_decode else tokens
+            ids, position, page, slot = (np.zeros(T, np.int32) for _ in range(4))
+            start, count, first, length = (np.zeros(self.ROWS, np.int32) for _ in range(4))
+            table = np.zeros((self.ROWS, self.WIDTH), np.int32)
+            at = 0
+            places = []
+            for row, work in enumerate(step):
+                done = self._done[work.sequence]
+                span, where = np.arange(done, done + work.count), slice(at, at + work.count)
+                ids[where], position[where] = sequences[work.sequence][span], span
+                table[row] = self._table[work.sequence]
+                page[where], slot[where] = table[row][span // self.SLOTS], span % self.SLOTS
+                first[row], start[row] = done, at
+                count[row], length[row] = (0, done + 1) if work.decode else (work.count, 0)
+                places.append((work.sequence, span, where))
+                self._done[work.sequence] += work.count
+                at += work.count
+            run = self._decode if only_decode else self._mixed
+            out, self._pages = run(
+                self._weights, self._pages, ids, position, page, slot, table, start, count, first, length
+            )
+            for sequence, span, where in places:
+                logits[sequence][span] = np.asarray(out)[where]
+        return logits
+
+    def _step(self, weights, pages, ids, position, page, slot, table, start, count, first, length, blocks=True):
+        model = nnx.merge(self._graph, weights)
+        work = ops.query_blocks(start, count, first, ids.shape[0]) if blocks else None
+        batch = ops.AttentionBatch(page=page, slot=slot, page_table=table, decode_lengths=length, blocks=work)
+        x, pages = model.hidden(ids, position, pages, batch)
+        return model.logits(x), pages
+
+
+@pytest.fixture(scope="session")
+def paged() -> type[Paged]:
+    return Paged
+
+
+@pytest.fixture(scope="session")
+def work() -> type[Work]:
+    return Work
