@@ -14,12 +14,12 @@ comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test test-fast lint format bench wheel clean help
+.PHONY: run test test-slow lint format bench wheel clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run        build .venv, fetch the demo model, stream an answer"
-	@echo "make test       the whole test suite (test-fast: without the slow ones)"
+	@echo "make test       the test suite (test-slow: the tests that take long)"
 	@echo "make lint       ruff and pyright"
 	@echo "make format     let ruff rewrite the files"
 	@echo "make bench      compare with other engines on this machine"
@@ -57,8 +57,8 @@ run: $(VENV)/.installed
 test: $(STAMP)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-fast: $(STAMP)
-	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+test-slow: $(STAMP)
+	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff format --check .

@@ -1,11 +1,15 @@
-"""atoma-jax: an LLM inference engine compiled by XLA."""
+"""atoma-jax: an LLM inference engine compiled by XLA. Public names only, each imported when it is first used."""
 
-from atoma_jax.config import EngineConfig
-from atoma_jax.engine.async_engine import AsyncLLM
-from atoma_jax.engine.llm import LLM
-from atoma_jax.errors import AtomaError, EngineDeadError, Overloaded, UserError
-from atoma_jax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from atoma_jax.sampling_params import RequestOutputKind, SamplingParams
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atoma_jax.config import EngineConfig
+    from atoma_jax.engine.async_engine import AsyncLLM
+    from atoma_jax.engine.llm import LLM
+    from atoma_jax.errors import AtomaError, EngineDeadError, Overloaded, UserError
+    from atoma_jax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from atoma_jax.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -24,3 +28,26 @@ __all__ = [
     "SamplingParams",
     "UserError",
 ]
+
+_HOMES = {
+    "atoma_jax.config": ("EngineConfig",),
+    "atoma_jax.engine.async_engine": ("AsyncLLM",),
+    "atoma_jax.engine.llm": ("LLM",),
+    "atoma_jax.errors": ("AtomaError", "EngineDeadError", "Overloaded", "UserError"),
+    "atoma_jax.outputs": ("CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput"),
+    "atoma_jax.sampling_params": ("RequestOutputKind", "SamplingParams"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name's module (PEP 562): `atoma-jax pull` and the parsers never wait for JAX."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'atoma_jax' has no attribute {name!r}")
+    value = import_module(_HOME_OF[name]).__dict__[name]
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

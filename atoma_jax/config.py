@@ -27,7 +27,8 @@ class ModelConfig:
 
     model: str  # a name of configs/models, a .gguf file, a folder, or a hub id
     revision: str | None = None  # of a hub repository
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # operands of matrix products; sums are float32
+    # Operands of matrix products; sums are float32. auto: bfloat16 where the hardware multiplies it (GPUs, AMX).
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_model_len: int | None = None  # tokens of prompt and output together; None: what the model was trained for
     seed: int = 0  # of requests that bring none
     trust_remote_code: bool = False  # refused: code of a checkpoint is never run

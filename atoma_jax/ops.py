@@ -14,6 +14,20 @@ from atoma_jax.quant.qtensor import Layout, QTensor
 from pallas_kernels import paged_attention as attention_kernels
 from pallas_kernels import quantized_matmul as matmul_kernels
 from pallas_kernels.paged_attention import KVPages, QueryBlocks
+from pallas_kernels.quantized_matmul import pack_planar
+
+# Types and packings of the kernels that others need come from here: nobody else imports kernels.
+__all__ = [
+    "AttentionBatch",
+    "Backend",
+    "KVPages",
+    "QueryBlocks",
+    "attend",
+    "embed",
+    "linear",
+    "pack_planar",
+    "query_blocks",
+]
 
 FEW_ROWS = 8  # XLA:CPU is slow with bfloat16 products of fewer rows: it widens the weight first
 
@@ -93,7 +107,7 @@ def attend(
     scale: float,
     softcap: float | None,
 ) -> tuple[Float32[Array, "T N H"], KVPages]:
-    """Writes the step's K and V into their pages, then attends to them. Owning both keeps the layout one kernel's affair.
+    """Writes the step's K and V into their pages, then attends to them: both depend on the pages' layout.
 
     Args:
         q: queries of the step's tokens, rotated.
@@ -107,12 +121,29 @@ def attend(
         softcap: limit of the logits' size, by tanh.
     """
     pages = attention_kernels.write_kv(pages, k, v, layer=layer, page=batch.page, slot=batch.slot)
-    settings = {"layer": layer, "page_table": batch.page_table, "window": window, "scale": scale, "softcap": softcap}
     B = batch.decode_lengths.shape[0]
-    decoded = attention_kernels.decode_attention(q[:B], pages, lengths=batch.decode_lengths, **settings)
+    decoded = attention_kernels.decode_attention(
+        q[:B],
+        pages,
+        layer=layer,
+        page_table=batch.page_table,
+        lengths=batch.decode_lengths,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+    )
     if batch.blocks is None:
         return decoded, pages
-    out = attention_kernels.ragged_attention(q, pages, batch.blocks, **settings)
+    out = attention_kernels.ragged_attention(
+        q,
+        pages,
+        batch.blocks,
+        layer=layer,
+        page_table=batch.page_table,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+    )
     decodes = (batch.decode_lengths > 0)[:, None, None]
     out = out.at[:B].set(jnp.where(decodes, decoded, out[:B]))
     return out, pages

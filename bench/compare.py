@@ -1,8 +1,8 @@
 """This engine beside others: the same file, prompts and machine, in turns. Prints medians and ratios with their spread.
 
-Every engine lives in a process of its own for the whole comparison and waits while others run, so the memory of all must
-fit at once. A round runs each kind of work on each engine, in an order that rotates from round to round; ratios are
-taken within a round, so that a machine that slows down for a while slows both sides. Prompts are random token ids, new
+Every engine has a process of its own, for the whole comparison, that waits while others run, so the memory of all
+must fit at once. A round runs each kind of work on each engine, in an order that rotates from round to round; ratios
+are taken within a round, so that a machine that slows down for a while slows both sides. Prompts are random token ids, new
 in every round and the same for all; outputs are greedy, of a fixed length.
 
 | number | work | tokens a second |
@@ -96,7 +96,8 @@ class Worker:
             PeerError: it could not load the model.
         """
         self.name = name
-        self._messages = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        # Lives as long as the process that writes it: closed by `close`.
+        self._messages = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [python, "-m", "bench.peers.worker", name],
             cwd=ROOT,
@@ -178,7 +179,8 @@ def main(
     )
     path = resolve(model).path.absolute()
     with GGUFFile.open(path) as file:
-        vocab_size = len(file.metadata["tokenizer.ggml.tokens"])
+        tokens = file.metadata["tokenizer.ggml.tokens"]
+        assert isinstance(tokens, list), "the reader checks it"
     setup = {
         "model": str(path),
         "threads": threads or len(os.sched_getaffinity(0)),
@@ -193,7 +195,7 @@ def main(
         options.setdefault(peer, {})[setting] = value
     workers = start([ENGINE, *names], setup, interpreters, options)
     try:
-        results = compare(workers, sizes, rounds=rounds, vocab_size=vocab_size, seed=seed)
+        results = compare(workers, sizes, rounds=rounds, vocab_size=len(tokens), seed=seed)
     finally:
         for worker in workers:
             worker.close()

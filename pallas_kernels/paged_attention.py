@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-CHUNK = 128  # tokens of context read at once
+CHUNK = 128  # tokens of context read at once in prefill, and the least in decode
+DECODE_TOKENS = 2048  # tokens of context that all rows of a decode read at once: few rows read further ahead
 QUERY_BLOCK = 128  # tokens of one sequence that share a read of its context in prefill
 NEVER = -1e30  # logit of a masked slot; finite, so that a fully masked chunk gives no NaN
 
@@ -76,7 +77,7 @@ def decode_attention(
     """
     B, N, H = q.shape
     K, S = pages.k.shape[2], pages.k.shape[3]
-    per_chunk = max(1, CHUNK // S)
+    per_chunk = max(1, min(max(CHUNK, DECODE_TOKENS // B), page_table.shape[1] * S) // S)
     queries = q.reshape(B, K, N // K, H).astype(jnp.float32) * scale
     table = _padded(page_table, per_chunk)
     first = jnp.where(lengths > 0, jnp.maximum(lengths - window, 0), jnp.iinfo(jnp.int32).max)
@@ -190,8 +191,8 @@ def _finish(carry: _Softmax) -> Float32[Array, "*q H"]:
 
 
 def _context(
-    pages: KVPages, layer: Array, ids: Int32[Array, "B C"], seen: Bool[Array, "B C·S"]
-) -> tuple[Float32[Array, "B K C·S H"], Float32[Array, "B K C·S H"]]:
+    pages: KVPages, layer: Array, ids: Int32[Array, "B C"], seen: Bool[Array, "B span"]
+) -> tuple[Float32[Array, "B K span H"], Float32[Array, "B K span H"]]:
     """A chunk of context; unseen slots of V are zero, as 0 · NaN is NaN."""
 
     def read(cache: Array) -> Array:
@@ -201,7 +202,7 @@ def _context(
     return read(pages.k), jnp.where(seen[:, None, :, None], read(pages.v), 0.0)
 
 
-def _padded(page_table: Int32[Array, "B W"], multiple: int) -> Int32[Array, "B W+"]:
+def _padded(page_table: Int32[Array, "B W"], multiple: int) -> Int32[Array, "B padded"]:
     """The table with scratch pages behind it, so that no chunk's slice is shifted back at the end."""
     return jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % multiple)))
 

@@ -1,12 +1,13 @@
 """Where a number was measured: versions, device, processor, date; and how much memory the process took. For Linux."""
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import resource
 from pathlib import Path
 from typing import Any
+
+from atoma_jax import __version__
 
 
 def describe_machine() -> dict[str, Any]:
@@ -16,7 +17,7 @@ def describe_machine() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "versions": {
-            "atoma_jax": importlib.metadata.version("atoma-jax"),
+            "atoma_jax": __version__,
             "jax": jax.__version__,
             "python": platform.python_version(),
         },

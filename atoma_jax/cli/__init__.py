@@ -6,13 +6,13 @@ an engine is built, so that help, `pull` and a mistyped option answer at once.
 """
 
 import errno
-import importlib.metadata
 import logging
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from atoma_jax import __version__
 from atoma_jax.cli.bench import bench
 from atoma_jax.cli.chat import chat
 from atoma_jax.cli.evaluate import evaluate
@@ -83,10 +83,11 @@ app.add_typer(bench)
 app.add_typer(evaluate)
 
 
-def _show_version(asked: bool) -> None:
+def _show_version(asked: bool) -> bool:
     if asked:
-        typer.echo(f"atoma-jax {importlib.metadata.version('atoma-jax')}")
+        typer.echo(f"atoma-jax {__version__}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()

@@ -37,7 +37,7 @@ class _Stream:
 class AsyncLLM:
     """Serves many requests at once.
 
-    Requests are handed over in `generate` and come back as an async iterator. Cancelling the iterator aborts the request.
+    A request is handed over in `generate` and comes back as an async iterator. Cancelling the iterator aborts it.
     """
 
     def __init__(self, engine: Engine, startup: StartupReport):

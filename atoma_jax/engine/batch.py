@@ -5,7 +5,7 @@ The array's layout is a function of the program and the sizes alone, so the devi
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Int32
@@ -14,30 +14,30 @@ from atoma_jax.engine.buckets import Program
 from atoma_jax.engine.plan import StepPlan, Work
 from atoma_jax.engine.sampling_rows import NUM_COLUMNS, Column, RowFlag
 
+Words: TypeAlias = Any  # int32: numpy arrays while the host packs, JAX arrays while the device unpacks
+
 
 class BatchFields(NamedTuple):
-    """Parts of a batch: T tokens, B sequences, W pages a table, Q rows of logits."""
+    """Parts of a batch: T tokens, B sequences, W pages a table, Q rows of logits, C columns of settings."""
 
-    num_tokens: Int32[np.ndarray, " 1"]
-    tokens: Int32[np.ndarray, " T"]
-    row: Int32[np.ndarray, " T"]  # sequence of each token
-    position: Int32[np.ndarray, " T"]
-    from_slot: Int32[np.ndarray, " B"]  # 1 + the slot whose last sampled token is the row's input; 0: it is in tokens
-    decode_length: Int32[np.ndarray, " B"]  # context of a row that decodes, this step included; 0 for the others
-    chunk_start: Int32[np.ndarray, " B"]  # first token of a row's chunk of prefill
-    chunk_count: Int32[np.ndarray, " B"]  # tokens of it; 0 for rows that decode
-    chunk_position: Int32[np.ndarray, " B"]  # of its first token
-    logit_token: Int32[np.ndarray, " Q"]  # token whose hidden state yields each row of logits
-    sampling: Int32[np.ndarray, "Q C"]  # see sampling_rows.py
-    page_table: Int32[np.ndarray, "B W"]
+    num_tokens: Words  # [1]
+    tokens: Words  # [T]
+    row: Words  # [T] sequence of each token
+    position: Words  # [T]
+    from_slot: Words  # [B] 1 + the slot whose last sampled token is the row's input; 0: it is in tokens
+    decode_length: Words  # [B] context of a row that decodes, this step included; 0 for the others
+    chunk_start: Words  # [B] first token of a row's chunk of prefill
+    chunk_count: Words  # [B] tokens of it; 0 for rows that decode
+    chunk_position: Words  # [B] of its first token
+    logit_token: Words  # [Q] token whose hidden state yields each row of logits
+    sampling: Words  # [Q, C] see sampling_rows.py
+    page_table: Words  # [B, W]
 
 
-def field_shapes(program: Program, table_width: int) -> BatchFields:
-    """The shape of each part, in its place."""
+def field_shapes(program: Program, table_width: int) -> list[tuple[int, ...]]:
+    """The shape of each part, in the order of `BatchFields`."""
     T, B, Q = program.tokens, program.rows, program.logit_rows
-    return BatchFields(  # pyright: ignore[reportArgumentType]  # shapes stand where the parts will
-        *((1,), (T,), (T,), (T,), (B,), (B,), (B,), (B,), (B,), (Q,), (Q, NUM_COLUMNS), (B, table_width))
-    )
+    return [(1,), (T,), (T,), (T,), (B,), (B,), (B,), (B,), (B,), (Q,), (Q, NUM_COLUMNS), (B, table_width)]
 
 
 def batch_size(program: Program, table_width: int) -> int:
@@ -45,9 +45,9 @@ def batch_size(program: Program, table_width: int) -> int:
     return sum(math.prod(shape) for shape in field_shapes(program, table_width))
 
 
-def unpack(words: Int32[np.ndarray, " words"], program: Program, table_width: int) -> BatchFields:
-    """Views of the parts; works on numpy and on JAX arrays."""
-    parts: list[Int32[np.ndarray, "..."]] = []
+def unpack(words: Words, program: Program, table_width: int) -> BatchFields:
+    """The parts of a batch of `batch_size` words."""
+    parts: list[Words] = []
     at = 0
     for shape in field_shapes(program, table_width):
         size = math.prod(shape)

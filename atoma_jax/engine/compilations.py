@@ -20,12 +20,13 @@ class CompilationCounter:
         """Programs that were really compiled."""
         return self.programs - self.cache_hits
 
-    def _on_duration(self, event: str, duration: float, **_: str | int) -> None:
-        del duration
+    def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
         if event == "/jax/core/compile/backend_compile_duration":
             self.programs += 1
 
-    def _on_event(self, event: str, **_: str | int) -> None:
+    def _on_event(self, event: str, **kwargs: str | int) -> None:
+        del kwargs
         if event == "/jax/compilation_cache/cache_hits":
             self.cache_hits += 1
 

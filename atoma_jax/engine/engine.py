@@ -1,7 +1,7 @@
 """`Engine`: requests in, steps, outputs out. One thread calls it; `async_engine.py` shares it between many.
 
-A step is: plan (host) → pack → one jitted call → commit → text. Step N + 1 is dispatched before the tokens of step N are
-read, unless `async_scheduling` is off.
+A step is: plan (host) → pack → one jitted call → commit → text. Step N + 1 is dispatched before the tokens of step N
+are read, unless `async_scheduling` is off.
 """
 
 import time
@@ -97,6 +97,14 @@ class Engine:
         """Forgets all shared prefixes."""
         self._scheduler.pool.reset_cache()
 
+    def close(self) -> None:
+        """Aborts what is unfinished and gives the device's memory back. Later calls raise `EngineDeadError`."""
+        for request_id in list(self._requests):
+            self.abort_request(request_id)
+        self._in_flight.clear()
+        self._dead = "it was shut down"
+        self._runner.close()
+
     def add_request(
         self,
         request_id: str,
@@ -163,8 +171,8 @@ class Engine:
             output = done.output.read()
             read = time.perf_counter()
         except Exception as error:
-            self._dead = f"{type(error).__name__}: {error}"
-            raise EngineDeadError(f"A step failed, so the engine is lost: {self._dead}. Build it anew.") from error
+            self._dead = f"a step failed with {type(error).__name__}: {error}"
+            raise self._lost() from error
         outputs = self._commit(done.plan, output, read)
         end = time.perf_counter()
         self._recorder.add_step(host=(wait - begin) + (end - read), device=read - wait, stats=self._scheduler.stats())
@@ -256,4 +264,7 @@ class Engine:
 
     def _check_alive(self) -> None:
         if self._dead is not None:
-            raise EngineDeadError(f"An earlier step failed, so the engine is lost: {self._dead}. Build it anew.")
+            raise self._lost()
+
+    def _lost(self) -> EngineDeadError:
+        return EngineDeadError(f"The engine is lost: {self._dead}. Build it anew.")

@@ -71,6 +71,10 @@ class LLM:
         """Forgets all shared prefixes."""
         self.llm_engine.reset_prefix_cache()
 
+    def shutdown(self) -> None:
+        """Aborts what is unfinished and gives the device's memory back; the object is of no use afterwards."""
+        self.llm_engine.close()
+
     def generate(
         self,
         prompts: Prompt | ListLike[Prompt],

@@ -1,6 +1,5 @@
 """How much memory the KV cache gets, in pages. Arithmetic on sizes; allocates nothing and imports no JAX."""
 
-import os
 from dataclasses import dataclass
 
 from atoma_jax.config import CacheConfig
@@ -19,11 +18,6 @@ class DeviceMemory:
     is_cpu: bool
     free: int  # bytes
     weights: int  # bytes that the model will take
-
-
-def free_host_bytes() -> int:
-    """Bytes of memory that this machine can give without swapping."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def plan_pages(config: CacheConfig, memory: DeviceMemory, *, page_bytes: int, max_model_len: int) -> int:
@@ -52,9 +46,9 @@ def plan_pages(config: CacheConfig, memory: DeviceMemory, *, page_bytes: int, ma
         raise ConfigError(
             name,
             given,
-            f"one sequence of max_model_len = {max_model_len} tokens needs {needed} pages of {page_bytes} bytes and there "
-            f"is room for {pages}; set max_model_len to at most {tokens}, or give the cache {needed * page_bytes} bytes "
-            "by kv_cache_memory_bytes",
+            f"one sequence of max_model_len = {max_model_len} tokens needs {needed} pages of {page_bytes} bytes and "
+            f"there is room for {pages}; set max_model_len to at most {tokens}, or give the cache "
+            f"{needed * page_bytes} bytes by kv_cache_memory_bytes",
         )
     return pages
 

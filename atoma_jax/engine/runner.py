@@ -5,7 +5,6 @@ step later.
 """
 
 import itertools
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -125,11 +124,16 @@ class Runner:
             future.result()
 
     def warm_up(self) -> None:
-        """Runs every program once with no work, so that the first request does not pay for what is set up lazily."""
-        for program in self.buckets.programs:
-            words = np.zeros(batch_size(program, self._sizes.table_width), np.int32)
-            self._state, _ = self._programs[program].result()(self._weights, self._state, words)
+        """Runs the smallest program once with no work, so that the first request does not pay for lazy set-up."""
+        program = self.buckets.decode[0]
+        words = np.zeros(batch_size(program, self._sizes.table_width), np.int32)
+        self._state, _ = self._programs[program].result()(self._weights, self._state, words)
         jax.block_until_ready(self._state)
+
+    def close(self) -> None:
+        """Gives the device's memory back; the runner is of no use afterwards."""
+        self._weights = self._state = None
+        self._programs.clear()
 
     def take_slot(
         self, slot: int, settings: np.ndarray, rules: SlotRules | None, prompt: list[int], outputs: list[int]

@@ -3,9 +3,8 @@
 Everything is checked from the file's header before anything large is allocated.
 """
 
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from atoma_jax.config import EngineConfig
@@ -21,8 +19,9 @@ from atoma_jax.engine.admission import SchedulerLimits
 from atoma_jax.engine.buckets import Buckets, make_buckets
 from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.engine import Engine
+from atoma_jax.engine.host import cpu_multiplies_bfloat16, free_host_bytes, usable_cores
 from atoma_jax.engine.limits import EngineLimits
-from atoma_jax.engine.memory import DeviceMemory, free_host_bytes, plan_pages
+from atoma_jax.engine.memory import DeviceMemory, plan_pages
 from atoma_jax.engine.pages import PagePool
 from atoma_jax.engine.prefix_cache import PrefixCache
 from atoma_jax.engine.runner import Runner
@@ -68,7 +67,7 @@ class _Phases:
         self._on_phase = on_phase
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Generator[None]:
         begin = time.perf_counter()
         yield
         seconds = time.perf_counter() - begin
@@ -179,14 +178,14 @@ def _plan(config: EngineConfig, spec: ModelSpec, file: GGUFFile) -> _Plan:
         ),
         sampler=SamplerShape(slots=seqs, vocab_size=spec.vocab_size, max_model_len=length),
         kv_dtype=jnp.dtype(kv_dtype),
-        threads=len(os.sched_getaffinity(0)),
+        threads=usable_cores(),
     )
 
 
 def _backend(config: EngineConfig, *, is_cpu: bool) -> Backend:
     operands = config.model.dtype
     if operands == "auto":
-        operands = "float32" if is_cpu else "bfloat16"
+        operands = "float32" if is_cpu and not cpu_multiplies_bfloat16() else "bfloat16"
     return Backend(
         platform="cpu" if is_cpu else "cuda", operands=operands, weight_layout="rows" if is_cpu else "planar"
     )

@@ -20,8 +20,6 @@ from atoma_jax.engine.sampler_state import SamplerShape, SamplerState, init_stat
 from atoma_jax.engine.sampling_rows import decode_rows
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.decoder import Decoder
-from pallas_kernels.paged_attention import KVPages
-
 
 Weights: TypeAlias = Any  # an `nnx.State`, whose own type cannot be checked at run time
 
@@ -31,7 +29,7 @@ Weights: TypeAlias = Any  # an `nnx.State`, whose own type cannot be checked at 
 class EngineState:
     """Everything that lives on the device from step to step."""
 
-    pages: KVPages
+    pages: ops.KVPages
     sampler: SamplerState
 
 
@@ -60,7 +58,7 @@ def make_state(spec: ModelSpec, sampler: SamplerShape, *, num_pages: int, page_s
     """An empty state."""
     shape = (spec.num_layers, num_pages, spec.num_kv_heads, page_size, spec.head_dim)
     return EngineState(
-        pages=KVPages(jnp.zeros(shape, kv_dtype), jnp.zeros(shape, kv_dtype)), sampler=init_state(sampler)
+        pages=ops.KVPages(jnp.zeros(shape, kv_dtype), jnp.zeros(shape, kv_dtype)), sampler=init_state(sampler)
     )
 
 
@@ -84,7 +82,7 @@ def run_step(
         sizes: static.
     """
     model: Decoder = nnx.merge(graph, weights)
-    batch: BatchFields = unpack(words, program, sizes.table_width)  # pyright: ignore[reportArgumentType]
+    batch = unpack(words, program, sizes.table_width)
     tokens = _input_tokens(batch, state.sampler)
     hidden, pages = model.hidden(tokens, batch.position, state.pages, _attention_batch(batch, program, sizes))
     logits = model.logits(hidden[batch.logit_token])

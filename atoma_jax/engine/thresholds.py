@@ -11,10 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from atoma_jax.engine.vocab_blocks import count, exact_sum, low_bits, take_blocks, to_blocks
+from atoma_jax.engine.vocab_blocks import count
 
-NEAR_WIDTH = 16  # tokens of a block of candidates
-NEAR_BLOCKS = 256  # their number: a cut above all other blocks needs no look at those
+NEAR = 512  # the likeliest tokens: a cut among them needs no look at the others
 
 
 def order_of(x: Float32[Array, "..."]) -> Int32[Array, "..."]:
@@ -25,7 +24,7 @@ def order_of(x: Float32[Array, "..."]) -> Int32[Array, "..."]:
 
 def mass_above(order: Array, weights: Array, cut: Array) -> Int32[Array, " B"]:
     """Weight of the tokens at or above the cut."""
-    return exact_sum(jnp.where(order >= cut[:, None], weights, 0), low_bits(order.shape[1]))
+    return jnp.sum(jnp.where(order >= cut[:, None], weights, 0), axis=1)
 
 
 def find_cut(
@@ -40,7 +39,7 @@ def find_cut(
 
     Args:
         logits: without NaN in the rows that filter.
-        weights: probabilities in units of `2^-(23 + low_bits(V))`.
+        weights: probabilities in any integer unit, with a sum below 2^31.
         floor: order number below which nothing is kept.
         ceiling: order number of the largest logit.
         top_k: 0 in rows without.
@@ -55,9 +54,12 @@ def find_cut(
         return _search(order, weights, (floor, ceiling), complete, mass_above(order, weights, floor), top_k, top_p)
 
     def search(logits: Array, weights: Array) -> Array:
-        if logits.shape[1] <= 2 * NEAR_WIDTH * NEAR_BLOCKS:
+        if logits.shape[1] <= 4 * NEAR:
             return search_all(logits, weights)
-        near, near_weights, outside = _candidates(logits, weights)
+        # Behind the barrier: slices that XLA merges into its top-k make it a sort of the whole row.
+        values, ids = lax.optimization_barrier(lax.top_k(logits, NEAR + 1))
+        near, outside = order_of(values[:, :NEAR]), order_of(values[:, NEAR])
+        near_weights = jnp.take_along_axis(weights, ids[:, :NEAR], axis=1, mode="clip")
         bounds = (jnp.maximum(floor, outside), ceiling)
         mass = mass_above(order_of(logits), weights, floor)
         found = _search(near, near_weights, bounds, floor > outside, mass, top_k, top_p)
@@ -65,16 +67,6 @@ def find_cut(
         return lax.cond(unsure, search_all, lambda *_: jnp.where(filters, found, floor), logits, weights)
 
     return lax.cond(jnp.any(filters), search, lambda *_: floor, logits, weights)
-
-
-def _candidates(logits: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """Order numbers and weights of the tokens in the blocks with the largest maxima, and the largest number outside."""
-    B = logits.shape[0]
-    blocks = to_blocks(logits, -jnp.inf, NEAR_WIDTH)  # [B, N, 16]
-    values, chosen = lax.top_k(jnp.max(blocks, axis=2), NEAR_BLOCKS + 1)
-    near = take_blocks(blocks, chosen[:, :NEAR_BLOCKS]).reshape(B, -1)
-    near_weights = take_blocks(to_blocks(weights, 0, NEAR_WIDTH), chosen[:, :NEAR_BLOCKS]).reshape(B, -1)
-    return order_of(near), near_weights, order_of(values[:, NEAR_BLOCKS])
 
 
 class _Bracket(NamedTuple):

@@ -17,15 +17,14 @@ from atoma_jax.loading.names import Part, Rows, WeightSource, weight_sources
 from atoma_jax.loading.weight_forms import DenseForm, QuantizedForm, form_of
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.params import ParamSpec
-from atoma_jax.ops import Backend
+from atoma_jax.ops import Backend, pack_planar
 from atoma_jax.quant.ggml import GroupCodes, decode, dequantize
 from atoma_jax.quant.qtensor import QTensor
-from pallas_kernels.quantized_matmul import pack_planar
 
 DECODED_AT_ONCE = 1 << 22  # elements: bounds the temporary memory of a thread
 XLA_ALIGNMENT = 64  # bytes
 
-_Array: TypeAlias = np.ndarray[Any, Any]
+_Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
 def load_weights(

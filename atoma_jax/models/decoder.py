@@ -12,7 +12,6 @@ from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.layers import rms_norm, rope_tables, softcapped, window_sizes
 from atoma_jax.models.params import matrix, vector
 from atoma_jax.models.registry import LAYERS
-from pallas_kernels.paged_attention import KVPages
 
 
 class Decoder(nnx.Module):
@@ -37,9 +36,9 @@ class Decoder(nnx.Module):
         self,
         tokens: Int32[Array, " T"],
         positions: Int32[Array, " T"],
-        pages: KVPages,
+        pages: ops.KVPages,
         batch: ops.AttentionBatch,
-    ) -> tuple[Float32[Array, "T D"], KVPages]:
+    ) -> tuple[Float32[Array, "T D"], ops.KVPages]:
         """Runs all layers over the step's tokens; writes their K and V into `pages`."""
         spec = self.spec
         with jax.named_scope("embed"):
@@ -50,8 +49,8 @@ class Decoder(nnx.Module):
         graph, weights = nnx.split(self.layers)
 
         def layer(
-            carry: tuple[Array, KVPages], inputs: tuple[Array, Array, Array, Any]
-        ) -> tuple[tuple[Array, KVPages], None]:
+            carry: tuple[Array, ops.KVPages], inputs: tuple[Array, Array, Array, Any]
+        ) -> tuple[tuple[Array, ops.KVPages], None]:
             index, window, windowed, state = inputs
             module = nnx.merge(graph, state)
             with jax.named_scope("layer"):

@@ -7,7 +7,6 @@ from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.layers import Rope, rms_norm
 from atoma_jax.models.llama import LlamaLayer
 from atoma_jax.models.params import vector
-from pallas_kernels.paged_attention import KVPages
 
 
 class GemmaLayer(LlamaLayer):
@@ -21,14 +20,14 @@ class GemmaLayer(LlamaLayer):
     def __call__(
         self,
         x: Float32[Array, "T D"],
-        pages: KVPages,
+        pages: ops.KVPages,
         rope: Rope,
         batch: ops.AttentionBatch,
         *,
         layer: Int32[Array, ""],
         window: Int32[Array, ""],
         windowed: Bool[Array, ""],
-    ) -> tuple[Float32[Array, "T D"], KVPages]:
+    ) -> tuple[Float32[Array, "T D"], ops.KVPages]:
         """One layer over the step's tokens; `layer` is its place in the cache."""
         eps = self.spec.norm_eps
         h = rms_norm(x, self.attn_norm[...], eps)

@@ -13,8 +13,8 @@ from atoma_jax.model_spec import ModelSpec
 class Rope(NamedTuple):
     """Cosines and sines of a step's positions, for layers that see everything and for layers with a window."""
 
-    cos: Float32[Array, "2 T H/2"]
-    sin: Float32[Array, "2 T H/2"]
+    cos: Float32[Array, "2 T half"]
+    sin: Float32[Array, "2 T half"]
 
 
 def rms_norm(x: Float32[Array, "*lead D"], scale: Float[Array, " D"], eps: float) -> Float32[Array, "*lead D"]:
@@ -22,7 +22,7 @@ def rms_norm(x: Float32[Array, "*lead D"], scale: Float[Array, " D"], eps: float
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale
 
 
-def rope_tables(positions: Int32[Array, " T"], spec: ModelSpec, divisors: Float[Array, " H/2"] | None) -> Rope:
+def rope_tables(positions: Int32[Array, " T"], spec: ModelSpec, divisors: Float[Array, " half"] | None) -> Rope:
     """Rotary embedding (arXiv:2104.09864) of each position.
 
     Args:
@@ -49,7 +49,7 @@ def rotate(x: Float32[Array, "T n H"], rope: Rope, windowed: Bool[Array, ""]) ->
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def gated(gate_up: Float32[Array, "T 2F"], activation: str) -> Float32[Array, "T F"]:
+def gated(gate_up: Float32[Array, "T twoF"], activation: str) -> Float32[Array, "T F"]:
     """activation(gate) · up (arXiv:2002.05202), gate in the first half."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
     return (jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up

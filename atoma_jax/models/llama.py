@@ -7,7 +7,6 @@ from atoma_jax import ops
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.layers import Rope, gated, rms_norm, rotate
 from atoma_jax.models.params import matrix, vector
-from pallas_kernels.paged_attention import KVPages
 
 
 class LlamaLayer(nnx.Module):
@@ -36,14 +35,14 @@ class LlamaLayer(nnx.Module):
     def __call__(
         self,
         x: Float32[Array, "T D"],
-        pages: KVPages,
+        pages: ops.KVPages,
         rope: Rope,
         batch: ops.AttentionBatch,
         *,
         layer: Int32[Array, ""],
         window: Int32[Array, ""],
         windowed: Bool[Array, ""],
-    ) -> tuple[Float32[Array, "T D"], KVPages]:
+    ) -> tuple[Float32[Array, "T D"], ops.KVPages]:
         """One layer over the step's tokens; `layer` is its place in the cache."""
         h = rms_norm(x, self.attn_norm[...], self.spec.norm_eps)
         h, pages = self.attention(h, pages, rope, batch, layer=layer, window=window, windowed=windowed)
@@ -53,14 +52,14 @@ class LlamaLayer(nnx.Module):
     def attention(
         self,
         x: Float32[Array, "T D"],
-        pages: KVPages,
+        pages: ops.KVPages,
         rope: Rope,
         batch: ops.AttentionBatch,
         *,
         layer: Int32[Array, ""],
         window: Int32[Array, ""],
         windowed: Bool[Array, ""],
-    ) -> tuple[Float32[Array, "T D"], KVPages]:
+    ) -> tuple[Float32[Array, "T D"], ops.KVPages]:
         """Projections, rotation, paged attention, output projection."""
         spec = self.spec
         T, N, K, H = x.shape[0], spec.num_heads, spec.num_kv_heads, spec.head_dim

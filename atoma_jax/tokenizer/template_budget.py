@@ -135,7 +135,7 @@ class Budget:
         """The sum over the items of a container."""
         total = _CONTAINER_OVERHEAD
         for count, item in enumerate(items):
-            total += self.written(item)
+            total += len(item) + _STRING_OVERHEAD if type(item) is str else self.written(item)
             if count % _ITEMS_A_STEP == 0:
                 self.check_value(total)
                 self.step()

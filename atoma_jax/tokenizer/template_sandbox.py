@@ -7,10 +7,9 @@ literals, filters and output, by rewriting the syntax tree before it is compiled
 no second process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import wraps
-from types import BuiltinMethodType, CodeType, MethodType
+from types import BuiltinMethodType, CodeType, FunctionType, MethodType
 from typing import Any, cast
 
 from jinja2 import Undefined, nodes
@@ -27,7 +26,7 @@ from jinja2.visitor import NodeTransformer
 from atoma_jax.errors import TemplateError
 from atoma_jax.tokenizer.template_budget import MAX_INTEGER_BITS, Budget
 from atoma_jax.tokenizer.template_filters import (
-    bounded_filters,
+    BoundedFilters,
     check_format_braces,
     check_format_percent,
     check_replace,
@@ -103,7 +102,7 @@ class _ChargeEverything(NodeTransformer):
                 literal = sum(len(child.data) for child in node.nodes if isinstance(child, nodes.TemplateData))
                 return [_statement("charge_text", [nodes.Const(literal)], node), node]
             case nodes.Concat():
-                return _call("concatenate", list(node.nodes), node)
+                return _call("concatenate", node.nodes, node)
             case nodes.Compare() | nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load"):
                 return _call("charge_result", [node], node)
             case nodes.Getitem(arg=nodes.Slice()):
@@ -113,15 +112,31 @@ class _ChargeEverything(NodeTransformer):
         return node
 
 
-def _call(method: str, args: list[nodes.Expr], at: nodes.Node) -> nodes.Call:
+def _call(method: str, args: Sequence[nodes.Node], at: nodes.Node) -> nodes.Call:
     """A call of the environment's method, which no template can spell."""
-    call = nodes.Call(nodes.EnvironmentAttribute(method), args, [], None, None)
+    call = nodes.Call(nodes.EnvironmentAttribute(method), list(args), [], None, None)
     call.set_lineno(at.lineno)
     return call
 
 
-def _statement(method: str, args: list[nodes.Expr], at: nodes.Node) -> nodes.Node:
+def _statement(method: str, args: Sequence[nodes.Node], at: nodes.Node) -> nodes.Node:
     return nodes.ExprStmt(_call(method, args, at)).set_lineno(at.lineno)
+
+
+class _ChargedFilter:
+    """A filter that counts as a step, and whose result is charged."""
+
+    def __init__(self, budget: Budget, function: Callable[..., Any]):
+        self._budget = budget
+        self._function = function
+        self.jinja_pass_arg = vars(function).get("jinja_pass_arg") if isinstance(function, FunctionType) else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The filter's result."""
+        self._budget.step()
+        result = self._function(*args, **kwargs)
+        self._budget.make_value(result)
+        return result
 
 
 def _check_tree(tree: nodes.Template) -> None:
@@ -152,19 +167,14 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             cache_size=0,
         )
         self._budget = budget
+        bounded = BoundedFilters(self, budget, self.as_text)
         plain: dict[str, Callable[..., Any]] = {name: FILTERS[name] for name in _PLAIN_FILTERS}
-        bounded = bounded_filters(self, budget, self.as_text)
-        self.filters = {name: self._charged(function) for name, function in {**plain, **bounded}.items()}
-
-        def make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-            """The global `dict`: the class would give away its other constructors."""
-            made = dict(*args, **kwargs)
-            budget.make_value(made)
-            return made
-
+        self.filters = {
+            name: _ChargedFilter(budget, function) for name, function in {**plain, **bounded.by_name()}.items()
+        }
         self.globals = {
             "range": self.globals["range"],  # the sandbox's own: at most 100,000
-            "dict": make_dict,
+            "dict": bounded.make_dict,
             "namespace": _TemplateNamespace,
             "raise_exception": _raise_exception,
             "strftime_now": _strftime_now,
@@ -275,7 +285,8 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
     def _check_product(self, left: Any, right: Any) -> None:
         sequence, count = (left, right) if isinstance(left, (str, list, tuple)) else (right, left)
         if isinstance(sequence, (str, list, tuple)) and isinstance(count, int):
-            self._budget.check_value(self._budget.written(sequence) * max(count, 0))
+            size = len(sequence) if isinstance(sequence, str) else self._budget.written(sequence)
+            self._budget.check_value(size * max(count, 0))
 
     def _call_string_method(
         self, text: str, method: BuiltinMethodType, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -298,18 +309,6 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         else:
             self._budget.make_value(result)
         return result
-
-    def _charged(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that counts as a step and whose result is charged. Keeps Jinja's marks on the function."""
-
-        @wraps(function)
-        def charged(*args: Any, **kwargs: Any) -> Any:
-            self._budget.step()
-            result = function(*args, **kwargs)
-            self._budget.make_value(result)
-            return result
-
-        return charged
 
 
 @pass_context  # which also keeps Jinja from applying it to constants while compiling

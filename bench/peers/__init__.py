@@ -1,1 +1,1 @@
-"""Engines that `bench/compare.py` runs side by side, one module each. A module imports its engine when it is imported."""
+"""Engines that `bench/compare.py` runs side by side, one module each, which imports its engine at once."""

@@ -14,6 +14,8 @@ from typing import Any, TextIO
 
 from bench.peers.protocol import Peer, Setup
 
+MODULES = {"atoma": "atoma", "llama_cpp": "llamacpp", "transformers": "pytorch", "openvino": "genai"}
+
 
 def serve(name: str, requests: TextIO, answers: TextIO) -> None:
     """Runs the peer until the requests end."""
@@ -24,7 +26,7 @@ def serve(name: str, requests: TextIO, answers: TextIO) -> None:
 
     setup = Setup(**json.loads(requests.readline()))
     try:
-        module = importlib.import_module(f"bench.peers.{name}")
+        module = importlib.import_module(f"bench.peers.{MODULES[name]}")
     except ImportError as error:
         answer({"missing": str(error)})
         return

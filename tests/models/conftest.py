@@ -1,4 +1,4 @@
-"""Small random models for tests: a `transformers` model, the GGUF file that llama.cpp would make of it, and a paged run.
+"""Small random models for tests: a `transformers` model, the GGUF file that llama.cpp makes of it, and a paged run.
 
 Names of tensors and of metadata come from the `gguf` package, the arithmetic from `transformers`: neither is ours.
 """
@@ -24,7 +24,6 @@ from atoma_jax.models.params import fill, specs_of
 from pallas_kernels.paged_attention import KVPages
 
 F32 = gguf.GGMLQuantizationType.F32
-ARCHES = {arch: name for name, arch in ((v, k) for k, v in gguf.MODEL_ARCH_NAMES.items())}
 
 
 @dataclass(kw_only=True)

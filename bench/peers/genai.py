@@ -1,5 +1,8 @@
 """OpenVINO GenAI: its own reading of the GGUF file, its continuous batching on the CPU."""
 
+# Its library is not in every environment, and has no types.
+# pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false, reportAttributeAccessIssue=false
+
 import time
 
 import numpy as np

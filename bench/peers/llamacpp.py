@@ -1,5 +1,8 @@
 """llama.cpp through the low-level interface of `llama-cpp-python`: batched prefill and decode over sequences."""
 
+# Its library is not in every environment, and has no types.
+# pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false, reportAttributeAccessIssue=false
+
 import ctypes
 import time
 from typing import Any
@@ -68,7 +71,7 @@ class LlamaCpp:
         return Timing(first_s=first, total_s=time.perf_counter() - begin, token_ids=produced)
 
     def _decode(self, entries: list[tuple[int, int, int, bool]]) -> list[tuple[int, int]]:
-        """One call; (token, position, sequence, wants logits) a row. Returns (sequence, likeliest token) where asked."""
+        """One call; (token, position, sequence, wants logits) a row. Returns (sequence, likeliest token)."""
         batch = self._batch
         batch.n_tokens = len(entries)
         for row, (token, position, seq, wanted) in enumerate(entries):

@@ -1,5 +1,8 @@
 """transformers on PyTorch: the file is dequantized while loading; eager forward passes over a static batch."""
 
+# Its library is not in every environment, and has no types.
+# pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false, reportAttributeAccessIssue=false
+
 import time
 from pathlib import Path
 

@@ -1,0 +1,107 @@
+"""Packing loses nothing, dequantization is exact, and products are those of float64."""
+
+from functools import partial
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from pallas_kernels import quantized_matmul as kernel
+
+F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+
+
+def weight(N: int, K: int, g: int, *, mins: bool, low: int = -8, high: int = 8):
+    """Codes [N, K/g, g], scales and mins [N, K/g], and the exact weight [N, K]."""
+    rng = np.random.default_rng(N + K)
+    codes = rng.integers(low, high, (N, K // g, g)).astype(np.int8)
+    scales = rng.uniform(0.01, 0.1, (N, K // g)).astype(np.float16).astype(np.float32)
+    offsets = rng.uniform(-0.3, 0.3, (N, K // g)).astype(np.float16).astype(np.float32) if mins else None
+    exact = codes * scales.astype(np.float64)[..., None]
+    if offsets is not None:
+        exact = exact - offsets[..., None]
+    return codes, scales, offsets, exact.reshape(N, K)
+
+
+unpack = jax.jit(kernel.unpack_planar, static_argnums=(1, 2))
+
+
+@hypothesis.given(data=st.data())
+def test_unpacking_undoes_packing(data):
+    bits = data.draw(st.sampled_from([1, 2, 4, 8]))
+    plane = data.draw(st.sampled_from([16, 32, 64]))
+    N, K = 3, 2 * plane * 16 // bits  # each shape compiles anew
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    codes = np.random.default_rng(seed).integers(0, 2**bits, (N, K)).astype(np.uint8)
+    words = kernel.pack_planar(codes, bits, plane)
+    assert words.shape == (N, K * bits // 16)
+    np.testing.assert_array_equal(unpack(jnp.asarray(words), bits, plane), codes)
+
+
+def test_planes_are_contiguous_along_k():
+    """What the GPU kernels count on: field i of word j of block b is element b·KB + i·P + j."""
+    bits, plane = 4, 16
+    codes = np.random.default_rng(0).integers(0, 16, (2, 128)).astype(np.uint8)
+    words = kernel.pack_planar(codes, bits, plane)
+    for b, i, j in np.ndindex(2, 4, plane):
+        field = (words[:, b * plane + j] >> (bits * i)) & 15
+        np.testing.assert_array_equal(field, codes[:, b * 4 * plane + i * plane + j])
+
+
+@pytest.mark.parametrize("mins", [False, True])
+def test_dequantization_is_exact(mins):
+    codes, scales, offsets, exact = weight(5, 96, 32, mins=mins)
+    got = kernel.dequantize(jnp.asarray(codes), jnp.asarray(scales), None if offsets is None else jnp.asarray(offsets))
+    np.testing.assert_array_equal(got, exact.astype(np.float32))
+    shifted = (codes.astype(np.int16) + 8).astype(np.uint16)
+    got = kernel.dequantize(
+        jnp.asarray(shifted), jnp.asarray(scales), None if offsets is None else jnp.asarray(offsets), zero=8
+    )
+    np.testing.assert_array_equal(got, exact.astype(np.float32))
+
+
+# Tiles: none, even ones, rows that no tile count divides, a prime, and one row more than a tile holds.
+@pytest.mark.parametrize(("N", "K"), [(7, 64), (96, 64), (128, 64), (130, 64), (131, 64), (65, 64), (1, 4096)])
+@pytest.mark.parametrize("mins", [False, True])
+def test_products_with_rows_in_tiles_of_any_size(monkeypatch, N, K, mins):
+    monkeypatch.setattr(kernel, "TILE_ELEMENTS", 64 * 64)
+    codes, scales, offsets, exact = weight(N, K, 32, mins=mins)
+    for T in (1, 5):
+        x = np.random.default_rng(T).standard_normal((T, K)).astype(np.float32)
+        got = jax.jit(partial(kernel.matmul_rows, operands=F32))(x, codes, scales, offsets)
+        np.testing.assert_allclose(got, x @ exact.T, rtol=1e-5, atol=1e-4)
+
+
+def test_a_large_product_is_tiled_as_the_small_ones():
+    N, K = 1009, 2080  # a prime, and over a million elements twice
+    assert N * K > 2 * kernel.TILE_ELEMENTS * 0.9
+    codes, scales, offsets, exact = weight(N, K, 32, mins=True)
+    x = np.random.default_rng(4).standard_normal((3, K)).astype(np.float32)
+    got = jax.jit(partial(kernel.matmul_rows, operands=F32))(x, codes, scales, offsets)
+    np.testing.assert_allclose(got, x @ exact.T, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize(("bits", "zero"), [(4, 0), (4, 8), (8, 128), (8, 32)])
+@pytest.mark.parametrize("mins", [False, True])
+def test_planar_products(bits, zero, mins):
+    N, K, g = 48, 256, 32
+    codes, scales, offsets, exact = weight(N, K, g, mins=mins, low=-min(zero, 8), high=16 - min(zero, 8))
+    unsigned = (codes.astype(np.int16) + zero).astype(np.uint8).reshape(N, K)
+    words = kernel.pack_planar(unsigned, bits, 32)
+    x = np.random.default_rng(5).standard_normal((6, K)).astype(np.float32)
+    run = jax.jit(partial(kernel.matmul_planar, bits=bits, plane=32, zero=zero, operands=F32))
+    got = run(x, words, scales.T, None if offsets is None else offsets.T)
+    np.testing.assert_allclose(got, x @ exact.T, rtol=1e-5, atol=1e-4)
+
+
+def test_bfloat16_operands_are_rounded_and_sums_are_not():
+    codes, scales, offsets, exact = weight(32, 512, 32, mins=True)
+    x = np.random.default_rng(6).standard_normal((16, 512)).astype(np.float32)
+    got = jax.jit(partial(kernel.matmul_rows, operands=BF16))(x, codes, scales, offsets)
+    rounded = exact.astype(np.float32).astype(BF16).astype(np.float64)
+    want = x.astype(BF16).astype(np.float64) @ rounded.T
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
