@@ -4,7 +4,7 @@ Today every platform runs the XLA routes of `pallas_kernels`. Models call these 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ class Backend:
         return jnp.dtype(self.operands)
 
 
+@no_type_check  # JAX also fills it with abstract values
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionBatch:

@@ -1,7 +1,7 @@
 """This engine beside others: the same file, prompts and machine, in turns. Prints medians and ratios with their spread.
 
 Every engine has a process of its own, for the whole comparison, that waits while others run, so the memory of all
-must fit at once. A round runs each kind of work on each engine, in an order that rotates from round to round; ratios
+must fit at once. A round runs each kind of work on each engine, in an order that rotates from round to round. Ratios
 are taken within a round, so that a machine that slows down for a while slows both sides. Prompts are random token ids, new
 in every round and the same for all; outputs are greedy, of a fixed length.
 

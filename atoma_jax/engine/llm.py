@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from collections.abc import Sequence as ListLike
 from typing import Any
 
@@ -49,11 +49,15 @@ class LLM:
 
     def _start(self, config: EngineConfig, on_phase: OnPhase | None) -> None:
         self.llm_engine: Engine
-        self.startup: StartupReport
         self.config = config
-        self.llm_engine, self.startup = start_engine(config, on_phase=on_phase)
+        self.llm_engine, self._startup = start_engine(config, on_phase=on_phase)
         self._num_requests = 0
         self._mailboxes: dict[str, deque[RequestOutput]] = {}
+
+    @property
+    def startup(self) -> StartupReport:
+        """Seconds of each phase of the start."""
+        return self._startup
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
@@ -181,8 +185,8 @@ class LLM:
         ids = tokenizer.encode(text, add_special_tokens=False, parse_special=True)
         return {"prompt": text, "prompt_token_ids": ids}
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Completes one prompt, output by output as tokens come. Closing the iterator aborts the request.
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[RequestOutput]:
+        """Completes one prompt, output by output as tokens come. Closing the generator aborts the request.
 
         Args:
             prompt: as in `generate`.
@@ -205,7 +209,7 @@ class LLM:
 
     def stream_chat(
         self, messages: ListLike[Message], sampling_params: SamplingParams | None = None
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput]:
         """Answers one conversation as `stream` does."""
         return self.stream(self.render(messages), sampling_params)
 

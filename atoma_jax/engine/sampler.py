@@ -49,8 +49,7 @@ def sample(
         max_logprobs: how many of the likeliest tokens come back, at most V; static.
     """
     tops = block_max(logits)  # [B, N]
-    # The sum tells of a NaN, which XLA:CPU's maximum passes over; -inf alone is a legal logit.
-    raw_ok = jnp.isfinite(jnp.max(tops, axis=1)) & ~jnp.isnan(jnp.sum(logits, axis=1))
+    raw_ok = _usable(logits, tops)
     ruled = rows.mask | rows.bad_words | rows.adjust | rows.penalties
     random = rows.temperature > 0
 
@@ -98,9 +97,15 @@ def score(logits: Float32[Array, "B V"], rows: SamplingRows, *, max_logprobs: in
     found = token_logprobs(logits, tops, rows.target, rows.logprobs, max_logprobs)
     return SampleOutput(
         tokens=rows.target,
-        ok=jnp.isfinite(jnp.max(tops, axis=1)),
+        ok=_usable(logits, tops),
         logprob=found.logprob,
         rank=found.rank,
         top_ids=found.top_ids,
         top_logprobs=found.top_logprobs,
     )
+
+
+def _usable(logits: Array, tops: Array) -> Bool[Array, " B"]:
+    """Rows with a finite maximum and no NaN; -inf alone is a legal logit."""
+    # The sum tells of a NaN, which XLA:CPU's maximum passes over.
+    return jnp.isfinite(jnp.max(tops, axis=1)) & ~jnp.isnan(jnp.sum(logits, axis=1))

@@ -270,9 +270,9 @@ def _check_kind(found: ResolvedModel) -> None:
 
 
 def _check_vocabulary(tokens: int, spec: ModelSpec, path: Path) -> None:
-    if tokens > spec.vocab_size:
+    if tokens != spec.vocab_size:
         raise UnsupportedModelError(
             f"{path}: metadata 'tokenizer.ggml.tokens'",
             tokens,
-            f"must have at most the {spec.vocab_size} rows of token_embd",
+            f"must have one entry for each of the {spec.vocab_size} rows of token_embd",
         )

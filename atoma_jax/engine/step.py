@@ -5,7 +5,7 @@ the state. Compiling and calling it is `runner.py`'s.
 """
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from atoma_jax.models.decoder import Decoder
 Weights: TypeAlias = Any  # an `nnx.State`, whose own type cannot be checked at run time
 
 
+@no_type_check  # JAX also fills it with abstract values
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineState:
@@ -33,6 +34,7 @@ class EngineState:
     sampler: SamplerState
 
 
+@no_type_check  # JAX also fills it with abstract values
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:

@@ -1,7 +1,7 @@
 """`QTensor`: a quantized weight on the device. Owns its fields and layouts; products with it are in `ops.py`."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, no_type_check
 
 import jax
 from jaxtyping import Array
@@ -9,6 +9,7 @@ from jaxtyping import Array
 Layout = Literal["rows", "planar"]
 
 
+@no_type_check  # JAX also fills it with abstract values
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QTensor:

@@ -1,0 +1,230 @@
+"""Weights arrive on the device with the exact values of the file, in the model's order of rows, or not at all."""
+
+import threading
+import tracemalloc
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atoma_jax.errors import UnsupportedModelError, WeightFileError
+from atoma_jax.loading import weights as module
+from atoma_jax.loading.gguf import GGUFFile
+from atoma_jax.loading.gguf_spec import read_spec
+from atoma_jax.loading.weights import abstract_weights, load_weights
+from atoma_jax.models.decoder import Decoder
+from atoma_jax.models.params import fill, specs_of
+from atoma_jax.ops import Backend
+from atoma_jax.quant.qtensor import QTensor
+from pallas_kernels.quantized_matmul import dequantize, unpack_planar
+
+Q = gguf.GGMLQuantizationType
+N, K, H, L = 4, 2, 64, 2
+
+
+class Loaded:
+    """A model read from a file, and what the file should have given."""
+
+    def __init__(self, path, exact, backend, threads=2):
+        with GGUFFile.open(path) as file:
+            self.spec = read_spec(file)
+            self.model = Decoder(self.spec, backend)
+            self.wanted = specs_of(self.model)
+            self.bytes, lock = 0, threading.Lock()
+
+            def count(n):
+                with lock:
+                    self.bytes += n
+
+            self.file_bytes = sum(tensor.nbytes for tensor in file.tensors.values())
+            self.abstract = abstract_weights(file, self.spec, self.wanted, backend)
+            self.values = load_weights(file, self.spec, self.wanted, backend, threads=threads, on_bytes=count)
+        self.exact = exact
+
+
+@pytest.fixture
+def load(tmp_path, tiny_model):
+    def load(*, layout="rows", operands="float32", platform="cpu", threads=2, **changes):
+        path = tmp_path / "model.gguf"
+        exact = tiny_model(**changes).write(path)
+        backend = Backend(platform=platform, operands=operands, weight_layout=layout)
+        return Loaded(path, exact, backend, threads)
+
+    return load
+
+
+def values_of(weight) -> np.ndarray:
+    """float32 values of a weight, whatever its form."""
+    if not isinstance(weight, QTensor):
+        return np.asarray(weight, np.float32)
+    codes, scales, mins = weight.codes, weight.scales, weight.mins
+    if weight.layout == "planar":
+        codes = unpack_planar(codes, weight.bits, weight.plane)
+        codes = codes.reshape(*codes.shape[:-1], -1, weight.group)
+        scales, mins = jnp.swapaxes(scales, -1, -2), None if mins is None else jnp.swapaxes(mins, -1, -2)
+    return np.asarray(dequantize(codes, scales, mins, zero=weight.zero))
+
+
+def fused_qkv(exact, layer: int, suffix: str) -> np.ndarray:
+    """Grouped by kv head: its query heads, its key, its value; halves of q and k no longer interleaved."""
+    q, k, v = (exact[f"blk.{layer}.attn_{part}.{suffix}"] for part in "qkv")
+
+    def heads(w, n, interleaved):
+        w = w.reshape(n, H // 2, 2, -1).swapaxes(1, 2) if interleaved else w
+        return w.reshape(n, H, -1)
+
+    q, k, v = heads(q, N, True), heads(k, K, True), heads(v, K, False)
+    rows = [part for i in range(K) for part in (*q[i * N // K : (i + 1) * N // K], k[i], v[i])]
+    return np.concatenate(rows).reshape((N + 2 * K) * H, -1)
+
+
+MIXES = {kind.name: (lambda name, kind=kind: kind) for kind in (Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1, Q.Q8_0)}
+MIXES |= {kind.name: (lambda name, kind=kind: kind) for kind in (Q.Q4_K, Q.Q5_K, Q.Q6_K, Q.F16, Q.BF16, Q.F32)}
+INSIDE = {"attn_q": Q.Q4_K, "attn_k": Q.Q8_0, "attn_v": Q.Q6_K, "ffn_gate": Q.Q5_0, "ffn_up": Q.Q6_K}
+MIXES |= {
+    "inside of a weight": lambda name: INSIDE.get(name.split(".")[-2], Q.Q8_0),
+    "over layers": lambda name: Q.Q6_K if "blk.0" in name else Q.Q4_K,
+    "Q4_0 and Q4_1 over layers": lambda name: Q.Q4_1 if "blk.0" in name else Q.Q4_0,
+    "Q4_0 and Q8_0 over layers": lambda name: Q.Q4_0 if "blk.0" in name else Q.Q8_0,
+    "Q5_K, Q5_0 and Q8_0": lambda name: Q.Q5_K if "_q" in name else Q.Q5_0 if "_k" in name else Q.Q8_0,
+    "quantized and F16 over layers": lambda name: Q.Q4_0 if "blk.0" in name else Q.F16,
+}
+
+
+@pytest.mark.parametrize("layout", ["rows", "planar"])
+@pytest.mark.parametrize("mix", MIXES)
+def test_every_type_and_every_mix_keeps_its_exact_values(load, mix, layout):
+    got = load(layout=layout, types=MIXES[mix])
+    exact = got.exact
+    np.testing.assert_array_equal(values_of(got.values["embed"]), exact["token_embd.weight"])
+    for i in range(L):
+        gate_up = np.concatenate([exact[f"blk.{i}.ffn_gate.weight"], exact[f"blk.{i}.ffn_up.weight"]])
+        layer = {name: values_of(got.values[f"layers.{name}"])[i] for name in ("qkv", "gate_up", "down", "attn_out")}
+        np.testing.assert_array_equal(layer["qkv"], fused_qkv(exact, i, "weight"))
+        np.testing.assert_array_equal(layer["gate_up"], gate_up)
+        np.testing.assert_array_equal(layer["down"], exact[f"blk.{i}.ffn_down.weight"])
+        np.testing.assert_array_equal(layer["attn_out"], exact[f"blk.{i}.attn_output.weight"])
+    assert {name: spec.shape for name, spec in got.wanted.items() if len(spec.shape) == 1} == {
+        "final_norm": (256,),
+        "layers.attn_norm": (256,),
+        "layers.ffn_norm": (256,),
+    }
+    np.testing.assert_array_equal(got.values["layers.ffn_norm"][1], exact["blk.1.ffn_norm.weight"])
+
+
+@pytest.mark.parametrize("layout", ["rows", "planar"])
+@pytest.mark.parametrize("mix", ["Q4_K", "Q8_0", "inside of a weight", "F16"])
+def test_the_plan_is_what_comes(load, mix, layout):
+    got = load(layout=layout, types=MIXES[mix])
+    assert jax.tree.structure(got.abstract) == jax.tree.structure(got.values)
+    for plan, value in zip(jax.tree.leaves(got.abstract), jax.tree.leaves(got.values), strict=True):
+        assert (plan.shape, plan.dtype) == (value.shape, value.dtype)
+
+
+def test_quantized_weights_stay_as_narrow_as_their_type(load):
+    planar = load(layout="planar", types=MIXES["Q4_1"]).values["layers.down"]
+    assert planar.bits == 4
+    assert planar.codes.nbytes == L * 256 * 512 // 2
+    rows = load(layout="rows", types=MIXES["Q4_1"]).values["layers.down"]
+    assert rows.codes.dtype == jnp.int8
+
+
+def test_biases_move_with_the_rows_they_belong_to(load):
+    shapes = {f"blk.{i}.attn_{p}.bias": (n,) for i in range(L) for p, n in (("q", 256), ("k", 128), ("v", 128))}
+    got = load(tensors=shapes)
+    for i in range(L):
+        np.testing.assert_array_equal(got.values["layers.qkv_bias"][i], fused_qkv(got.exact, i, "bias")[:, 0])
+
+
+def test_on_bytes_adds_up_to_the_files_tensors_for_any_number_of_threads(load, monkeypatch):
+    monkeypatch.setattr(module, "DECODED_AT_ONCE", 5000)  # chunks of rows that do not divide
+    one, many = load(threads=1), load(threads=5)
+    assert one.bytes == many.bytes == one.file_bytes
+    for a, b in zip(jax.tree.leaves(one.values), jax.tree.leaves(many.values), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_is_loaded_fills_the_model(load):
+    got = load()
+    fill(got.model, got.values)
+    assert got.model.embed.get_value() is got.values["embed"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "operands", "dtype"),
+    [("cpu", "bfloat16", "float32"), ("cuda", "bfloat16", "bfloat16"), ("cuda", "float32", "float32")],
+)
+def test_dense_matrices_are_narrow_only_where_products_are(load, platform, operands, dtype):
+    got = load(types=MIXES["F16"], platform=platform, operands=operands)
+    assert got.values["layers.down"].dtype == dtype
+    assert got.values["layers.attn_norm"].dtype == jnp.float32
+
+
+def test_a_missing_tensor(load):
+    with pytest.raises(WeightFileError, match="is missing") as caught:
+        load(tensors={"blk.1.attn_k.weight": None})
+    assert "blk.1.attn_k.weight" in caught.value.field
+
+
+@pytest.mark.parametrize("shape", [(128, 512), (64, 256), (32768,), (1, 128, 256)])
+def test_a_tensor_of_the_wrong_shape(load, shape):
+    with pytest.raises(WeightFileError, match=r"must be \(128, 256\)") as caught:
+        load(tensors={"blk.1.attn_k.weight": shape}, types=MIXES["F32"])
+    assert "blk.1.attn_k.weight" in caught.value.field
+
+
+@pytest.mark.parametrize("name", ["blk.0.ffn_gate_inp.weight", "blk.2.attn_norm.weight", "blk.0.attn_output.bias"])
+def test_a_tensor_without_a_place_is_a_feature_that_is_missing(load, name):
+    with pytest.raises(UnsupportedModelError) as caught:
+        load(tensors={name: (256,)})
+    assert name in caught.value.field
+
+
+def test_inputs_that_the_planar_layout_cannot_hold_are_refused_by_name(load):
+    narrow = {f"blk.{i}.{name}.weight": (480, 256) for i in range(L) for name in ("ffn_gate", "ffn_up")}
+    narrow |= {f"blk.{i}.ffn_down.weight": (256, 480) for i in range(L)}
+    changes = {"metadata": {"feed_forward_length": 480}, "tensors": narrow}
+    assert load(**changes).spec.ffn_dim == 480
+    with pytest.raises(UnsupportedModelError, match="multiple of 64") as caught:
+        load(layout="planar", **changes)
+    assert "ffn_down" in caught.value.field
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"block_count": 1024},
+        {"feed_forward_length": 2**20},
+        {"embedding_length": 2**20, "attention.key_length": 64},
+        {"attention.head_count": 2**14, "attention.head_count_kv": 2**14, "attention.key_length": 64},
+    ],
+)
+def test_dimensions_that_the_file_does_not_have_fail_before_anything_large_is_allocated(load, metadata):
+    tracemalloc.start()
+    try:
+        with pytest.raises(WeightFileError):
+            load(metadata=metadata)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 100 << 20
+
+
+def test_a_failure_ends_loading_at_once(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(module, "DECODED_AT_ONCE", 256)
+    path = tmp_path / "model.gguf"
+    tiny_model().write(path)
+    backend = Backend(platform="cpu", operands="float32", weight_layout="rows")
+    calls = []
+
+    def interrupt(n: int) -> None:
+        calls.append(n)
+        raise RuntimeError("stop")
+
+    with GGUFFile.open(path) as file:
+        spec = read_spec(file)
+        with pytest.raises(RuntimeError, match="stop"):
+            load_weights(file, spec, specs_of(Decoder(spec, backend)), backend, threads=1, on_bytes=interrupt)
+    assert len(calls) < 40, "one chunk a row, and the first of 40 rows failed"
