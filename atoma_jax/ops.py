@@ -29,22 +29,14 @@ __all__ = [
     "query_blocks",
 ]
 
-FEW_ROWS = 8  # XLA:CPU is slow with bfloat16 products of fewer rows: it widens the weight first
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
     """Where and in which arithmetic a model runs. Part of every program's key."""
 
     platform: Literal["cpu", "cuda"]
-    operands: Literal["float32", "bfloat16"]  # of matrix products; sums are float32
+    operands: Literal["float32", "bfloat16"]  # of products with quantized weights; sums are float32
     weight_layout: Layout  # of quantized weights
-
-    def operand_dtype(self, rows: int) -> jnp.dtype:
-        """Operands of a product of `rows` rows."""
-        if self.platform == "cpu" and rows < FEW_ROWS:
-            return jnp.dtype(jnp.float32)
-        return jnp.dtype(self.operands)
 
 
 @no_type_check  # JAX also fills it with abstract values
@@ -64,10 +56,10 @@ class AttentionBatch:
 
 
 def linear(x: Float[Array, "T K"], weight: QTensor | Array, backend: Backend) -> Float32[Array, "T N"]:
-    """x · Wᵀ for a weight `[N, K]`, dense or quantized, summed in float32."""
-    operands = backend.operand_dtype(x.shape[0])
+    """x · Wᵀ for a weight `[N, K]`, summed in float32. Dense weights are multiplied in the type they have."""
     if not isinstance(weight, QTensor):
-        return matmul_kernels.dot(x.astype(operands), weight.astype(operands))
+        return matmul_kernels.dot(x.astype(weight.dtype), weight)
+    operands = jnp.dtype(backend.operands)
     if weight.layout == "rows":
         return matmul_kernels.matmul_rows(x, weight.codes, weight.scales, weight.mins, operands=operands)
     return matmul_kernels.matmul_planar(

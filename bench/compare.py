@@ -2,8 +2,8 @@
 
 Every engine has a process of its own, for the whole comparison, that waits while others run, so the memory of all
 must fit at once. A round runs each kind of work on each engine, in an order that rotates from round to round. Ratios
-are taken within a round, so that a machine that slows down for a while slows both sides. Prompts are random token ids, new
-in every round and the same for all; outputs are greedy, of a fixed length.
+are taken within a round, so that a machine that slows down for a while slows both sides. Prompts are random token
+ids, new in every round and the same for all; outputs are greedy, of a fixed length.
 
 | number | work | tokens a second |
 |---|---|---|
@@ -16,6 +16,7 @@ in every round and the same for all; outputs are greedy, of a fixed length.
 `python bench/compare.py --model smollm2-135m-instruct --python llama_cpp=/other/venv/bin/python`
 """
 
+import contextlib
 import json
 import os
 import random
@@ -106,7 +107,11 @@ class Worker:
             stderr=self._messages,
             text=True,
         )
-        answer = self._ask(setup)
+        try:
+            answer = self._ask(setup)
+        except PeerError:
+            self.close()
+            raise
         self.missing: str | None = answer.get("missing")
         self.description: str = answer.get("description", "")
 
@@ -121,7 +126,10 @@ class Worker:
     def close(self) -> None:
         """Ends the process."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # what a dead process did not read is flushed by closing
+            self._process.stdin.close()
+        self._process.stdout.close()
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:

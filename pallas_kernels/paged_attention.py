@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-CHUNK = 128  # tokens of context read at once in prefill, and the least in decode
-DECODE_TOKENS = 2048  # tokens of context that all rows of a decode read at once: few rows read further ahead
+CHUNK = 128  # tokens of context read at once
 QUERY_BLOCK = 128  # tokens of one sequence that share a read of its context in prefill
 NEVER = -1e30  # logit of a masked slot; finite, so that a fully masked chunk gives no NaN
 
@@ -75,24 +74,29 @@ def decode_attention(
         scale: factor of the logits.
         softcap: logits become `softcap · tanh(logits / softcap)`.
     """
-    B, N, H = q.shape
+    N, H = q.shape[1:]
     K, S = pages.k.shape[2], pages.k.shape[3]
-    per_chunk = max(1, min(max(CHUNK, DECODE_TOKENS // B), page_table.shape[1] * S) // S)
-    queries = q.reshape(B, K, N // K, H).astype(jnp.float32) * scale
-    table = _padded(page_table, per_chunk)
-    first = jnp.where(lengths > 0, jnp.maximum(lengths - window, 0), jnp.iinfo(jnp.int32).max)
+    per_chunk = max(1, CHUNK // S)
+    span = per_chunk * S
 
-    def chunk(c: Array, carry: _Softmax) -> _Softmax:
-        ids = lax.dynamic_slice_in_dim(table, c * per_chunk, per_chunk, axis=1)  # [B, C]
-        position = (c * per_chunk * S + jnp.arange(per_chunk * S, dtype=jnp.int32))[None]
-        seen = (position < lengths[:, None]) & (position >= (lengths - window)[:, None])  # [B, C·S]
-        k, v = _context(pages, layer, ids, seen)  # [B, K, C·S, H]
-        logits = _capped(jnp.einsum("bkgh,bkch->bkgc", queries, k), softcap)
-        return _accumulate(carry, jnp.where(seen[:, None, None], logits, NEVER), v)
+    def row(inputs: tuple[Array, Array, Array]) -> Array:
+        query, table, length = inputs
+        query = query.reshape(K, N // K, H).astype(jnp.float32) * scale
+        oldest = jnp.maximum(length - window, 0)
 
-    start = jnp.min(first) // (per_chunk * S)
-    stop = -(-jnp.max(lengths) // (per_chunk * S))
-    return _finish(lax.fori_loop(start, stop, chunk, _empty((B, K, N // K), H))).reshape(B, N, H)
+        def chunk(c: Array, carry: _Softmax) -> _Softmax:
+            position = c * span + jnp.arange(span, dtype=jnp.int32)
+            seen = (position >= oldest) & (position < length)
+            ids = lax.dynamic_slice_in_dim(table, c * per_chunk, per_chunk)
+            k, v = _context(pages, layer, ids, seen)  # [K, span, H]
+            logits = _capped(jnp.einsum("kgh,kch->kgc", query, k), softcap)
+            return _accumulate(carry, jnp.where(seen, logits, NEVER), v)
+
+        return _finish(lax.fori_loop(oldest // span, -(-length // span), chunk, _empty((K, N // K), H)))
+
+    # Row by row, as each then reads its own context alone: for XLA:CPU that beats one gather for all rows, which costs
+    # the longest context for each of them.
+    return lax.map(row, (q, _padded(page_table, per_chunk), lengths)).reshape(-1, N, H)
 
 
 def query_blocks(
@@ -145,12 +149,12 @@ def ragged_attention(
         at = jnp.tile(blocks.position[b] + jnp.arange(M, dtype=jnp.int32), G)[:, None]  # [G·M, 1]
 
         def chunk(c: Array, carry: _Softmax) -> _Softmax:
-            ids = lax.dynamic_slice(table, (row, c * per_chunk), (1, per_chunk))
+            ids = lax.dynamic_slice(table, (row, c * per_chunk), (1, per_chunk))[0]
             position = c * per_chunk * S + jnp.arange(per_chunk * S, dtype=jnp.int32)
-            k, v = _context(pages, layer, ids, (position < last)[None])  # [1, K, C·S, H]
+            k, v = _context(pages, layer, ids, position < last)  # [K, span, H]
             seen = (position[None] <= at) & (position[None] > at - window) & (position < last)[None]
-            logits = _capped(jnp.einsum("kmh,kch->kmc", mine, k[0]), softcap)
-            return _accumulate(carry, jnp.where(seen[None], logits, NEVER), v[0])
+            logits = _capped(jnp.einsum("kmh,kch->kmc", mine, k), softcap)
+            return _accumulate(carry, jnp.where(seen[None], logits, NEVER), v)
 
         start = jnp.maximum(blocks.position[b] - window + 1, 0) // (per_chunk * S)
         stop = -(-last // (per_chunk * S))
@@ -191,15 +195,17 @@ def _finish(carry: _Softmax) -> Float32[Array, "*q H"]:
 
 
 def _context(
-    pages: KVPages, layer: Array, ids: Int32[Array, "B C"], seen: Bool[Array, "B span"]
-) -> tuple[Float32[Array, "B K span H"], Float32[Array, "B K span H"]]:
-    """A chunk of context; unseen slots of V are zero, as 0 · NaN is NaN."""
+    pages: KVPages, layer: Array, ids: Int32[Array, " C"], seen: Bool[Array, " span"]
+) -> tuple[Float32[Array, "K span H"], Float32[Array, "K span H"]]:
+    """A chunk of one sequence's context; unseen slots of V are zero, as 0 · NaN is NaN."""
 
     def read(cache: Array) -> Array:
-        got = cache[layer, ids].transpose(0, 2, 1, 3, 4).astype(jnp.float32)  # [B, K, C, S, H]
-        return got.reshape(got.shape[0], got.shape[1], -1, got.shape[-1])
+        # A slice a page: XLA:CPU copies each at once, where a gather would compute the place of every element.
+        shape = (1, 1, *cache.shape[2:])
+        got = [lax.dynamic_slice(cache, (layer, ids[i], 0, 0, 0), shape)[0, 0] for i in range(ids.shape[0])]
+        return jnp.concatenate(got, axis=1).astype(jnp.float32)  # [K, C·S, H]
 
-    return read(pages.k), jnp.where(seen[:, None, :, None], read(pages.v), 0.0)
+    return read(pages.k), jnp.where(seen[None, :, None], read(pages.v), 0.0)
 
 
 def _padded(page_table: Int32[Array, "B W"], multiple: int) -> Int32[Array, "B padded"]:

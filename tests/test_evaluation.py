@@ -1,5 +1,6 @@
 """Perplexity against float64 numpy on made-up scores, and the windows that a long text is cut into."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,9 +40,7 @@ class ScoringFake:
     def _output(self, ids: list[int]) -> RequestOutput:
         self.prompts.append(ids)
         scores: list[PositionLogprobs | None] = [None]
-        scores += [
-            {token: Logprob(float(self.table[before, token]))} for before, token in zip(ids, ids[1:], strict=False)
-        ]
+        scores += [{token: Logprob(float(self.table[before, token]))} for before, token in itertools.pairwise(ids)]
         return RequestOutput(
             request_id="r",
             prompt=None,
@@ -64,7 +63,7 @@ def test_every_token_counts_once_whatever_the_windows(context: int, stride: int,
     progress: list[int] = []
     result = score(fake, ids, before=before, context=context, stride=stride, on_window=progress.append)
     chain = [*before, *ids]
-    expected = [-fake.table[a, b] for a, b in zip(chain, chain[1:], strict=False)]
+    expected = [-fake.table[a, b] for a, b in itertools.pairwise(chain)]
     np.testing.assert_allclose(result.nll, expected, rtol=0, atol=1e-12)
     assert list(result.token_ids) == chain[1:]
     assert result.mean_nll == pytest.approx(np.mean(expected), abs=1e-12)

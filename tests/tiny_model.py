@@ -23,9 +23,14 @@ def write_tiny_llama(
     context_length: int = 256,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q8_0,
     width: int = 64,
+    embedding_scale: float = 1.0,
     seed: int = 0,
 ) -> Path:
-    """Writes the model to `path`: D=`width`, N=4, K=2, H=D/4, F=2·D, 2 layers; matrices of type `kind`."""
+    """Writes the model to `path`: D=`width`, N=4, K=2, H=D/4, F=2·D, 2 layers; matrices of type `kind`.
+
+    At an `embedding_scale` of 1 the model repeats its last token; the smaller, the more its answers depend on the
+    whole context.
+    """
     D, N, K, L = width, 4, 2, 2
     H, F = D // N, 2 * D
     rng = np.random.default_rng(seed)
@@ -48,7 +53,7 @@ def write_tiny_llama(
     def norm(name: str) -> None:
         writer.add_tensor(f"{name}.weight", rng.uniform(0.8, 1.2, D).astype(np.float32))
 
-    matrix("token_embd", V, D, 1.0)
+    matrix("token_embd", V, D, embedding_scale)
     norm("output_norm")
     for layer in range(L):
         block = f"blk.{layer}"

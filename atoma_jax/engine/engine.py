@@ -6,7 +6,7 @@ are read, unless `async_scheduling` is off.
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from typing import Any
@@ -133,6 +133,8 @@ class Engine:
         limits = self.model_config
         params.validate_for(vocab_size=limits.vocab_size, max_logprobs=limits.max_logprobs)
         validate_prompt(ids, vocab_size=limits.vocab_size, max_model_len=limits.max_model_len)
+        _check_order(priority, cache_salt)
+        ids = [int(token) for token in ids]  # arrays bring integers of their own kinds
         samples = [self._sample(request_id, index, ids, params, priority, cache_salt) for index in range(params.n)]
         request = Request(
             request_id, text, params, samples, self._rules(params), self.tokenizer, arrival=time.perf_counter()
@@ -155,7 +157,8 @@ class Engine:
         """Dispatches the next step, takes in the one before; returns what is new.
 
         Raises:
-            EngineDeadError: the device failed. The state was donated to the failed step, so the engine cannot go on.
+            EngineDeadError: the device failed, or the host's books did. The state was donated to the step that failed,
+                so the engine cannot go on.
         """
         self._check_alive()
         begin = time.perf_counter()
@@ -170,10 +173,10 @@ class Engine:
             wait = time.perf_counter()
             output = done.output.read()
             read = time.perf_counter()
+            outputs = self._commit(done.plan, output, read)
         except Exception as error:
             self._dead = f"a step failed with {type(error).__name__}: {error}"
             raise self._lost() from error
-        outputs = self._commit(done.plan, output, read)
         end = time.perf_counter()
         self._recorder.add_step(host=(wait - begin) + (end - read), device=read - wait, stats=self._scheduler.stats())
         return outputs
@@ -211,9 +214,11 @@ class Engine:
     def _take(self, request: Request, news: Committed, output: HostOutput, now: float) -> bool:
         """Takes in one row; whether the caller may see something new."""
         work = news.work
-        if work.scores:
+        if work.scores and output.ok[: work.count].all():
             request.add_scores(work.start, work.count, output)
             return False
+        if work.scores:
+            self._scheduler.finish(work.seq, "error")
         if news.token is None or news.row is None:  # the logits were not finite
             request.end_texts()
             return True
@@ -224,7 +229,7 @@ class Engine:
             self._scheduler.finish(work.seq, "stop", stopped)
         return True
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _encode(self, prompt: Any) -> tuple[str | None, list[Any]]:
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt)
         if isinstance(prompt, Mapping):
@@ -234,8 +239,8 @@ class Engine:
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             if ids is None:
                 return text, self.tokenizer.encode(text)  # pyright: ignore[reportArgumentType]  # encode refuses others
-            return text, list(ids)
-        return None, list(prompt)
+            return text, _listed(ids)
+        return None, _listed(prompt)
 
     def _sample(
         self, request_id: str, index: int, ids: list[int], params: SamplingParams, priority: int, salt: str | None
@@ -268,3 +273,18 @@ class Engine:
 
     def _lost(self) -> EngineDeadError:
         return EngineDeadError(f"The engine is lost: {self._dead}. Build it anew.")
+
+
+def _listed(ids: Any) -> list[Any]:
+    if isinstance(ids, bytes) or not isinstance(ids, Iterable):  # iterating bytes would yield integers
+        problem = f"A prompt must be text, a mapping or a list of token ids, not {type(ids).__name__}."
+        raise ParameterError("prompt", ids, problem)
+    return list(ids)
+
+
+def _check_order(priority: Any, cache_salt: Any) -> None:
+    """What the scheduler sorts and hashes by must be of one kind, or it would fail in the middle of a step."""
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise ParameterError("priority", priority, f"priority must be an integer, not {type(priority).__name__}.")
+    if cache_salt is not None and not isinstance(cache_salt, str):
+        raise ParameterError("cache_salt", cache_salt, f"cache_salt must be text, not {type(cache_salt).__name__}.")

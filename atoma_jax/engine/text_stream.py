@@ -13,6 +13,7 @@ class TextStream:
         self._min_tokens = params.min_tokens
         self._keep_stop = params.include_stop_str_in_output
         self._tokens = 0
+        self._stopped = False
         self._shown: list[str] = []
         self._taken = 0  # pieces of `_shown` that `take` has given out
         self._held = ""  # decoded, may be the beginning of a stop string
@@ -36,20 +37,27 @@ class TextStream:
             ends: it is an end or stop token, whose own text is not part of the answer unless stop strings are kept.
         """
         self._tokens += 1
+        before = len(self._held)
         if not ends or self._keep_stop:
             self._held += self._decoder.push([token])
-        if self._stops and self._tokens > self._min_tokens:
-            hits = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if self._tokens > self._min_tokens:
+            hits: list[tuple[int, int, str]] = []
+            for stop in self._stops:  # those that ended in earlier text came before min_tokens
+                at = self._held.find(stop, max(0, before - len(stop) + 1))
+                if at >= 0:
+                    hits.append((at + len(stop), at, stop))
             if hits:
-                at, stop = min(hits, key=lambda hit: hit[0])
-                self._show(at + len(stop) if self._keep_stop else at)
-                self._held = ""
+                end, at, stop = min(hits)  # the first to be complete, however tokens cut the text
+                self._show(end if self._keep_stop else at)
+                self._held, self._stopped = "", True
                 return stop
         self._show(len(self._held) - self._possible_stop())
         return None
 
     def finish(self) -> None:
-        """No more tokens will come: shows what was held back."""
+        """No more tokens will come: shows what was held back, unless a stop string ended the text."""
+        if self._stopped:
+            return
         self._held += self._decoder.flush()
         self._show(len(self._held))
 

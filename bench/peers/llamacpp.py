@@ -24,16 +24,21 @@ class LlamaCpp:
     """A context whose sequences each have their own part of the KV cache, as `llama-batched-bench` sets it up."""
 
     def __init__(self, setup: Setup):
-        """Takes no options.
+        """Option `use_extra_bufts`: true (llama.cpp's default) or false, which leaves out AMX and repacked weights.
+
+        Its AMX kernels end with a segmentation fault on some virtual machines whose processor has AMX.
 
         Raises:
-            ValueError: the file cannot be loaded, or an option was given.
+            ValueError: the file cannot be loaded, or another option was given.
         """
-        if setup.options:
-            raise ValueError(f"llama_cpp takes no options, got {sorted(setup.options)}")
+        extra = setup.options.get("use_extra_bufts", "true")
+        if set(setup.options) - {"use_extra_bufts"} or extra not in ("true", "false"):
+            raise ValueError(f"llama_cpp takes use_extra_bufts=true or use_extra_bufts=false, got {setup.options}")
         llama_cpp.llama_log_set(_silence, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        model = llama_cpp.llama_model_load_from_file(setup.model.encode(), llama_cpp.llama_model_default_params())
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.use_extra_bufts = extra == "true"
+        model = llama_cpp.llama_model_load_from_file(setup.model.encode(), model_params)
         if not model:
             raise ValueError(f"llama.cpp cannot load {setup.model}")
         params = llama_cpp.llama_context_default_params()
@@ -47,7 +52,9 @@ class LlamaCpp:
         self._context = context
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
-        self.description = f"llama.cpp (llama-cpp-python {llama_cpp.__version__}), {setup.threads} threads"
+        self.description = (
+            f"llama.cpp (llama-cpp-python {llama_cpp.__version__}), {setup.threads} threads, use_extra_bufts={extra}"
+        )
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> Timing:
         """See `Peer.run`."""

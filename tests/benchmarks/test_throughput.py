@@ -13,8 +13,15 @@ from atoma_jax.benchmarks.throughput import time_run
 from atoma_jax.benchmarks.workload import random_prompts
 from atoma_jax.outputs import CompletionOutput, RequestOutput
 
-NO_STATS = dict.fromkeys(
-    ("steps", "host_seconds", "device_seconds", "kv_waste", "peak_kv_usage", "preemptions", "prefix_hit_tokens"), 0
+NO_STATS = SimpleNamespace(
+    steps=0,
+    host_seconds=0.0,
+    device_seconds=0.0,
+    kv_waste=0.0,
+    peak_kv_usage=0.0,
+    preemptions=0,
+    prefix_hit_tokens=0,
+    recompilations=0,
 )
 
 
@@ -51,13 +58,22 @@ class ScriptedLoop:
         ]
 
 
+class OddVocabulary:
+    """Every even id is special."""
+
+    vocab_size = 5000
+    special_ids = frozenset(range(0, 5000, 2))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        raise NotImplementedError
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., throughput.ThroughputRun]:
     def run(script: list[tuple[float, dict[str, int]]], prompt_tokens: int) -> throughput.ThroughputRun:
         loop = ScriptedLoop(script)
-        monkeypatch.setattr(throughput.time, "perf_counter", loop.clock)
-        stats = SimpleNamespace(recompilations=0, **NO_STATS)
-        return time_run(loop, lambda: stats, prompt_tokens=prompt_tokens)
+        monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=loop.clock))
+        return time_run(loop, lambda: NO_STATS, prompt_tokens=prompt_tokens)
 
     return run
 
@@ -86,7 +102,7 @@ def test_one_token_each_has_no_decode_rate(run: Any) -> None:
 
 
 def test_random_prompts_share_no_beginning_and_hold_no_special_token() -> None:
-    vocabulary = SimpleNamespace(vocab_size=5000, special_ids=frozenset(range(0, 5000, 2)), encode=None)
+    vocabulary = OddVocabulary()
     prompts = random_prompts(vocabulary, count=16, length=40, seed=3)
     assert (len(prompts), {len(prompt) for prompt in prompts}) == (16, {40})
     assert all(token % 2 for prompt in prompts for token in prompt)

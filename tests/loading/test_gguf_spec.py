@@ -28,7 +28,7 @@ def test_a_llama_file_with_nothing_but_the_required_keys(spec_of):
     assert (spec.rope_theta, spec.rope_factor, spec.attention_scale) == (1e4, 1.0, 1 / 8)
     assert spec.windows == (None, None)
     assert spec.tied_embeddings
-    assert not (spec.qkv_bias or spec.qk_norm or spec.rope_frequency_divisors)
+    assert (spec.qkv_bias, spec.qk_norm, spec.rope_frequency_divisors) == (False, False, False)
 
 
 def test_tensors_switch_features_on(spec_of):

@@ -145,16 +145,20 @@ class Work:
 
 
 class Paged:
-    """A model behind a paged cache. Pages of all sequences are shuffled, and hold NaN where nothing was written."""
+    """A model behind a paged cache. Pages of all sequences are shuffled, and hold NaN where nothing was written.
 
-    SLOTS, PAGES, WIDTH, ROWS = 8, 40, 9, 3  # S, P, W, B
+    S slots a page, B rows in a step, which are sequences, W pages each.
+    """
 
-    def __init__(self, path: Path, *, layout: str = "rows", operands: str = "float32", threads: int = 2):
+    def __init__(
+        self, path: Path, *, layout: str = "rows", operands: str = "float32", S: int = 8, B: int = 3, W: int = 9
+    ):
+        self._S, self._B, self._W = S, B, W
         with GGUFFile.open(path) as file:
             self.spec = spec = read_spec(file)
             backend = ops.Backend(platform="cpu", operands=operands, weight_layout=layout)  # type: ignore[arg-type]
             model = Decoder(spec, backend)
-            fill(model, load_weights(file, spec, specs_of(model), backend, threads=threads, on_bytes=lambda n: None))
+            fill(model, load_weights(file, spec, specs_of(model), backend, threads=2, on_bytes=lambda n: None))
         self._graph, self._weights = nnx.split(model)
         self._mixed = jax.jit(self._step, donate_argnums=1)
         self._decode = jax.jit(lambda *inputs: self._step(*inputs, blocks=False), donate_argnums=1)
@@ -163,21 +167,22 @@ class Paged:
     def reset(self) -> None:
         """Forgets all sequences."""
         spec = self.spec
-        shape = (spec.num_layers, self.PAGES, spec.num_kv_heads, self.SLOTS, spec.head_dim)
+        num_pages = 2 + self._B * self._W
+        shape = (spec.num_layers, num_pages, spec.num_kv_heads, self._S, spec.head_dim)
         self._pages = KVPages(jnp.full(shape, jnp.nan, jnp.float32), jnp.full(shape, jnp.nan, jnp.float32))
-        shuffled = np.random.default_rng(5).permutation(np.arange(1, self.PAGES))
-        self._table = shuffled[: self.ROWS * self.WIDTH].reshape(self.ROWS, self.WIDTH).astype(np.int32)
-        self._done = np.zeros(self.ROWS, np.int32)
+        shuffled = np.random.default_rng(5).permutation(np.arange(1, num_pages))
+        self._table = shuffled[: self._B * self._W].reshape(self._B, self._W).astype(np.int32)
+        self._done = np.zeros(self._B, np.int32)
 
     def run(self, sequences: Sequence[np.ndarray], plan: Sequence[Sequence[Work]], *, tokens: int) -> list[np.ndarray]:
-        """Runs the plan's steps, of at most `tokens` tokens each; logits of every token of each sequence."""
-        logits = [np.full((len(ids), self.spec.vocab_size), np.nan, np.float32) for ids in sequences]
+        """Runs the plan's steps, of at most `tokens` tokens each; logits of every token that it runs, by sequence."""
+        logits: list[list[np.ndarray]] = [[] for _ in sequences]
         for step in plan:
             only_decode = all(work.decode for work in step)
-            T = self.ROWS if only_decode else tokens
+            T = self._B if only_decode else tokens
             ids, position, page, slot = (np.zeros(T, np.int32) for _ in range(4))
-            start, count, first, length = (np.zeros(self.ROWS, np.int32) for _ in range(4))
-            table = np.zeros((self.ROWS, self.WIDTH), np.int32)
+            start, count, first, length = (np.zeros(self._B, np.int32) for _ in range(4))
+            table = np.zeros((self._B, self._W), np.int32)
             at = 0
             places = []
             for row, work in enumerate(step):
@@ -185,19 +190,19 @@ class Paged:
                 span, where = np.arange(done, done + work.count), slice(at, at + work.count)
                 ids[where], position[where] = sequences[work.sequence][span], span
                 table[row] = self._table[work.sequence]
-                page[where], slot[where] = table[row][span // self.SLOTS], span % self.SLOTS
+                page[where], slot[where] = table[row][span // self._S], span % self._S
                 first[row], start[row] = done, at
                 count[row], length[row] = (0, done + 1) if work.decode else (work.count, 0)
-                places.append((work.sequence, span, where))
+                places.append((work.sequence, where))
                 self._done[work.sequence] += work.count
                 at += work.count
             run = self._decode if only_decode else self._mixed
             out, self._pages = run(
                 self._weights, self._pages, ids, position, page, slot, table, start, count, first, length
             )
-            for sequence, span, where in places:
-                logits[sequence][span] = np.asarray(out)[where]
-        return logits
+            for sequence, where in places:
+                logits[sequence].append(np.asarray(out)[where])
+        return [np.concatenate(pieces) for pieces in logits]
 
     def _step(self, weights, pages, ids, position, page, slot, table, start, count, first, length, blocks=True):
         model = nnx.merge(self._graph, weights)

@@ -225,11 +225,9 @@ def wide_mistral() -> Any:
     return transformers.MistralForCausalLM(config)
 
 
+# That every type and every mix keeps its values is for tests/loading/test_weights.py to show.
 MIXES = {
     "Q4_1": lambda name: Q.Q4_1,
-    "Q8_0": lambda name: Q.Q8_0,
-    "F16": lambda name: Q.F16,
-    "Q4_0 and Q4_1": lambda name: Q.Q4_1 if "blk.1." in name else Q.Q4_0,
     "K types over layers and inside qkv": lambda name: (
         Q.Q6_K
         if "attn_v" in name or "token_embd" in name
@@ -263,7 +261,7 @@ def test_a_quantized_file_gives_the_logits_of_its_exact_weights(mix, layout, rec
 def test_bfloat16_operands_stay_near(layout, recipe, save, paged, work):
     """Bound: 16 products in a row, each with two operands rounded by up to 2^-9, of logits that spread by about 1."""
     model = wide_llama()
-    path = save(model, recipe(arch="llama", types=MIXES["Q8_0"]))
+    path = save(model, recipe(arch="llama", types=MIXES["Q4_1"]))
     ids = sequences()
     got = np.concatenate(paged(path, layout=layout, operands="bfloat16").run(ids, at_once(work), tokens=TOKENS))
     want = np.concatenate(reference(model, ids))

@@ -69,10 +69,9 @@ def test_dequantization_is_exact(mins):
 def test_products_with_rows_in_tiles_of_any_size(monkeypatch, N, K, mins):
     monkeypatch.setattr(kernel, "TILE_ELEMENTS", 64 * 64)
     codes, scales, offsets, exact = weight(N, K, 32, mins=mins)
-    for T in (1, 5):
-        x = np.random.default_rng(T).standard_normal((T, K)).astype(np.float32)
-        got = jax.jit(partial(kernel.matmul_rows, operands=F32))(x, codes, scales, offsets)
-        np.testing.assert_allclose(got, x @ exact.T, rtol=1e-5, atol=1e-4)
+    x = np.random.default_rng(3).standard_normal((5, K)).astype(np.float32)
+    got = jax.jit(partial(kernel.matmul_rows, operands=F32))(x, codes, scales, offsets)
+    np.testing.assert_allclose(got, x @ exact.T, rtol=1e-5, atol=1e-4)
 
 
 def test_a_large_product_is_tiled_as_the_small_ones():

@@ -1,0 +1,85 @@
+"""Engines over a tiny model. Programs are compiled once; tests make as many engines over them as they like."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atoma_jax import LLM
+from atoma_jax.engine.engine import Engine
+from atoma_jax.engine.pages import PagePool
+from atoma_jax.engine.prefix_cache import PrefixCache
+from atoma_jax.engine.scheduler import Scheduler
+from tests.tiny_model import write_tiny_llama
+
+SIZES: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 96,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "score_tokens": 16,
+    "block_size": 8,
+    "num_pages": 28,  # 27 pages for four sequences of up to 12: traffic preempts
+}
+BUCKETS = {"decode_rows": (1, 4), "prefill_tokens": (16, 32)}
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose greedy answers depend on all of their context, with margins far above rounding."""
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf", embedding_scale=0.35)
+
+
+@pytest.fixture(scope="session")
+def shared_llm(tiny_path: Path) -> LLM:
+    """For `llm` and `make_engine`."""
+    return LLM(str(tiny_path), **SIZES, **BUCKETS)
+
+
+@pytest.fixture(scope="session")
+def shared_deterministic_llm(tiny_path: Path) -> LLM:
+    """For `deterministic_llm` and `make_engine`."""
+    return LLM(str(tiny_path), **SIZES, deterministic=True)
+
+
+@pytest.fixture
+def llm(shared_llm: LLM) -> Iterator[LLM]:
+    """An idle LLM without cached prefixes, which the test must leave idle, whole and without a compilation."""
+    yield from _lent(shared_llm)
+
+
+@pytest.fixture
+def deterministic_llm(shared_deterministic_llm: LLM) -> Iterator[LLM]:
+    """The same with deterministic=True."""
+    yield from _lent(shared_deterministic_llm)
+
+
+@pytest.fixture
+def make_engine() -> Callable[..., Engine]:
+    """A new engine over the device of an LLM: `make_engine(llm, pipelined=False, num_pages=14, policy="priority")`.
+
+    Further arguments are fields of `SchedulerLimits`. Only one engine of a device may have work at a time.
+    """
+
+    def make(llm: LLM, *, pipelined: bool = True, num_pages: int | None = None, **limits: Any) -> Engine:
+        of = llm.llm_engine
+        pool = PagePool(num_pages or of.model_config.num_pages, PrefixCache(of.model_config.page_size))
+        scheduler = Scheduler(pool, dataclasses.replace(of._scheduler.limits, **limits))
+        return Engine(of.tokenizer, scheduler, of._runner, of._sampler, of.model_config, pipelined=pipelined, seed=0)
+
+    return make
+
+
+def _lent(llm: LLM) -> Iterator[LLM]:
+    engine = llm.llm_engine
+    llm.reset_prefix_cache()
+    llm.reset_stats()
+    yield llm
+    assert not engine.has_work
+    engine.check_integrity()
+    stats = engine.scheduler_stats()
+    assert stats.pages_owned == 0
+    assert stats.pages_free + stats.pages_cached == engine.model_config.num_pages - 1
+    assert engine.num_recompilations == 0
