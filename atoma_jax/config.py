@@ -7,6 +7,7 @@ engine decides from the model and the device" and says so per field.
 
 import dataclasses
 import difflib
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,11 @@ class CacheConfig:
         if self.num_pages is not None and self.kv_cache_memory_bytes is not None:
             raise ConfigError("num_pages", self.num_pages, "contradicts kv_cache_memory_bytes: give one of the two")
         share = self.gpu_memory_utilization
+        sized = self.num_pages is not None or self.kv_cache_memory_bytes is not None
+        if share is not None and sized:
+            raise ConfigError(
+                "gpu_memory_utilization", share, "has no effect beside num_pages or kv_cache_memory_bytes: give one"
+            )
         if share is not None and not 0 < share <= 1:
             raise ConfigError("gpu_memory_utilization", share, "must be above 0 and at most 1")
 
@@ -104,6 +110,8 @@ class CompileConfig:
             sizes: tuple[int, ...] | None = getattr(self, name)
             if sizes is not None and (not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes))):
                 raise ConfigError(name, sizes, "must be a rising list of sizes of at least 1")
+            if sizes is not None and self.deterministic and len(sizes) > 1:
+                raise ConfigError(name, sizes, "must be one size where deterministic is set: several would round apart")
         _between("score_tokens", self.score_tokens, 1, MAX_TOKENS_A_STEP)
         if self.enforce_eager:
             raise ConfigError("enforce_eager", True, "must be false: the engine runs compiled programs alone")
@@ -128,6 +136,12 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def __post_init__(self) -> None:
+        if self.compile.deterministic and not self.scheduler.enable_chunked_prefill:
+            raise ConfigError(
+                "enable_chunked_prefill", False, "must be true where deterministic is set: chunks are fixed"
+            )
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> "EngineConfig":
@@ -224,7 +238,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
             raise ConfigError(name, value, "must be a list of integers")
         return tuple(_checked(name, item, int) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**53 else math.inf
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(name, value, f"must be {_TYPE_NAMES[hint]}")
     return value

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,11 +28,8 @@ class _Stream:
     queue: "asyncio.Queue[_Item]" = field(default_factory=lambda: asyncio.Queue[_Item]())
 
     def put(self, item: _Item) -> None:
-        """From the engine's thread; a loop that is closed meanwhile loses its outputs."""
-        try:
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
-        except RuntimeError:
-            return
+        """From the engine's thread."""
+        _post(self.loop, lambda: self.queue.put_nowait(item))
 
 
 class AsyncLLM:
@@ -122,7 +120,8 @@ class AsyncLLM:
                 yield item
         finally:
             if not finished:
-                self._call(lambda: self._drop(request_id, stream))
+                with suppress(EngineDeadError):  # it has dropped everything by itself
+                    self._call(lambda: self._drop(request_id, stream))
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its iterator gets what there is, with finish reason "abort"."""
@@ -144,11 +143,16 @@ class AsyncLLM:
         """Times and counters since the start."""
         loop = asyncio.get_running_loop()
         reading: asyncio.Future[EngineStats] = loop.create_future()
-        self._call(lambda: loop.call_soon_threadsafe(reading.set_result, self._engine.stats()))  # pyright: ignore[reportArgumentType]
+
+        def read() -> None:
+            stats = self._engine.stats()
+            _post(loop, lambda: None if reading.done() else reading.set_result(stats))
+
+        self._call(read)
         return await reading
 
     def shutdown(self) -> None:
-        """Aborts what is unfinished and ends the thread."""
+        """Aborts what is unfinished, whose iterators raise `EngineDeadError`, and gives the device's memory back."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -169,22 +173,29 @@ class AsyncLLM:
             self._engine.abort_request(request_id)
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._closing or self._calls or self._engine.has_work)
-                if self._closing:
-                    break
-                calls, self._calls = self._calls, deque()
-            for call in calls:
-                call()
-            try:
-                outputs = self._engine.step()
-            except EngineDeadError as error:
-                self._die(error)
-                return
-            for output in outputs:
-                self._hand_out(output)
-        self._die(EngineDeadError("The engine was shut down."))
+        try:
+            while self._turn():
+                pass
+            self._engine.close()
+            error = EngineDeadError("The engine was shut down.")
+        except EngineDeadError as lost:
+            error = lost
+        except Exception as fault:  # whoever waits must hear of it, or waits for ever
+            error = EngineDeadError(f"The engine is lost: its thread failed with {type(fault).__name__}: {fault}")
+        self._die(error)
+
+    def _turn(self) -> bool:
+        """Waits for work and does one step of it; False once the engine is to shut down."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._closing or self._calls or self._engine.has_work)
+            if self._closing:
+                return False
+            calls, self._calls = self._calls, deque()
+        for call in calls:
+            call()
+        for output in self._engine.step():
+            self._hand_out(output)
+        return True
 
     def _hand_out(self, output: RequestOutput) -> None:
         stream = self._streams.get(output.request_id)
@@ -202,3 +213,9 @@ class AsyncLLM:
         for stream in self._streams.values():
             stream.put(error)
         self._streams.clear()
+
+
+def _post(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
+    """Has a loop call something; one that was closed meanwhile has nobody who waits."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call)

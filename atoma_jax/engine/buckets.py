@@ -63,10 +63,11 @@ def make_buckets(config: CompileConfig, *, max_num_seqs: int, max_num_batched_to
     Raises:
         ConfigError: the sizes given do not reach the limits of the scheduler.
     """
-    rows = config.decode_rows or _rising(max_num_seqs, growth)
-    tokens = config.prefill_tokens or _three_sizes(max_num_seqs, max_num_batched_tokens)
     if config.deterministic:
-        rows, tokens = (max_num_seqs,), (max_num_batched_tokens,)
+        all_rows, all_tokens = (max_num_seqs,), (max_num_batched_tokens,)
+    else:
+        all_rows, all_tokens = _rising(max_num_seqs, growth), _three_sizes(max_num_seqs, max_num_batched_tokens)
+    rows, tokens = config.decode_rows or all_rows, config.prefill_tokens or all_tokens
     if rows[-1] != max_num_seqs:
         raise ConfigError("decode_rows", rows, f"must end with max_num_seqs = {max_num_seqs}")
     if tokens[-1] != max_num_batched_tokens:

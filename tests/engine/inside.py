@@ -55,20 +55,34 @@ def drained(engine: Engine) -> None:
     assert stats.pages_free + stats.pages_cached == engine._scheduler.pool.num_pages - 1
 
 
-class FailingRunner:
-    """A device that is lost at its `launches`-th step: at the launch, or when the results are read."""
+class BorrowedRunner:
+    """The device of another engine, which stays open when this one closes."""
 
-    def __init__(self, runner: Runner, *, launches: int, at_read: bool):
-        self._runner, self._left, self._at_read = runner, launches, at_read
+    def __init__(self, runner: Runner):
+        self._runner = runner
 
     def take_slot(self, *arguments: Any) -> None:
         self._runner.take_slot(*arguments)
 
     def launch(self, plan: StepPlan) -> PendingOutput:
+        return self._runner.launch(plan)
+
+    def close(self) -> None:
+        pass
+
+
+class FailingRunner(BorrowedRunner):
+    """A device that is lost at its `launches`-th step: at the launch, or when the results are read."""
+
+    def __init__(self, runner: Runner, *, launches: int, at_read: bool):
+        super().__init__(runner)
+        self._left, self._at_read = launches, at_read
+
+    def launch(self, plan: StepPlan) -> PendingOutput:
         self._left -= 1
         if self._left == 0 and not self._at_read:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        pending = self._runner.launch(plan)
+        pending = super().launch(plan)
         return _Lost([], [], False) if self._left == 0 else pending
 
 

@@ -1,0 +1,88 @@
+"""Pages for the KV cache: what was asked for, or a share of the memory; one whole sequence always fits."""
+
+from pathlib import Path
+
+import pytest
+
+from atoma_jax.config import CacheConfig
+from atoma_jax.engine.host import free_host_bytes
+from atoma_jax.engine.memory import CPU_KV_BYTES, WORKSPACE_BYTES, DeviceMemory, plan_pages
+from atoma_jax.errors import ConfigError
+
+GIB = 1 << 30
+PAGE = 1 << 20  # bytes
+
+
+def pages(config: CacheConfig, memory: DeviceMemory, max_model_len: int = 1000) -> int:
+    return plan_pages(config, memory, page_bytes=PAGE, max_model_len=max_model_len)
+
+
+def cpu(free: int = 64 * GIB, weights: int = GIB) -> DeviceMemory:
+    return DeviceMemory(is_cpu=True, free=free, weights=weights)
+
+
+def gpu(free: int = 80 * GIB, weights: int = GIB) -> DeviceMemory:
+    return DeviceMemory(is_cpu=False, free=free, weights=weights)
+
+
+def test_a_number_of_pages_is_taken_as_it_is() -> None:
+    assert pages(CacheConfig(num_pages=64), cpu()) == 64
+
+
+def test_bytes_become_whole_pages() -> None:
+    assert pages(CacheConfig(kv_cache_memory_bytes=100 * PAGE + PAGE - 1), cpu()) == 100
+
+
+def test_a_cpu_gives_a_fixed_amount() -> None:
+    assert pages(CacheConfig(), cpu()) == CPU_KV_BYTES // PAGE
+
+
+def test_a_cpu_gives_more_where_one_sequence_takes_more() -> None:
+    assert pages(CacheConfig(), cpu(), max_model_len=16 * 5000) == 5001
+
+
+def test_a_cpu_gives_at_most_half_of_what_the_weights_leave() -> None:
+    assert pages(CacheConfig(), cpu(free=GIB + GIB // 2, weights=GIB)) == 256
+
+
+def test_a_gpu_gives_what_weights_and_workspace_leave_of_its_share() -> None:
+    wanted = int(80 * GIB * 0.92) - 5 * GIB - WORKSPACE_BYTES
+    assert pages(CacheConfig(), gpu(weights=5 * GIB)) == wanted // PAGE
+    half = 40 * GIB - 5 * GIB - WORKSPACE_BYTES
+    assert pages(CacheConfig(gpu_memory_utilization=0.5), gpu(weights=5 * GIB)) == half // PAGE
+
+
+@pytest.mark.parametrize(
+    ("config", "memory", "field", "value", "room"),
+    [
+        (CacheConfig(num_pages=63), cpu(), "num_pages", 63, 63),
+        (CacheConfig(kv_cache_memory_bytes=10 * PAGE), cpu(), "kv_cache_memory_bytes", 10 * PAGE, 10),
+        (CacheConfig(kv_cache_memory_bytes=1), cpu(), "kv_cache_memory_bytes", 1, 0),
+        (CacheConfig(), cpu(free=GIB, weights=GIB), "max_model_len", 1000, 0),
+        (CacheConfig(), gpu(weights=79 * GIB), "max_model_len", 1000, 0),
+    ],
+)
+def test_where_one_sequence_does_not_fit_the_error_says_what_would(
+    config: CacheConfig, memory: DeviceMemory, field: str, value: int, room: int
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        pages(config, memory)
+    assert (caught.value.field, caught.value.value) == (field, value)
+    message = str(caught.value)
+    assert f"max_model_len = 1000 tokens needs 64 pages of {PAGE} bytes" in message
+    assert f"there is room for {room}" in message
+    assert f"set max_model_len to at most {max(0, room - 1) * 16}" in message
+    assert f"{64 * PAGE} bytes by kv_cache_memory_bytes" in message
+
+
+def test_a_share_of_a_gpu_is_refused_where_there_is_none() -> None:
+    with pytest.raises(ConfigError, match="there is no GPU: set kv_cache_memory_bytes") as caught:
+        pages(CacheConfig(gpu_memory_utilization=0.5), cpu())
+    assert caught.value.field == "gpu_memory_utilization"
+
+
+def test_free_memory_counts_page_cache_as_free() -> None:
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    info = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    assert 0 < free_host_bytes() <= info["MemTotal"]
+    assert abs(free_host_bytes() - info["MemAvailable"]) < info["MemTotal"] // 2
