@@ -65,7 +65,7 @@ class RequestMetrics:
     last_token_time: float | None = None
     finished_time: float | None = None
     num_generation_tokens: int = 0
-    num_preemptions: int = 0
+    num_preemptions: int = 0  # known when it is finished
 
     @property
     def queue_time(self) -> float | None:

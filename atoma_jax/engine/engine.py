@@ -205,10 +205,11 @@ class Engine:
                 changed[request.request_id] = request
         outputs: list[RequestOutput] = []
         for request_id, request in changed.items():
-            if request.finished:
+            if request.params.output_kind is RequestOutputKind.FINAL_ONLY and not request.finished:
+                continue
+            outputs.append(request.output(now))
+            if outputs[-1].finished:
                 del self._requests[request_id]
-            if request.finished or request.params.output_kind is not RequestOutputKind.FINAL_ONLY:
-                outputs.append(request.output(now))
         return outputs
 
     def _take(self, request: Request, news: Committed, output: HostOutput, now: float) -> bool:

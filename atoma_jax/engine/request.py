@@ -56,7 +56,10 @@ class Request:
     @property
     def finished(self) -> bool:
         """All samples have ended."""
-        return all(sample.seq.is_finished for sample in self.samples)
+        for sample in self.samples:  # noqa: SIM110  asked for every token, and twice as fast as all()
+            if sample.seq.finish_reason is None:
+                return False
+        return True
 
     def add_token(self, sample: Sample, token: int, row: int, output: HostOutput, now: float) -> str | None:
         """Takes a committed token; returns the stop string that ended the text, if one did."""
@@ -93,15 +96,16 @@ class Request:
     def output(self, now: float) -> RequestOutput:
         """The state to hand out: everything so far, or what is new, as the request's `output_kind` says."""
         metrics = self.metrics
-        metrics.num_preemptions = sum(sample.seq.num_preemptions for sample in self.samples)
-        if self.finished and metrics.finished_time is None:
+        finished = self.finished
+        if finished and metrics.finished_time is None:
             metrics.finished_time = now
+            metrics.num_preemptions = sum(sample.seq.num_preemptions for sample in self.samples)
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self._prompt_ids,
             outputs=[self._completion(sample) for sample in self.samples],
-            finished=self.finished,
+            finished=finished,
             prompt_logprobs=self._prompt_logprobs,
             metrics=metrics,
             num_cached_tokens=self.samples[0].seq.num_cached_tokens or 0,

@@ -12,6 +12,7 @@ class TextStream:
         self._stops = params.stop
         self._min_tokens = params.min_tokens
         self._keep_stop = params.include_stop_str_in_output
+        self._longest = max((len(stop) for stop in self._stops), default=1) - 1  # that may be held back
         self._tokens = 0
         self._stopped = False
         self._shown: list[str] = []
@@ -20,11 +21,13 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """All that is shown."""
-        return "".join(self._shown)
+        """All that is shown. What was joined once stays joined, for streams that ask for the whole text every time."""
+        if len(self._shown) > 1:
+            self._shown = ["".join(self._shown)]
+        return self._shown[0] if self._shown else ""
 
     def take(self) -> str:
-        """What was shown since the last call."""
+        """What was shown since the last call, for streams that never ask for the whole `text`."""
         pieces = self._shown[self._taken :]
         self._taken = len(self._shown)
         return "".join(pieces)
@@ -68,8 +71,7 @@ class TextStream:
 
     def _possible_stop(self) -> int:
         """Characters at the end of what is held that a stop string may begin with."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        for count in range(min(longest, len(self._held)), 0, -1):
+        for count in range(min(self._longest, len(self._held)), 0, -1):
             tail = self._held[-count:]
             if any(stop.startswith(tail) for stop in self._stops):
                 return count
