@@ -8,10 +8,9 @@ ids, new in every round and the same for all; outputs are greedy, of a fixed len
 | number | work | tokens a second |
 |---|---|---|
 | prefill | 1 sequence, 512 tokens in, 1 out | 512 / time |
-| decode | 1 sequence, 16 in, 128 out | 127 / (time − time of the first token) |
+| decode | 1 sequence, 16 in, 128 out | tokens after the first / their time |
 | batch | 16 sequences, 128 in, 64 out | 16·64 / time, prefill included |
-| batch prefill | 16 sequences, 128 in, 1 out | 16·128 / time |
-| batch decode | the last two | 16·63 / (time of the batch − time of its prefill) |
+| batch decode | the same run | tokens that came once every sequence had its first / their time |
 
 `python bench/compare.py --model smollm2-135m-instruct --python llama_cpp=/other/venv/bin/python`
 """
@@ -67,19 +66,16 @@ class Sizes:
             "prefill": Work(num_seqs=1, prompt_tokens=self.prefill_tokens, new_tokens=1),
             "decode": Work(num_seqs=1, prompt_tokens=16, new_tokens=self.decode_tokens),
             "batch": Work(num_seqs=S, prompt_tokens=P, new_tokens=O),
-            "batch_prefill": Work(num_seqs=S, prompt_tokens=P, new_tokens=1),
         }
 
     def rates(self, timings: dict[str, dict[str, Any]]) -> dict[str, float]:
         """Tokens a second by kind, from the timings of one round."""
-        decode, batch = timings["decode"], timings["batch"]["total_s"]
-        prefill = timings["batch_prefill"]["total_s"]
+        decode, batch = timings["decode"], timings["batch"]
         return {
             "prefill": self.prefill_tokens / timings["prefill"]["total_s"],
-            "decode": (self.decode_tokens - 1) / (decode["total_s"] - decode["first_s"]),
-            "batch": self.num_seqs * self.output_tokens / batch,
-            "batch_prefill": self.num_seqs * self.prompt_tokens / prefill,
-            "batch_decode": self.num_seqs * (self.output_tokens - 1) / (batch - prefill),
+            "decode": decode["decoded"] / (decode["total_s"] - decode["first_s"]),
+            "batch": self.num_seqs * self.output_tokens / batch["total_s"],
+            "batch_decode": batch["decoded"] / (batch["total_s"] - batch["first_s"]),
         }
 
 

@@ -34,14 +34,17 @@ class Atoma:
             tokens[request_id] = []
             engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
         first: float | None = None
+        early = 0  # tokens that came before every sequence had one
         while engine.has_work:
             for output in engine.step():
                 tokens[output.request_id] += output.outputs[0].token_ids
             if first is None and all(tokens.values()):
                 first = time.perf_counter() - begin
+                early = sum(map(len, tokens.values()))
         total = time.perf_counter() - begin
         assert first is not None
-        return Timing(first_s=first, total_s=total, token_ids=list(tokens.values()))
+        decoded = sum(map(len, tokens.values())) - early
+        return Timing(first_s=first, total_s=total, decoded=decoded, token_ids=list(tokens.values()))
 
 
 def load(setup: Setup) -> Atoma:

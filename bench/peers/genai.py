@@ -48,6 +48,7 @@ class OpenVino:
             handles.append(self._pipeline.add_request(self._num_requests, ids, config))
         produced: list[list[int]] = [[] for _ in prompts]
         first: float | None = None
+        early = 0  # tokens that came before every sequence had one
         while self._pipeline.has_non_finished_requests():
             self._pipeline.step()
             for row, handle in enumerate(handles):
@@ -56,10 +57,12 @@ class OpenVino:
                         produced[row] += output.generated_ids
             if first is None and all(produced):
                 first = time.perf_counter() - begin
+                early = sum(map(len, produced))
         total = time.perf_counter() - begin
         if first is None:
             raise RuntimeError("OpenVINO ended without a token for every sequence")
-        return Timing(first_s=first, total_s=total, token_ids=produced)
+        decoded = sum(map(len, produced)) - early
+        return Timing(first_s=first, total_s=total, decoded=decoded, token_ids=produced)
 
 
 def load(setup: Setup) -> OpenVino:

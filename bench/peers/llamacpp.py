@@ -75,7 +75,8 @@ class LlamaCpp:
             rows = [(tokens[-1], position, seq, True) for seq, tokens in enumerate(produced)]
             for seq, token in self._decode(rows):
                 produced[seq].append(token)
-        return Timing(first_s=first, total_s=time.perf_counter() - begin, token_ids=produced)
+        total = time.perf_counter() - begin
+        return Timing(first_s=first, total_s=total, decoded=len(prompts) * (new_tokens - 1), token_ids=produced)
 
     def _decode(self, entries: list[tuple[int, int, int, bool]]) -> list[tuple[int, int]]:
         """One call; (token, position, sequence, wants logits) a row. Returns (sequence, likeliest token)."""

@@ -22,6 +22,7 @@ class Timing:
 
     first_s: float  # until every sequence had its first token
     total_s: float  # until every sequence had its last token
+    decoded: int  # tokens that came between the two
     token_ids: list[list[int]]  # what came out
 
 

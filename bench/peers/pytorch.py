@@ -49,7 +49,8 @@ class Transformers:
                 if number == 0:
                     first = time.perf_counter() - begin
         total = time.perf_counter() - begin
-        return Timing(first_s=first, total_s=total, token_ids=torch.cat(produced, dim=1).tolist())
+        decoded = len(prompts) * (new_tokens - 1)
+        return Timing(first_s=first, total_s=total, decoded=decoded, token_ids=torch.cat(produced, dim=1).tolist())
 
 
 def load(setup: Setup) -> Transformers:

@@ -151,7 +151,7 @@ class Paged:
     """
 
     def __init__(
-        self, path: Path, *, layout: str = "rows", operands: str = "float32", S: int = 8, B: int = 3, W: int = 9
+        self, path: Path, *, layout: str = "rows", operands: str = "float32", S: int = 32, B: int = 3, W: int = 3
     ):
         self._S, self._B, self._W = S, B, W
         with GGUFFile.open(path) as file:
@@ -175,10 +175,13 @@ class Paged:
         self._done = np.zeros(self._B, np.int32)
 
     def run(self, sequences: Sequence[np.ndarray], plan: Sequence[Sequence[Work]], *, tokens: int) -> list[np.ndarray]:
-        """Runs the plan's steps, of at most `tokens` tokens each; logits of every token that it runs, by sequence."""
+        """Runs the plan's steps, of at most `tokens` tokens each; logits of every token that it runs, by sequence.
+
+        A step of nothing but B decoding rows takes a program that only decodes.
+        """
         logits: list[list[np.ndarray]] = [[] for _ in sequences]
         for step in plan:
-            only_decode = all(work.decode for work in step)
+            only_decode = len(step) == self._B and all(work.decode for work in step)
             T = self._B if only_decode else tokens
             ids, position, page, slot = (np.zeros(T, np.int32) for _ in range(4))
             start, count, first, length = (np.zeros(self._B, np.int32) for _ in range(4))

@@ -172,21 +172,22 @@ def at_once(work: Any) -> list[list[Any]]:
 
 
 def in_pieces(work: Any) -> list[list[Any]]:
-    """Ragged chunks, decode beside prefill in changing rows, then decode alone."""
+    """Ragged chunks, decode beside prefill in changing rows, then decode alone: two rows, then one."""
     steps = [
         [work(0, 17), work(1, 3)],
         [work(1, 12), work(2, 5), work(0, 20)],
         [work(1, 1, decode=True), work(0, 2)],
         [work(2, 1, decode=True), work(1, 1, decode=True), work(0, 1)],
         [work(0, 1, decode=True), work(2, 1, decode=True), work(1, 1)],
+        [work(2, 2), work(1, 4)],
     ]
-    rest = [41, 18, 7]
-    while any(done < length for done, length in zip(rest, LENGTHS, strict=True)):
-        rows = [i for i in (2, 0, 1) if rest[i] < LENGTHS[i]]
-        steps.append([work(i, 1, decode=True) for i in rows])
-        for i in rows:
-            rest[i] += 1
-    return steps
+    return steps + [[work(0, 1, decode=True)] for _ in range(4)]
+
+
+def in_decode_steps(work: Any) -> list[list[Any]]:
+    """Three prompts, then three rows that decode."""
+    prompts = [work(i, length - 8) for i, length in enumerate(LENGTHS)]
+    return [prompts] + [[work(i, 1, decode=True) for i in (2, 0, 1)] for _ in range(8)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -207,6 +208,14 @@ def test_the_softcaps_bite():
     capped = reference(model, ids)[0]
     model.config.attn_logit_softcapping = None
     assert np.abs(capped - reference(model, ids)[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("family", ["llama 3", "gemma 3"])
+def test_a_program_that_only_decodes(family, recipe, save, paged, work):
+    model, ids = build(family), sequences()
+    got = paged(save(model, recipe(**FAMILIES[family][1]))).run(ids, in_decode_steps(work), tokens=TOKENS)
+    for mine, want in zip(got, reference(model, ids), strict=True):
+        np.testing.assert_allclose(mine, want, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma 3"])
