@@ -5,7 +5,7 @@ Everything is checked from the file's header before anything large is allocated.
 
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def start_engine(
     with phases.phase("resolve"):
         found = resolve(config.model.model, revision=config.model.revision, progress=progress)
         _check_kind(found)
-    with GGUFFile.open(found.path) as file:
+    with GGUFFile.open(found.path) as file, ExitStack() as stack:
         with phases.phase("header"):
             spec = read_spec(file)
             plan = _plan(config, spec, file)
@@ -107,15 +107,15 @@ def start_engine(
             limits = _limits(config, plan, spec, abstract)
             runner = _runner(config, plan, spec, limits, model)
             pool = runner.compile(abstract, threads=plan.threads)
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error nothing more compiles
             tokenizer = load_gguf_tokenizer(file.metadata, source=str(found.path))
             _check_vocabulary(tokenizer.vocab_size, spec, found.path)
         with phases.phase("weights"):
             loaded = load_weights(file, spec, wanted, plan.backend, threads=plan.threads, on_bytes=lambda _: None)
             weights = _state_of(model, loaded)
             jax.block_until_ready(weights)
-    with phases.phase("compile"):
-        runner.start(weights)
-        pool.shutdown()
+        with phases.phase("compile"):
+            runner.start(weights)
     with phases.phase("warm_up"):
         runner.warm_up()
     engine = Engine(
@@ -254,7 +254,10 @@ def _state_of(model: Decoder, values: dict[str, Any]) -> Weights:
 def _use_compile_cache(folder: str | None) -> None:
     if folder is None:
         return
-    Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("compile_cache_dir", folder, f"cannot be made: {error.strerror}") from error
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
