@@ -48,7 +48,8 @@ def perplexity(
         context = longest if context is None else context
         stride = context - len(before) - 1 if stride is None else stride
         ids = ids[:max_tokens]
-        with tqdm(total=len(ids), unit="tok", desc="scoring") as bar:
+        scored = len(ids) if before else max(0, len(ids) - 1)
+        with tqdm(total=scored, unit="tok", desc="scoring") as bar:
             result = score(running.llm, ids, before=before, context=context, stride=stride, on_window=bar.update)
     if not as_json:
         typer.echo(f"perplexity {result.perplexity:.4f}, mean NLL {result.mean_nll:.5f}, {len(result.nll)} tokens")

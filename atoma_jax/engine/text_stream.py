@@ -16,7 +16,7 @@ class TextStream:
         self._tokens = 0
         self._stopped = False
         self._shown: list[str] = []
-        self._taken = 0  # pieces of `_shown` that `take` has given out
+        self._fresh: list[str] = []  # shown since the last `take`
         self._held = ""  # decoded, may be the beginning of a stop string
 
     @property
@@ -27,10 +27,9 @@ class TextStream:
         return self._shown[0] if self._shown else ""
 
     def take(self) -> str:
-        """What was shown since the last call, for streams that never ask for the whole `text`."""
-        pieces = self._shown[self._taken :]
-        self._taken = len(self._shown)
-        return "".join(pieces)
+        """What was shown since the last call."""
+        fresh, self._fresh = self._fresh, []
+        return "".join(fresh)
 
     def push(self, token: int, *, ends: bool) -> str | None:
         """Takes one token; returns the stop string that it completed, if any: the text ends there.
@@ -66,7 +65,9 @@ class TextStream:
 
     def _show(self, count: int) -> None:
         if count:
-            self._shown.append(self._held[:count])
+            piece = self._held[:count]
+            self._shown.append(piece)
+            self._fresh.append(piece)
             self._held = self._held[count:]
 
     def _possible_stop(self) -> int:

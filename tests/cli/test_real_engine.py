@@ -38,7 +38,6 @@ def engine(tiny_model_path: Path, tmp_path: Path) -> list[str]:
     return ["--model", str(tiny_model_path), "--config", str(settings), "--no-compile-cache"]
 
 
-@pytest.mark.slow
 def test_generate_twice_gives_the_same_and_the_stream_equals_the_whole(run: Run, engine: list[str]) -> None:
     flags = ("--prompt", "the cat", "--max-tokens", "8", "--temperature", "0")
     whole = run("generate", *engine, *flags, "--json")
@@ -54,14 +53,12 @@ def test_generate_twice_gives_the_same_and_the_stream_equals_the_whole(run: Run,
     assert run("generate", *engine, *flags).stdout == sample["text"] + "\n"
 
 
-@pytest.mark.slow
 def test_a_prompt_that_is_too_long_ends_with_2(run: Run, engine: list[str]) -> None:
     result = run("generate", *engine, "--prompt", "x" * 65)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "maximum context length is 64 tokens. However, your prompt contains 65" in result.stderr
 
 
-@pytest.mark.slow
 def test_chat_goes_on_after_a_message_that_is_too_long(run: Run, engine: list[str]) -> None:
     result = run("chat", *engine, "--max-tokens", "4", stdin=f"{'x' * 65}\nhi\n")
     assert result.exit_code == 0, result.stderr
@@ -69,7 +66,6 @@ def test_chat_goes_on_after_a_message_that_is_too_long(run: Run, engine: list[st
     assert result.stdout.endswith("\n")
 
 
-@pytest.mark.slow
 def test_scores_do_not_depend_on_how_a_text_is_cut(run: Run, engine: list[str], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("in the hat a cat sat on the mat and ate")
@@ -84,13 +80,13 @@ def test_scores_do_not_depend_on_how_a_text_is_cut(run: Run, engine: list[str], 
     assert cut[:15] == pytest.approx(whole[:15], abs=1e-4)  # the first window sees all that the whole does
 
 
-@pytest.mark.slow
 def test_bench_throughput_runs_more_sequences_than_fit_at_once(run: Run, engine: list[str]) -> None:
     sizes = ("--num-seqs", "3", "--prompt-tokens", "20", "--output-tokens", "6", "--repeats", "1")
     result = run("bench", "throughput", *engine, *sizes, "--json")
     assert result.exit_code == 0, result.stderr
     value = json.loads(result.stdout)
-    assert 0 < value["output_tokens_per_s"] <= value["decode_tokens_per_s"]
+    assert value["prefill_tokens_per_s"] > 0
+    assert value["decode_tokens_per_s"] > 0
     assert 0 <= value["kv_waste"] < 1
     assert value["host_ms_per_step"] > 0
     assert (value["recompilations"], value["prefix_hit_tokens"]) == (0, 0)
