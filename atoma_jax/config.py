@@ -99,7 +99,7 @@ class CompileConfig:
     """Which programs are compiled before the engine is ready. Nothing is compiled afterwards."""
 
     decode_rows: tuple[int, ...] | None = None  # None: rising from 1 to max_num_seqs
-    prefill_tokens: tuple[int, ...] | None = None  # None: three sizes, up to max_num_batched_tokens
+    prefill_tokens: tuple[int, ...] | None = None  # None: a quarter of max_num_batched_tokens, and all
     score_tokens: int = 128  # prompt tokens scored in one step for prompt_logprobs
     compile_cache_dir: str | None = None  # programs are kept here for the next start; None: nowhere
     deterministic: bool = False  # one decode bucket, one chunk size: outputs are bit-equal whatever else is served

@@ -66,7 +66,7 @@ def make_buckets(config: CompileConfig, *, max_num_seqs: int, max_num_batched_to
     if config.deterministic:
         all_rows, all_tokens = (max_num_seqs,), (max_num_batched_tokens,)
     else:
-        all_rows, all_tokens = _rising(max_num_seqs, growth), _three_sizes(max_num_seqs, max_num_batched_tokens)
+        all_rows, all_tokens = _rising(max_num_seqs, growth), _two_sizes(max_num_seqs, max_num_batched_tokens)
     rows, tokens = config.decode_rows or all_rows, config.prefill_tokens or all_tokens
     if rows[-1] != max_num_seqs:
         raise ConfigError("decode_rows", rows, f"must end with max_num_seqs = {max_num_seqs}")
@@ -88,6 +88,6 @@ def _rising(limit: int, growth: int) -> tuple[int, ...]:
     return (*sizes, limit) if sizes[-1] < limit else (limit,)
 
 
-def _three_sizes(rows: int, limit: int) -> tuple[int, ...]:
-    """A short prompt's, a medium one, the limit."""
-    return tuple(sorted({max(rows, limit // 16), max(rows, limit // 4), limit}))
+def _two_sizes(rows: int, limit: int) -> tuple[int, ...]:
+    """A short prompt's and the limit."""
+    return tuple(sorted({max(rows, limit // 4), limit}))

@@ -39,7 +39,7 @@ from atoma_jax.models.params import fill, specs_of
 from atoma_jax.ops import Backend
 from atoma_jax.tokenizer import load_gguf_tokenizer
 
-CPU_SEQS, CPU_TOKENS, CPU_GROWTH = 16, 512, 4  # few programs: each takes a CPU seconds to compile
+CPU_SEQS, CPU_TOKENS, CPU_GROWTH = 16, 512, 16  # few programs: each takes a CPU seconds to compile
 GPU_SEQS, GPU_TOKENS, GPU_GROWTH = 64, 2048, 2
 
 OnPhase = Callable[[str, float], None]

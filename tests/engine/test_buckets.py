@@ -32,9 +32,9 @@ def test_rows_grow_by_a_factor_up_to_the_limit() -> None:
     assert [program.rows for program in buckets(growth=2, seqs=1).decode] == [1]
 
 
-def test_prefill_has_three_sizes_none_below_the_rows() -> None:
-    assert [program.tokens for program in buckets(seqs=8, tokens=512).mixed] == [32, 128, 512]
-    assert [program.tokens for program in buckets(seqs=8, tokens=64).mixed] == [8, 16, 64]
+def test_prefill_has_two_sizes_none_below_the_rows() -> None:
+    assert [program.tokens for program in buckets(seqs=8, tokens=512).mixed] == [128, 512]
+    assert [program.tokens for program in buckets(seqs=8, tokens=64).mixed] == [16, 64]
     assert [program.tokens for program in buckets(seqs=8, tokens=8).mixed] == [8]
 
 
