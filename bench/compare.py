@@ -238,13 +238,14 @@ def compare(
     """Tokens a second by engine and kind, one a round, after a first round that does not count."""
     results: dict[str, dict[str, list[float]]] = {worker.name: {} for worker in workers}
     rng = random.Random(seed)
+    lowest = min(LOWEST_ID, vocab_size // 2)
     alive = list(workers)
     for number in range(rounds + 1):
         print(f"round {number} of {rounds}" if number else "warm-up", file=sys.stderr, flush=True)
         timings: dict[str, dict[str, Any]] = {worker.name: {} for worker in alive}
         for kind, work in sizes.works().items():
             prompts = [
-                [rng.randrange(LOWEST_ID, vocab_size) for _ in range(work.prompt_tokens)] for _ in range(work.num_seqs)
+                [rng.randrange(lowest, vocab_size) for _ in range(work.prompt_tokens)] for _ in range(work.num_seqs)
             ]
             turn = number % len(alive)
             for worker in [*alive[turn:], *alive[:turn]]:

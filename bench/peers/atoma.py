@@ -4,6 +4,7 @@ import json
 import time
 
 import jax
+import platformdirs
 
 from atoma_jax import LLM, RequestOutputKind, SamplingParams, __version__
 from bench.peers.protocol import Setup, Timing
@@ -15,7 +16,13 @@ class Atoma:
     def __init__(self, setup: Setup):
         """Options are settings of `atoma_jax.config`, as JSON values. Its threads are JAX's: all cores it may use."""
         options = {name: json.loads(value) for name, value in setup.options.items()}
-        chosen = {"max_num_seqs": setup.num_seqs, "max_model_len": setup.max_len, **options}
+        programs = str(platformdirs.user_cache_path("atoma-jax") / "programs")  # where the command line keeps them
+        chosen = {
+            "max_num_seqs": setup.num_seqs,
+            "max_model_len": setup.max_len,
+            "compile_cache_dir": programs,
+            **options,
+        }
         self._llm = LLM(setup.model, **chosen)
         self._num_requests = 0
         self.description = f"atoma-jax {__version__}, JAX {jax.__version__}, {self._llm.startup.total:.1f} s to start"
