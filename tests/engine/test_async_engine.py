@@ -244,7 +244,7 @@ class TestTheEnd:
         asyncio.run(main())
 
     def test_cancelling_while_the_engine_dies_stays_a_cancellation(self, serve: Serve) -> None:
-        served = serve(fails_at=2)
+        served = serve(fails_at=1)
 
         async def main() -> None:
             outputs = served.generate(prompt_of(9), LONG, "r")
@@ -335,7 +335,7 @@ def test_an_idle_engine_takes_no_step(serve: Serve, monkeypatch: pytest.MonkeyPa
     before = time.clock_gettime_ns(clock)
     time.sleep(0.3)
     assert time.clock_gettime_ns(clock) - before < 5_000_000  # 5 ms at most for settling down
-    assert looked <= 1
+    assert looked <= 2  # once for the call, once if it was on its way to sleep
     assert served._engine.stats().steps == steps
 
 
