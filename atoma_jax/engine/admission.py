@@ -27,7 +27,9 @@ class SchedulerLimits:
         max_waiting: sequences that may wait; None: no limit.
         score_chunk: positions of a step that gives prompt log-probabilities.
         fixed_chunk: cut prefill at multiples of this and nowhere else, whatever else is in the step, so that the chunks
-            of a request never depend on its neighbours; None: chunks fill the budget.
+            of a request never depend on its neighbours; then outputs are never shared as prefixes, and pages are
+            reserved at admission for the longest answer, so that nothing is computed twice in two ways. None: chunks
+            fill the budget.
     """
 
     max_num_seqs: int

@@ -14,13 +14,15 @@ from atoma_jax.engine.waiting import WaitingQueue, by_order
 class Residency:
     """The running sequences, most urgent first, on top of a page pool. Those that it preempts go back to `waiting`."""
 
-    def __init__(self, pool: PagePool, waiting: WaitingQueue, max_num_seqs: int):
+    def __init__(self, pool: PagePool, waiting: WaitingQueue, max_num_seqs: int, *, reserves: bool = False):
+        """`reserves`: a sequence is admitted with room for its longest answer, so that nobody is ever preempted."""
         self.running: list[Sequence] = []  # sorted by Sequence.order
         self.num_preemptions = 0
         self._pool = pool
         self._waiting = waiting
         self._page_size = pool.cache.page_size
         self._max_num_seqs = max_num_seqs
+        self._reserves = reserves
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
 
     @property
@@ -75,8 +77,9 @@ class Residency:
         seq.num_dispatched = 0
 
     def pages_lacking(self, seq: Sequence) -> int:
-        """Pages to add before every known token has a place."""
-        return max(0, -(-len(seq.tokens) // self._page_size) - len(seq.pages))
+        """Pages to add before every known token has a place, or every token that may come where pages are reserved."""
+        end = seq.max_len - 1 if self._reserves else len(seq.tokens)  # the last token needs no KV
+        return max(0, -(-end // self._page_size) - len(seq.pages))
 
     def grow(self, seq: Sequence, end: int, victims: list[Sequence]) -> int:
         """Add pages up to position `end`; where they run out, preempt from the tail of `victims`, which is consumed.

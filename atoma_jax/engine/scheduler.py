@@ -90,7 +90,8 @@ class Scheduler:
         self._arrivals = itertools.count()
         self._requests: dict[str, list[Sequence]] = {}  # unfinished samples
         self._waiting = WaitingQueue()
-        self._residency = Residency(pool, self._waiting, limits.max_num_seqs)
+        self._reserves = limits.fixed_chunk is not None  # no preemption: what decode computed cannot be computed again
+        self._residency = Residency(pool, self._waiting, limits.max_num_seqs, reserves=self._reserves)
         self._running = self._residency.running
         self._scored_last = False
         self._stuck: _Stuck | None = None
@@ -157,7 +158,8 @@ class Scheduler:
             seq.max_len = longest if wanted is None else min(longest, seq.prompt_len + wanted)
             if self.limits.enable_prefix_caching:
                 seq.salt = b"\x00" + (seq.cache_salt or "").encode("utf-8", "surrogatepass")
-                seq.share_len = seq.max_len
+                # Decode rounds otherwise than prefill: bit-equal outputs share what prefill computed alone.
+                seq.share_len = seq.max_len if self.limits.fixed_chunk is None else seq.prompt_len
             else:
                 seq.salt = private_salt
                 seq.share_len = seq.prompt_len if len(seqs) > 1 else 0
@@ -298,7 +300,8 @@ class Scheduler:
 
     def _admit(self, budget: int, works: list[Work]) -> None:
         """Move sequences from the queue's head to `_running` and append their first chunks to `works`."""
-        reserved = sum(self._residency.pages_lacking(seq) for seq in self._running if seq.prefilling)
+        growing = [seq for seq in self._running if seq.prefilling or self._reserves]
+        reserved = sum(map(self._residency.pages_lacking, growing))
         while self._residency.has_free_slot and budget > 0 and len(works) < self._max_prefill_rows:
             seq = self._waiting.head
             if seq is None or seq.num_pending:

@@ -344,7 +344,7 @@ def test_fixed_chunks_do_not_depend_on_neighbours():
     assert all(cut == [(0, 8), (8, 8), (16, 5)] for cut in cuts.values())
 
 
-def test_fixed_chunks_are_not_cut_where_pages_run_out():
+def test_with_fixed_chunks_pages_are_reserved_and_nothing_is_preempted():
     harness = Harness(num_pages=7, max_num_batched_tokens=16, fixed_chunk=8, watermark=0.0)
     for length in (4, 3):
         harness.add(finite_prompt(length, 8))
@@ -352,8 +352,17 @@ def test_fixed_chunks_are_not_cut_where_pages_run_out():
     cuts = []
     while harness.scheduler.has_work:
         cuts += [(work.start, work.count) for work in harness.step().prefills if work.seq is late]
-    assert cuts == [(0, 8), (0, 8), (8, 8)]
-    assert late.num_preemptions == 1
+    assert cuts == [(0, 8), (8, 8)]
+    assert harness.scheduler.stats().num_preemptions == 0
+
+
+def test_with_fixed_chunks_answers_are_not_shared():
+    harness = Harness(fixed_chunk=8)
+    (first,) = harness.add(finite_prompt(12, 8))
+    harness.drain()
+    (second,) = harness.add([*first.tokens, 1, 2])
+    harness.drain()
+    assert second.num_cached_tokens == 12 // harness.device.page_size * harness.device.page_size
 
 
 def test_prefill_rows_are_limited():
