@@ -1,7 +1,7 @@
 """Opens GGUF files: maps them, puts shards together, and gives tensors as views of the mapping.
 
 Owns files and shards. The header's format and its checks are `gguf_header.py`'s, checked access to metadata is
-`gguf_metadata.py`'s, decoding is `quant/ggml.py`'s. Nothing here reads a byte of tensor data or imports JAX.
+`gguf_metadata.py`'s, decoding is `quant/ggml.py`'s. Opening reads no byte of tensor data; nothing here imports JAX.
 """
 
 import mmap
@@ -17,17 +17,19 @@ import numpy as np
 from jaxtyping import UInt8
 
 from atoma_jax.errors import ModelNotFoundError, WeightFileError
+from atoma_jax.loading.checkpoint import Floats, Rows
 from atoma_jax.loading.gguf_header import parse_header
 from atoma_jax.loading.gguf_metadata import Metadata
-from atoma_jax.quant.ggml import check_supported
+from atoma_jax.quant import ggml
 from atoma_jax.quant.ggml_types import GGMLType
+from atoma_jax.quant.groups import GroupCodes, GroupFormat
 
 _SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GGUFTensor:
-    """One tensor as it lies in the file."""
+    """One tensor as it lies in the file: a `StoredTensor`."""
 
     name: str
     shape: tuple[int, ...]  # outermost first, as numpy: [N, K] for a matrix with K inputs
@@ -39,9 +41,32 @@ class GGUFTensor:
         """Bytes in the file."""
         return self.data.nbytes
 
+    @property
+    def format(self) -> GroupFormat | None:
+        """How its numbers are quantized; None for plain floats."""
+        return ggml.GROUP_FORMATS.get(self.type)
+
+    @property
+    def type_name(self) -> str:
+        """ggml's name of the type."""
+        return self.type.name
+
+    @property
+    def permutation(self) -> None:
+        """GGUF stores columns in the order of inputs."""
+        return
+
+    def decode(self, rows: Rows) -> GroupCodes:
+        """Rows of a quantized tensor, leading axes flattened. Thread-safe; results own their memory."""
+        return ggml.decode(self.data[rows], self.type)
+
+    def dequantize(self, rows: Rows) -> Floats:
+        """Exact f32 values `[rows, K]`; a vector is one row."""
+        return ggml.dequantize(self.data[rows], self.type)
+
 
 class GGUFFile:
-    """A GGUF model, of one file or several shards, checked as a whole before it is handed out.
+    """A `Checkpoint` in GGUF, of one file or several shards, checked as a whole before it is handed out.
 
     Attributes:
         path: the file that was asked for.
@@ -70,7 +95,7 @@ class GGUFFile:
         shards = [shard] if count <= 1 else _open_siblings(shard, count)
         tensors = _merge(shards)
         for tensor in tensors.values():
-            check_supported(f"{path}: tensor {tensor.name!r} type", tensor.type)
+            ggml.check_supported(f"{path}: tensor {tensor.name!r} type", tensor.type)
         return cls(path, shards[0].metadata, tensors)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """Exact decoding of ggml's tensor types with numpy.
 
-`decode` takes blocks apart into codes, scales and mins, `dequantize` turns them into f32. The bit layout of each type is
-in `ggml_blocks.py`. Nothing here reads files (`loading/gguf.py`) or knows how kernels want codes packed. Both functions
-work on any slice of rows, release the interpreter lock in numpy, and keep no state: callers may decode chunks in threads.
+`decode` takes blocks apart into codes, scales and mins, `dequantize` turns them into f32. The bit layout of each type
+is in `ggml_blocks.py`. Nothing here reads files (`loading/gguf.py`) or knows how kernels want codes packed. Both take
+any slice of rows, release the interpreter lock in numpy, and keep no state: callers may decode chunks in threads.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ _TYPES: Mapping[GGMLType, tuple[GroupFormat, blocks.Decoder]] = MappingProxyType
         GGMLType.Q6_K: (GroupFormat(bits=8, group=16, zero=32, scale_dtype=I8, supergroup=256), blocks.q6_k),
     }
 )
-GROUP_FORMATS: Mapping[GGMLType, GroupFormat] = MappingProxyType({kind: format for kind, (format, _) in _TYPES.items()})
+GROUP_FORMATS: Mapping[GGMLType, GroupFormat] = MappingProxyType({name: kind for name, (kind, _) in _TYPES.items()})
 
 FLOAT_TYPES = frozenset({GGMLType.F32, GGMLType.F16, GGMLType.BF16})
 SUPPORTED_TYPES = FLOAT_TYPES | GROUP_FORMATS.keys()
@@ -61,22 +61,22 @@ def decode(raw: UInt8[np.ndarray, "N row_bytes"], ggml_type: GGMLType) -> GroupC
     """
     check_supported("tensor type", ggml_type)
     assert ggml_type not in FLOAT_TYPES, f"{ggml_type.name} has no codes: use dequantize"
-    format, decoder = _TYPES[ggml_type]
+    kind, decoder = _TYPES[ggml_type]
     parts = decoder(_as_blocks(raw, ggml_type))
     size = BLOCK_SIZES[ggml_type]
     N, K = raw.shape[0], raw.shape[1] // size.bytes * size.elements
 
     def factors(values: _Numbers, supers: _Floats | None) -> Factors:
-        by_group = values.reshape(N, K // format.group)
-        if supers is None or format.supergroup is None:
+        by_group = values.reshape(N, K // kind.group)
+        if supers is None or kind.supergroup is None:
             return Factors(by_group)
-        return Factors(by_group, supers.reshape(N, K // format.supergroup))
+        return Factors(by_group, supers.reshape(N, K // kind.supergroup))
 
     return GroupCodes(
         codes=parts.codes.reshape(N, K),
         scales=factors(parts.scales, parts.scale_supers),
         mins=None if parts.mins is None else factors(parts.mins, parts.min_supers),
-        format=format,
+        format=kind,
     )
 
 
