@@ -60,6 +60,14 @@ class GroupFormat:
         """Whether a min is subtracted after scaling."""
         return self.min_dtype is not None
 
+    @property
+    def packed_bits(self) -> float:
+        """Bits a weight on the device, packed: its code, and its share of scales, mins and their supers."""
+        factors = [dtype for dtype in (self.scale_dtype, self.min_dtype) if dtype is not None]
+        shares = (8 * dtype.itemsize / self.group for dtype in factors)
+        supers = 0 if self.supergroup is None else len(factors) * 8 * F32.itemsize / self.supergroup
+        return self.bits + sum(shares) + supers
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
@@ -85,7 +93,8 @@ class GroupCodes:
     mins: Factors | None
     format: GroupFormat
 
-    @np.errstate(invalid="ignore")  # a damaged scale may be infinite: infinity × 0 is NaN here as in ggml
+    # A damaged scale may be infinite: infinity × 0 is NaN here as in ggml, and 2^127 × 12 (MXFP4) is infinity.
+    @np.errstate(invalid="ignore", over="ignore")
     def values(self) -> Float32[np.ndarray, "N K"]:
         """The exact f32 values. The result owns its memory."""
         kind = self.format
