@@ -20,11 +20,13 @@ PUBLIC = ("atoma_jax", *BASICS)
 PARSERS = tuple(
     f"atoma_jax.loading.{name}"
     for name in (
-        *("checkpoint", "gguf", "gguf_header", "gguf_metadata", "safetensors"),
+        *("checkpoint", "mapped", "gguf", "gguf_header", "gguf_metadata"),
+        *("safetensors", "json_file", "name_patterns"),
+        *("hf_checkpoint", "hf_tensors", "hf_gptq", "hf_compressed", "hf_fp8", "hf_bitnet"),
         *("hub", "catalog", "sources", "snapshots"),
     )
 )
-HOST_QUANT = ("groups", "ggml", "ggml_types", "ggml_blocks")  # of quant, what decodes with numpy
+HOST_QUANT = ("groups", "ggml", "ggml_types", "ggml_blocks", "packed")  # of quant, what decodes with numpy
 # The engine's books: no arrays of a device. What they import joins them here.
 HOST_MODULES = ("scheduler", "admission", "plan", "waiting", "residency", "pages", "prefix_cache", "sequence")
 ON_THE_HOST = tuple(f"atoma_jax.engine.{name}" for name in HOST_MODULES)

@@ -4,9 +4,7 @@ Owns files and shards. The header's format and its checks are `gguf_header.py`'s
 `gguf_metadata.py`'s, decoding is `quant/ggml.py`'s. Opening reads no byte of tensor data; nothing here imports JAX.
 """
 
-import mmap
 import re
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -20,6 +18,7 @@ from atoma_jax.errors import ModelNotFoundError, WeightFileError
 from atoma_jax.loading.checkpoint import Floats, Rows
 from atoma_jax.loading.gguf_header import parse_header
 from atoma_jax.loading.gguf_metadata import Metadata
+from atoma_jax.loading.mapped import map_file
 from atoma_jax.quant import ggml
 from atoma_jax.quant.ggml_types import GGMLType
 from atoma_jax.quant.groups import GroupCodes, GroupFormat
@@ -123,7 +122,7 @@ class _Shard:
 
     @classmethod
     def open(cls, path: Path) -> "_Shard":
-        mapping = _map(path)
+        mapping = map_file(path)
         header = parse_header(mapping, path)
         content = np.frombuffer(mapping, np.uint8)
         tensors = [
@@ -136,25 +135,6 @@ class _Shard:
             for info in header.tensors
         ]
         return cls(path, header.metadata, tensors)
-
-
-def _map(path: Path) -> mmap.mmap:
-    """The whole file, read-only."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise ModelNotFoundError("model", str(path), f"there is no such file ({error})") from error
-    if stat.S_ISDIR(status.st_mode):
-        raise ModelNotFoundError("model", str(path), "is a directory; name the .gguf file in it")
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise ModelNotFoundError("model", str(path), "must be a regular file")
-    if status.st_size == 0:
-        raise WeightFileError(f"{path}: magic", "0 bytes", "the file is empty; fetch it again")
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise ModelNotFoundError("model", str(path), f"the file cannot be mapped ({error})") from error
 
 
 def _open_siblings(shard: _Shard, count: int) -> list[_Shard]:
