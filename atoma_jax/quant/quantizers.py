@@ -49,7 +49,7 @@ def quantize(
     size = BLOCK_SIZES[ggml_type]
     N, K = values.shape
     assert K % size.elements == 0, (K, ggml_type)
-    _check_range(values, ggml_type, field)
+    check_range(values, ggml_type.name, field, f16=ggml_type not in (GGMLType.F32, GGMLType.BF16))
     blocks = np.ascontiguousarray(values).reshape(-1, size.elements)
     raw = np.empty((len(blocks), size.bytes), np.uint8)
     step = max(1, _CHUNK // size.elements)
@@ -58,12 +58,13 @@ def quantize(
     return raw.reshape(N, K // size.elements * size.bytes)
 
 
-def _check_range(values: _Floats, ggml_type: GGMLType, field: str) -> None:
+def check_range(values: _Floats, type_name: str, field: str, *, f16: bool) -> None:
+    """Raises UserError about `field` if a value is not finite or, where scales are `f16`, too large for one."""
     largest = float(np.abs(values).max(initial=0.0))
     if not np.isfinite(largest):
         raise UserError(field, largest, "must be finite numbers: the file is damaged, or was trained to overflow")
-    if ggml_type not in (GGMLType.F32, GGMLType.BF16) and largest > _LARGEST_HALF:
-        problem = f"must be at most {_LARGEST_HALF:.0f}, the largest f16, for {ggml_type.name}; keep the tensor in BF16"
+    if f16 and largest > _LARGEST_HALF:
+        problem = f"must be at most {_LARGEST_HALF:.0f}, the largest f16, for {type_name}; keep the tensor in BF16"
         raise UserError(field, largest, problem)
 
 
