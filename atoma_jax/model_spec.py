@@ -4,6 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Family = Literal["llama", "gemma"]
+KVDtype = Literal["float32", "bfloat16", "float16", "fp8_e4m3", "int8"]
+
+_KV_BYTES: dict[KVDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1, "int8": 1}  # of a value
+_SCALE_BYTES = 4  # of the scale that the types of one byte keep for each token and kv head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +39,8 @@ class ModelSpec:
     qk_norm: bool = False
     rope_frequency_divisors: bool = False  # the file brings one divisor for each pair of a head (Llama 3.x)
 
-    def kv_bytes_per_token(self, bytes_per_value: int) -> int:
-        """Bytes of K and V that one token takes in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value
+    def kv_bytes_per_token(self, kv_dtype: KVDtype) -> int:
+        """Bytes of K and V that one token takes in all layers, scales included."""
+        value = _KV_BYTES[kv_dtype]
+        vector = self.head_dim * value + (_SCALE_BYTES if value == 1 else 0)
+        return 2 * self.num_layers * self.num_kv_heads * vector

@@ -40,7 +40,9 @@ class EngineOptions:
     block_size: Annotated[int | None, typer.Option(help="Tokens of a KV page.")] = None
     num_pages: Annotated[int | None, typer.Option(help="KV pages in all.")] = None
     kv_cache_memory_bytes: Annotated[int | None, typer.Option(help="Bytes of the KV cache.")] = None
-    kv_cache_dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16, fp8_e4m3 or int8.")] = (
+        None
+    )
     enable_prefix_caching: Annotated[
         bool | None,
         typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse KV of common prefixes."),

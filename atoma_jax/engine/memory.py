@@ -26,7 +26,7 @@ def plan_pages(config: CacheConfig, memory: DeviceMemory, *, page_bytes: int, ma
     Args:
         config: gives the number, the bytes, or neither.
         memory: of the device.
-        page_bytes: K and V of one page in all layers.
+        page_bytes: K and V of one page in all layers, scales included.
         max_model_len: tokens that one sequence may reach; the cache must hold one such sequence.
 
     Raises:

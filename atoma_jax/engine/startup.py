@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from atoma_jax.config import EngineConfig
@@ -33,7 +32,7 @@ from atoma_jax.loading.gguf import GGUFFile
 from atoma_jax.loading.gguf_spec import read_spec
 from atoma_jax.loading.hub import ResolvedModel, resolve
 from atoma_jax.loading.weights import abstract_weights, load_weights
-from atoma_jax.model_spec import ModelSpec
+from atoma_jax.model_spec import KVDtype, ModelSpec
 from atoma_jax.models.decoder import Decoder
 from atoma_jax.models.params import fill, specs_of
 from atoma_jax.ops import Backend
@@ -142,7 +141,7 @@ class _Plan:
     max_num_batched_tokens: int
     buckets: Buckets
     sampler: SamplerShape
-    kv_dtype: Any
+    kv_dtype: KVDtype
     threads: int
 
 
@@ -177,7 +176,7 @@ def _plan(config: EngineConfig, spec: ModelSpec, file: GGUFFile) -> _Plan:
             growth=CPU_GROWTH if is_cpu else GPU_GROWTH,
         ),
         sampler=SamplerShape(slots=seqs, vocab_size=spec.vocab_size, max_model_len=length),
-        kv_dtype=jnp.dtype(kv_dtype),
+        kv_dtype=kv_dtype,
         threads=usable_cores(),
     )
 
@@ -192,7 +191,7 @@ def _backend(config: EngineConfig, *, is_cpu: bool) -> Backend:
 
 
 def _limits(config: EngineConfig, plan: _Plan, spec: ModelSpec, abstract: Weights) -> EngineLimits:
-    page_bytes = spec.kv_bytes_per_token(plan.kv_dtype.itemsize) * config.cache.block_size
+    page_bytes = spec.kv_bytes_per_token(plan.kv_dtype) * config.cache.block_size
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     is_cpu = plan.backend.platform == "cpu"
     free = free_host_bytes() if is_cpu else jax.local_devices()[0].memory_stats()["bytes_limit"]

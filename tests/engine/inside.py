@@ -11,7 +11,7 @@ from atoma_jax.engine.engine import Engine
 from atoma_jax.engine.plan import StepPlan
 from atoma_jax.engine.runner import HostOutput, PendingOutput, Runner
 from atoma_jax.engine.step import EngineState
-from pallas_kernels.paged_attention import KVPages
+from pallas_kernels.kv_pages import KVPages
 
 
 def kv_of(runner: Runner) -> tuple[np.ndarray, np.ndarray]:

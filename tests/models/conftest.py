@@ -21,7 +21,7 @@ from atoma_jax.loading.gguf_spec import read_spec
 from atoma_jax.loading.weights import load_weights
 from atoma_jax.models.decoder import Decoder
 from atoma_jax.models.params import fill, specs_of
-from pallas_kernels.paged_attention import KVPages
+from pallas_kernels.kv_pages import KVPages
 
 F32 = gguf.GGMLQuantizationType.F32
 
