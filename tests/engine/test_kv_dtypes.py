@@ -1,4 +1,4 @@
-"""The engine over each type of KV cache. tests/pallas_kernels says what a type keeps; here it goes through the whole."""
+"""The engine over each type of KV cache. What a type keeps is tested in tests/pallas_kernels; here, that it is kept."""
 
 import dataclasses
 import re
