@@ -14,9 +14,11 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from atoma_jax.quant.qtensor import Layout, QTensor
 from pallas_kernels import grouped_matmul as grouped_kernels
+from pallas_kernels import kv_pages
 from pallas_kernels import paged_attention as attention_kernels
 from pallas_kernels import quantized_matmul as matmul_kernels
-from pallas_kernels.paged_attention import KVPages, QueryBlocks
+from pallas_kernels.kv_pages import KVPages, empty_pages
+from pallas_kernels.paged_attention import QueryBlocks
 from pallas_kernels.quantized_matmul import pack_planar
 
 # Types and packings of the kernels that others need come from here: nobody else imports kernels.
@@ -27,6 +29,7 @@ __all__ = [
     "QueryBlocks",
     "attend",
     "embed",
+    "empty_pages",
     "grouped_feed_forward",
     "linear",
     "pack_planar",
@@ -202,7 +205,7 @@ def attend(
         scale: factor of the logits.
         softcap: limit of the logits' size, by tanh.
     """
-    pages = attention_kernels.write_kv(pages, k, v, layer=layer, page=batch.page, slot=batch.slot)
+    pages = kv_pages.write_kv(pages, k, v, layer=layer, page=batch.page, slot=batch.slot)
     B = batch.decode_lengths.shape[0]
     decoded = attention_kernels.decode_attention(
         q[:B],

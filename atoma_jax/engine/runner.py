@@ -19,7 +19,7 @@ from atoma_jax.engine.buckets import Buckets, Program
 from atoma_jax.engine.plan import StepPlan
 from atoma_jax.engine.sampler_state import SamplerShape, SlotRules, empty_row, write_slot
 from atoma_jax.engine.step import EngineState, StepOutput, StepSizes, Weights, make_state, run_step
-from atoma_jax.model_spec import ModelSpec
+from atoma_jax.model_spec import KVDtype, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Runner:
         sizes: StepSizes,
         *,
         num_pages: int,
-        kv_dtype: Any,
+        kv_dtype: KVDtype,
         split_prefill: bool,
     ):
         """The model is given as its `nnx.GraphDef`. `split_prefill`: decodes and prefills of one plan run as two

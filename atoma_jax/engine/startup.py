@@ -8,10 +8,8 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from atoma_jax.config import EngineConfig
 from atoma_jax.engine.admission import SchedulerLimits
@@ -20,7 +18,7 @@ from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.engine import Engine
 from atoma_jax.engine.host import free_host_bytes, usable_cores
 from atoma_jax.engine.limits import EngineLimits
-from atoma_jax.engine.memory import DeviceMemory, plan_pages
+from atoma_jax.engine.memory import DeviceMemory, kv_cache_dtype, plan_pages
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
 from atoma_jax.engine.pages import PagePool
 from atoma_jax.engine.prefix_cache import PrefixCache
@@ -31,7 +29,7 @@ from atoma_jax.engine.step import StepSizes
 from atoma_jax.errors import ConfigError, UnsupportedModelError
 from atoma_jax.loading.hub import resolve
 from atoma_jax.loading.model_files import open_model
-from atoma_jax.model_spec import ModelSpec
+from atoma_jax.model_spec import KVDtype, ModelSpec
 from atoma_jax.tokenizer import load_gguf_tokenizer
 
 CPU_SEQS, CPU_TOKENS, CPU_GROWTH = 16, 512, 16  # few programs: each takes a CPU seconds to compile
@@ -132,7 +130,7 @@ class _Plan:
     max_num_batched_tokens: int
     buckets: Buckets
     sampler: SamplerShape
-    kv_dtype: Any
+    kv_dtype: KVDtype
     threads: int
 
 
@@ -151,9 +149,6 @@ def _plan(config: EngineConfig, setup: ModelSetup) -> _Plan:
     tokens = config.scheduler.max_num_batched_tokens or max(seqs, min(CPU_TOKENS if is_cpu else GPU_TOKENS, length))
     if tokens < seqs:
         raise ConfigError("max_num_batched_tokens", tokens, f"must be at least max_num_seqs = {seqs}")
-    kv_dtype = config.cache.kv_cache_dtype
-    if kv_dtype == "auto":
-        kv_dtype = "float32" if is_cpu else "bfloat16"
     return _Plan(
         max_model_len=length,
         max_num_seqs=seqs,
@@ -165,14 +160,14 @@ def _plan(config: EngineConfig, setup: ModelSetup) -> _Plan:
             growth=CPU_GROWTH if is_cpu else GPU_GROWTH,
         ),
         sampler=SamplerShape(slots=seqs, vocab_size=spec.vocab_size, max_model_len=length),
-        kv_dtype=jnp.dtype(kv_dtype),
+        kv_dtype=kv_cache_dtype(config.cache, is_cpu=is_cpu),
         threads=usable_cores(),
     )
 
 
 def _limits(config: EngineConfig, plan: _Plan, setup: ModelSetup) -> EngineLimits:
     spec, weight_bytes = setup.spec, setup.weight_bytes
-    page_bytes = spec.kv_bytes_per_token(plan.kv_dtype.itemsize) * config.cache.block_size
+    page_bytes = spec.kv_bytes_per_token(plan.kv_dtype) * config.cache.block_size
     is_cpu = setup.backend.platform == "cpu"
     free = free_host_bytes() if is_cpu else jax.local_devices()[0].memory_stats()["bytes_limit"]
     memory = DeviceMemory(is_cpu=is_cpu, free=free, weights=weight_bytes)
