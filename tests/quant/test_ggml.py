@@ -21,7 +21,6 @@ from tests.quant.ggml_samples import (
     reference,
 )
 
-
 # What libgguf quantizes to: Q2_0 is newer. Some types make it search neighbours of a large grid first, for 5 to 20 s.
 SEARCHING = {GGMLType.IQ1_S, GGMLType.IQ1_M, GGMLType.IQ2_XS, GGMLType.IQ2_S}
 QUANTIZABLE = [
