@@ -7,7 +7,7 @@ in f32, each operation rounded once. `zero` belongs to a format, scales and mins
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -30,7 +30,7 @@ class GroupFormat:
     Attributes:
         bits: width of a code on the device; codes of three, five or six bits take the next width.
         group: neighbours along K that share one scale.
-        zero: subtracted from a code before it is scaled; 0 where there are mins or a table.
+        zero: subtracted from a code before it is scaled; 0 where there is a table.
         table: the number that each code stands for; None where a code is its own number.
         scale_dtype: the narrowest type that holds scales exactly. int8: they are integers, times one f32 (a "super")
             for each `supergroup`.
@@ -39,7 +39,7 @@ class GroupFormat:
         float_codes: a code is the bits of a float8_e4m3fn; 8 bits, no zero, no table, no mins.
     """
 
-    bits: Literal[2, 4, 8]
+    bits: int  # 2, 4 or 8
     group: int
     zero: int = 0
     table: tuple[int, ...] | None = None
@@ -49,9 +49,10 @@ class GroupFormat:
     float_codes: bool = False
 
     def __post_init__(self) -> None:
+        assert self.bits in (2, 4, 8), self
         assert (self.scale_dtype == I8) == (self.supergroup is not None), self
         assert self.supergroup is None or self.supergroup % self.group == 0, self
-        assert self.zero == 0 or (self.table is None and self.min_dtype is None), self
+        assert self.zero == 0 or self.table is None, self
         assert not self.float_codes or (self.bits == 8 and self.table is None and self.min_dtype is None), self
 
     @property
