@@ -17,6 +17,7 @@ from atoma_jax.cli.bench import bench
 from atoma_jax.cli.chat import chat
 from atoma_jax.cli.evaluate import evaluate
 from atoma_jax.cli.generate import generate
+from atoma_jax.cli.plan import plan
 from atoma_jax.cli.pull import pull
 from atoma_jax.errors import AtomaError, UserError
 
@@ -77,7 +78,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _command in (generate, chat, pull):
+for _command in (generate, chat, pull, plan):
     app.command()(_command)
 app.add_typer(bench)
 app.add_typer(evaluate)

@@ -34,6 +34,12 @@ class EngineOptions:
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for hub ids.")] = None
     config: Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it.")] = None
     dtype: Annotated[str | None, typer.Option(help="Of matrix products: auto, float32 or bfloat16.")] = None
+    quantization: Annotated[
+        str | None, typer.Option(help="Of dense weights while they load: int8, int4, fp8, ternary or w8a8.")
+    ] = None
+    weight_layout: Annotated[
+        str | None, typer.Option(help="Of quantized weights: auto, rows (a byte a code) or planar (packed).")
+    ] = None
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output together.")] = None
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that one step may hold.")] = None
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens that one step may hold.")] = None
@@ -60,8 +66,8 @@ class EngineOptions:
         bool, typer.Option("--compile-cache/--no-compile-cache", help="Whether compiled programs are kept.")
     ] = True
 
-    def engine_config(self) -> EngineConfig:
-        """The settings, checked.
+    def engine_config(self, model: str | None = None) -> EngineConfig:
+        """The settings, checked; `model` stands for --model where a command has it as its argument.
 
         Raises:
             ConfigError: a setting is unknown or outside its limits, or two contradict each other.
@@ -73,6 +79,8 @@ class EngineOptions:
             for name, value in dataclasses.asdict(self).items()
             if value is not None and name not in ("config", "compile_cache")
         }
+        if model is not None:
+            given["model"] = model
         config = EngineConfig.from_options(given) if self.config is None else EngineConfig.from_toml(self.config, given)
         if not self.compile_cache:
             return _with_compile_cache(config, None)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from atoma_jax.config import CacheConfig
 from atoma_jax.errors import ConfigError
+from atoma_jax.model_spec import KVDtype
 
 CPU_KV_BYTES = 1 << 30  # of a CPU's memory, unless one full context takes more
 CPU_KV_SHARE = 0.5  # of a CPU's free memory, at most
@@ -18,6 +19,13 @@ class DeviceMemory:
     is_cpu: bool
     free: int  # bytes
     weights: int  # bytes that the model will take
+
+
+def kv_cache_dtype(config: CacheConfig, *, is_cpu: bool) -> KVDtype:
+    """What "auto" comes to: float32 on a CPU, bfloat16 elsewhere; any other choice stands."""
+    if config.kv_cache_dtype == "auto":
+        return "float32" if is_cpu else "bfloat16"
+    return config.kv_cache_dtype
 
 
 def plan_pages(config: CacheConfig, memory: DeviceMemory, *, page_bytes: int, max_model_len: int) -> int:

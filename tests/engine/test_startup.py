@@ -28,7 +28,7 @@ def refused(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
         raise AssertionError("it went on")
 
     monkeypatch.setattr(Runner, "compile", fail)
-    monkeypatch.setattr("atoma_jax.engine.startup.load_weights", fail)
+    monkeypatch.setattr("atoma_jax.engine.model_setup.load_weights", fail)
 
     def start(model: Path = tiny_path, **options: Any) -> UserError:
         with pytest.raises(UserError) as caught:
