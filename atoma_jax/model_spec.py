@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Family = Literal["llama", "gemma", "mixture"]
-Activation = Literal["silu", "gelu_tanh", "relu_squared"]
 KVDtype = Literal["float32", "bfloat16", "float16", "fp8_e4m3", "int8"]
+Activation = Literal["silu", "gelu_tanh", "relu_squared"]
 
 _KV_BYTES: dict[KVDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1, "int8": 1}  # of a value
 _SCALE_BYTES = 4  # of the scale that the types of one byte keep for each token and kv head

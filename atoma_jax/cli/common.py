@@ -66,8 +66,8 @@ class EngineOptions:
         bool, typer.Option("--compile-cache/--no-compile-cache", help="Whether compiled programs are kept.")
     ] = True
 
-    def engine_config(self, model: str | None = None) -> EngineConfig:
-        """The settings, checked; `model` stands for --model where a command has it as its argument.
+    def engine_config(self) -> EngineConfig:
+        """The settings, checked.
 
         Raises:
             ConfigError: a setting is unknown or outside its limits, or two contradict each other.
@@ -79,8 +79,6 @@ class EngineOptions:
             for name, value in dataclasses.asdict(self).items()
             if value is not None and name not in ("config", "compile_cache")
         }
-        if model is not None:
-            given["model"] = model
         config = EngineConfig.from_options(given) if self.config is None else EngineConfig.from_toml(self.config, given)
         if not self.compile_cache:
             return _with_compile_cache(config, None)

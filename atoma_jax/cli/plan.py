@@ -7,27 +7,40 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from atoma_jax.cli.common import EngineOptions, print_json
-from atoma_jax.cli.options import flat_options
+from atoma_jax.cli.common import print_json
+from atoma_jax.config import EngineConfig
 from atoma_jax.errors import UserError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-@flat_options
 def plan(
     model: Annotated[str, typer.Argument(help="A name of configs/models, a .gguf file, a folder, or a hub id.")],
-    engine: EngineOptions,
     memory: Annotated[
         str | None, typer.Option(help="What the engine may use in all: 80GB, 24GiB, or bytes. Default: no limit.")
     ] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of the sequences that are counted.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for hub ids.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Of dense weights while they load: int8, int4, fp8, ternary or w8a8.")
+    ] = None,
+    weight_layout: Annotated[str | None, typer.Option(help="auto, rows (a byte a code) or planar (packed).")] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, fp8_e4m3 or int8.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens of a KV page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
 ) -> None:
     """What a model takes on a device, and which contexts fit. Reads headers, no weights."""
-    if engine.model is not None:
-        raise UserError("model", engine.model, "is named twice: `atoma-jax plan MODEL` takes no --model")
     limit = None if memory is None else parse_bytes("memory", memory)
-    config = engine.engine_config(model)
+    options = {
+        "model": model,
+        "max_model_len": max_model_len,
+        "revision": revision,
+        "quantization": quantization,
+        "weight_layout": weight_layout,
+        "kv_cache_dtype": kv_cache_dtype,
+        "block_size": block_size,
+    }
+    config = EngineConfig.from_options({name: value for name, value in options.items() if value is not None})
     from atoma_jax import plan_model  # imports JAX
 
     found = plan_model(config, memory=limit)
@@ -56,7 +69,7 @@ def plan(
     if as_json:
         print_json(values)
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(f"{model}: {found.architecture}, {found.parameters / 1e6:,.1f} M parameters")
     table = Table("type", "tensors", "parameters", "file", "bits each", box=None, header_style="bold")
     for column in table.columns[1:]:
@@ -90,10 +103,11 @@ def parse_bytes(field: str, text: str) -> int:
     return size_in_bytes
 
 
-def size(count: float) -> str:
+def size(count: int) -> str:
     """Bytes for people, in powers of ten as disks and `--memory 80GB` count."""
+    value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
+        if abs(value) < 1000:
+            return f"{value:.4g} {unit}"
+        value /= 1000
+    return f"{value:.4g} TB"

@@ -22,10 +22,10 @@ class DeviceMemory:
 
 
 def kv_cache_dtype(config: CacheConfig, *, is_cpu: bool) -> KVDtype:
-    """What "auto" comes to: float32 on a CPU, bfloat16 elsewhere; any other choice stands."""
-    if config.kv_cache_dtype == "auto":
-        return "float32" if is_cpu else "bfloat16"
-    return config.kv_cache_dtype
+    """The type of the cache, decided where the configuration leaves it open."""
+    if config.kv_cache_dtype != "auto":
+        return config.kv_cache_dtype
+    return "float32" if is_cpu else "bfloat16"
 
 
 def plan_pages(config: CacheConfig, memory: DeviceMemory, *, page_bytes: int, max_model_len: int) -> int:
