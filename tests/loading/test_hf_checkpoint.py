@@ -6,6 +6,7 @@ product, which is exact. compressed-tensors has a file of its own.
 
 import json
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,6 +118,19 @@ def test_a_broken_config_is_refused(hf_folder: Write, content: bytes, message: s
         HFCheckpoint.open(folder)
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"{folder / 'config.json'}: ")
+
+
+@pytest.mark.parametrize("item", ["{}", "[]", "[[]]", '{"":{}}', "1e9"])
+def test_the_largest_config_costs_less_than_50_megabytes(hf_folder: Write, item: str) -> None:
+    folder = hf_folder({"t": np.ones(1, np.float32)})
+    count = ((1 << 20) - 10) // (len(item) + 1)
+    (folder / "config.json").write_text('{"a":[' + ",".join([item] * count) + "]}")
+    tracemalloc.start()
+    try:
+        assert len(HFCheckpoint.open(folder).config["a"]) == count
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_folder_without_config_is_refused(hf_folder: Write) -> None:
