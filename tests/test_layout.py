@@ -19,8 +19,12 @@ BASICS = tuple(f"atoma_jax.{name}" for name in ("errors", "config", "model_spec"
 PUBLIC = ("atoma_jax", *BASICS)
 PARSERS = tuple(
     f"atoma_jax.loading.{name}"
-    for name in ("gguf", "gguf_header", "gguf_metadata", "safetensors", "hub", "catalog", "sources", "snapshots")
+    for name in (
+        *("gguf", "gguf_header", "gguf_metadata", "safetensors", "hub", "catalog", "sources", "snapshots"),
+        *("gguf_writer", "mixtures", "requantize"),
+    )
 )
+FORMATS = tuple(f"atoma_jax.quant.{name}" for name in ("ggml", "ggml_types", "quantizers"))
 # The engine's books: no arrays of a device. What they import joins them here.
 HOST_MODULES = ("scheduler", "admission", "plan", "waiting", "residency", "pages", "prefix_cache", "sequence")
 ON_THE_HOST = tuple(f"atoma_jax.engine.{name}" for name in HOST_MODULES)
@@ -60,11 +64,11 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "atoma_jax.benchmarks",
         "atoma_jax.evaluation",
         "atoma_jax.loading.hub",
+        "atoma_jax.loading.mixtures",
+        "atoma_jax.loading.requantize",
         *PUBLIC,
     ),
-    **dict.fromkeys(
-        PARSERS, (*PARSERS, "configs", "atoma_jax.quant.ggml", "atoma_jax.quant.ggml_types", "atoma_jax.errors")
-    ),
+    **dict.fromkeys(PARSERS, (*PARSERS, "configs", *FORMATS, "atoma_jax.errors")),
     **dict.fromkeys(ON_THE_HOST, (*ON_THE_HOST, *BASICS)),
 }
 WITHOUT_JAX = (*PARSERS, *ON_THE_HOST, "atoma_jax.tokenizer", "atoma_jax.errors", "atoma_jax.config")
