@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
@@ -39,7 +39,14 @@ def quantize(
             bar.total = total
             bar.update(done - bar.n)
 
-        summary = requantize(source.path, out, options, threads=threads or _cores(), overwrite=force, on_progress=show)
+        summary = requantize(
+            source.path,
+            out,
+            options,
+            threads=_cores() if threads is None else threads,
+            overwrite=force,
+            on_progress=show,
+        )
     if as_json:
         print_json({"model": model, "out": str(out), "type": options.mixture.name, **_as_json(summary)})
     else:
@@ -51,7 +58,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _as_json(summary: Summary) -> dict[str, object]:
+def _as_json(summary: Summary) -> dict[str, Any]:
     types = [dataclasses.asdict(total) | {"bits": total.bits} for total in summary.types]
     return dataclasses.asdict(summary) | {"bits": 8 * summary.target_bytes / summary.elements, "types": types}
 

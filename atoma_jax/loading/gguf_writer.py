@@ -1,8 +1,8 @@
 """Writes a GGUF file tensor by tensor, never holding more of it than the caller hands over at once.
 
-Owns the container (spec: ggml/docs/gguf.md), the reverse of `gguf_header.py`, and that a file appears under its name only
-when it is whole. Metadata come encoded: whoever copies a file hands over the bytes of its entries, types and all. The
-`gguf` package has a writer too, but it takes values, and from a value the type it had in the file cannot be told.
+Owns the container (spec: ggml/docs/gguf.md), the reverse of `gguf_header.py`, and that a file appears under its name
+only when it is whole. Metadata come encoded: whoever copies a file hands over the bytes of its entries, types and all.
+The `gguf` package has a writer too, but it takes values, and from a value the type it had in the file cannot be told.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import numpy as np
 from atoma_jax.errors import UserError
 from atoma_jax.quant.ggml_types import BLOCK_SIZES, GGMLType
 
-_Data: TypeAlias = bytes | np.ndarray[Any, np.dtype[np.uint8]]
+_Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
 _VERSION = 3
 _U32_TYPE = 4
@@ -93,16 +93,16 @@ class GGUFWriter:
             raise
         return self
 
-    def write(self, data: _Data) -> None:
+    def write(self, data: _Bytes) -> None:
         """Appends to the tensor at hand; once it is whole, the next one's turn comes.
 
         Raises:
             UserError: the disk is full, or the file cannot be written for another reason.
         """
         size = self._sizes[self._current]
-        self._written += memoryview(data).nbytes
+        self._written += data.nbytes
         assert self._written <= size, (self._current, self._written, size)
-        self._put(data)
+        self._put(data.data)
         if self._written == size:
             self._put(bytes(self._padded(size) - size))
             self._current, self._written = self._current + 1, 0
@@ -135,7 +135,7 @@ class GGUFWriter:
         with contextlib.suppress(OSError):  # a full disk again, at what was still buffered
             self._file.close()
 
-    def _put(self, data: _Data) -> None:
+    def _put(self, data: bytes | memoryview) -> None:
         try:
             self._file.write(data)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Which type each tensor of a model gets when it is quantized: llama.cpp's mixtures, chosen from names and shapes alone.
+"""Which type each tensor gets when a model is quantized: llama.cpp's mixtures, chosen from names and shapes alone.
 
 A mixture gives most tensors its base type, and more bits to those that suffer most: values, the down projection, the
 output. The rules are those of llama.cpp's quantizer without an importance matrix (src/llama-quant.cpp), down to which

@@ -84,7 +84,7 @@ def requantize(
     *,
     threads: int,
     overwrite: bool = False,
-    on_progress: OnProgress = lambda done, total: None,
+    on_progress: OnProgress | None = None,
 ) -> Summary:
     """Writes `target`, whose tensors are those of `source` in other types. All metadata are kept.
 
@@ -94,7 +94,7 @@ def requantize(
         options: which types.
         threads: that quantize.
         overwrite: replace a file that is there.
-        on_progress: called after every chunk.
+        on_progress: called after every chunk, if given.
 
     Raises:
         UserError: the result cannot be written, or holds values that a type cannot; ConfigError, ModelNotFoundError,
@@ -120,7 +120,8 @@ def requantize(
             for data, count in _converted(tensors, types, str(source), pool, ahead=2 * threads):
                 writer.write(data)
                 done += count
-                on_progress(done, elements)
+                if on_progress is not None:
+                    on_progress(done, elements)
         return Summary(
             source_bytes=sum(tensor.nbytes for tensor in tensors.values()),
             target_bytes=sum(entry.nbytes for entry in entries),

@@ -29,8 +29,8 @@ def test_a_table_for_people(run: Run, plain: str, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert [line.split()[:4] for line in lines[:3]] == [
-        ["Q4_K", "9", "tensors", "4.500"],
-        ["Q6_K", "6", "tensors", "6.562"],
+        ["Q4_K", "12", "tensors", "4.500"],
+        ["Q6_K", "3", "tensors", "6.562"],
         ["F32", "5", "tensors", "32.000"],
     ]
     assert lines[-1].endswith(f"bits a weight: {out}")
