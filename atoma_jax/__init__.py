@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from atoma_jax.config import EngineConfig
     from atoma_jax.engine.async_engine import AsyncLLM
     from atoma_jax.engine.llm import LLM
+    from atoma_jax.engine.model_plan import ModelPlan, plan_model
     from atoma_jax.errors import AtomaError, EngineDeadError, Overloaded, UserError
     from atoma_jax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from atoma_jax.sampling_params import RequestOutputKind, SamplingParams
@@ -21,18 +22,21 @@ __all__ = [
     "EngineConfig",
     "EngineDeadError",
     "Logprob",
+    "ModelPlan",
     "Overloaded",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
     "UserError",
+    "plan_model",
 ]
 
 _HOMES = {
     "atoma_jax.config": ("EngineConfig",),
     "atoma_jax.engine.async_engine": ("AsyncLLM",),
     "atoma_jax.engine.llm": ("LLM",),
+    "atoma_jax.engine.model_plan": ("ModelPlan", "plan_model"),
     "atoma_jax.errors": ("AtomaError", "EngineDeadError", "Overloaded", "UserError"),
     "atoma_jax.outputs": ("CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput"),
     "atoma_jax.sampling_params": ("RequestOutputKind", "SamplingParams"),

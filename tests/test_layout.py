@@ -20,11 +20,14 @@ PUBLIC = ("atoma_jax", *BASICS)
 PARSERS = tuple(
     f"atoma_jax.loading.{name}"
     for name in (
-        *("gguf", "gguf_header", "gguf_metadata", "safetensors", "hub", "catalog", "sources", "snapshots"),
+        *("checkpoint", "mapped", "gguf", "gguf_header", "gguf_metadata"),
+        *("safetensors", "json_file", "name_patterns"),
+        *("hf_checkpoint", "hf_tensors", "hf_gptq", "hf_compressed", "hf_fp8", "hf_bitnet"),
+        *("hub", "catalog", "sources", "snapshots"),
         *("gguf_writer", "mixtures", "requantize"),
     )
 )
-FORMATS = tuple(f"atoma_jax.quant.{name}" for name in ("ggml", "ggml_types", "quantizers"))
+HOST_QUANT = ("groups", "ggml", "ggml_types", "ggml_blocks", "packed", "quantizers")  # of quant, what works with numpy
 # The engine's books: no arrays of a device. What they import joins them here.
 HOST_MODULES = ("scheduler", "admission", "plan", "waiting", "residency", "pages", "prefix_cache", "sequence")
 ON_THE_HOST = tuple(f"atoma_jax.engine.{name}" for name in HOST_MODULES)
@@ -68,7 +71,9 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "atoma_jax.loading.requantize",
         *PUBLIC,
     ),
-    **dict.fromkeys(PARSERS, (*PARSERS, "configs", *FORMATS, "atoma_jax.errors")),
+    **dict.fromkeys(
+        PARSERS, (*PARSERS, "configs", *(f"atoma_jax.quant.{name}" for name in HOST_QUANT), "atoma_jax.errors")
+    ),
     **dict.fromkeys(ON_THE_HOST, (*ON_THE_HOST, *BASICS)),
 }
 WITHOUT_JAX = (*PARSERS, *ON_THE_HOST, "atoma_jax.tokenizer", "atoma_jax.errors", "atoma_jax.config")

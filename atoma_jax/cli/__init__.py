@@ -17,6 +17,7 @@ from atoma_jax.cli.bench import bench
 from atoma_jax.cli.chat import chat
 from atoma_jax.cli.evaluate import evaluate
 from atoma_jax.cli.generate import generate
+from atoma_jax.cli.plan import plan
 from atoma_jax.cli.pull import pull
 from atoma_jax.cli.quantize import quantize
 from atoma_jax.errors import AtomaError, UserError
@@ -78,7 +79,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _command in (generate, chat, pull, quantize):
+for _command in (generate, chat, pull, plan, quantize):
     app.command()(_command)
 app.add_typer(bench)
 app.add_typer(evaluate)

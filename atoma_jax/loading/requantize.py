@@ -5,7 +5,6 @@ Owns the order of work and its limits: memory stays at a few chunks a thread, wh
 """
 
 import logging
-import mmap
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -21,8 +20,9 @@ from atoma_jax.errors import ConfigError
 from atoma_jax.loading.gguf import GGUFFile, GGUFTensor
 from atoma_jax.loading.gguf_header import parse_header
 from atoma_jax.loading.gguf_writer import GGUFWriter, TensorEntry, encode_u32
+from atoma_jax.loading.mapped import map_file
 from atoma_jax.loading.mixtures import Choice, ModelFacts, TypeOptions, choose_types
-from atoma_jax.quant.ggml import FLOAT_TYPES, dequantize
+from atoma_jax.quant.ggml import FLOAT_TYPES
 from atoma_jax.quant.ggml_types import GGMLType
 from atoma_jax.quant.quantizers import quantize
 
@@ -160,7 +160,7 @@ def _shards(file: GGUFFile) -> list[Path]:
 def _metadata(file: GGUFFile, options: TypeOptions) -> dict[str, bytes]:
     """Encoded entries of the result: the source's own bytes, so that every value keeps its type."""
     path = _first_shard(file)
-    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
+    with map_file(path) as mapping:
         places = parse_header(mapping, path).entries
         kept = {key: mapping[place] for key, place in places.items() if key not in (*_SPLIT_KEYS, *_OWN_KEYS)}
     values = (options.mixture.file_type, _QUANTIZATION_VERSION)
@@ -208,10 +208,9 @@ def _chunks(tensor: GGUFTensor) -> Iterator[slice]:
 
 
 def _convert(tensor: GGUFTensor, rows: slice, ggml_type: GGMLType, field: str) -> _Bytes:
-    data = tensor.data[rows]
     if tensor.type == ggml_type:
-        return data
-    return quantize(dequantize(data, tensor.type), ggml_type, field)
+        return tensor.data[rows]
+    return quantize(tensor.dequantize(rows), ggml_type, field)
 
 
 def _totals(entries: list[TensorEntry]) -> tuple[TypeTotal, ...]:
