@@ -107,7 +107,8 @@ class Section:
         value = default if value is None else value
         value = value.lower() if isinstance(value, str) else value
         if type(value) is not type(default) or value not in implemented:
-            raise UnsupportedModelError(self.field(key), value, f"is not implemented; those that are: {implemented}")
+            problem = f"is not implemented; those that are: {', '.join(map(str, implemented))}"
+            raise UnsupportedModelError(self.field(key), value, problem)
         return value
 
     def section(self, key: str) -> "Section":
@@ -118,7 +119,7 @@ class Section:
         return Section(self.field(key), value)
 
     def refuse(self, key: str, problem: str) -> None:
-        """Raises UnsupportedModelError where the file has a value that says something: neither null, false nor empty."""
+        """Raises UnsupportedModelError where a value says something: it is neither null, false nor empty."""
         if self.values.get(key):
             raise UnsupportedModelError(self.field(key), self.values[key], problem)
 
