@@ -25,10 +25,10 @@ DATA = Path(__file__).parents[1] / "data" / "ternary"
 PASSAGE = (
     "Who shall separate us from the love of Christ? Could oppression, or anguish, or persecution, or famine, or "
     'nakedness, or peril, or sword? Even as it is written, "For your sake we are killed all day long. We were '
-    'accounted as sheep for the slaughter." No, in all these things, we are more than conquerors through him who loved us. For I '
-    "am persuaded, that neither death, nor life, nor angels, nor principalities, nor things present, nor things to "
-    "come, nor powers, nor height, nor depth, nor any other created thing, will be able to separate us from the love "
-    "of God, which is in Christ Jesus our Lord."
+    'accounted as sheep for the slaughter." No, in all these things, we are more than conquerors through him who '
+    "loved us. For I am persuaded, that neither death, nor life, nor angels, nor principalities, nor things "
+    "present, nor things to come, nor powers, nor height, nor depth, nor any other created thing, will be able to"
+    " separate us from the love of God, which is in Christ Jesus our Lord."
 )
 CLOSE = 2e-5  # of logits: float32 against float64
 EDGE = 2e-5  # of an int8 step: what float32 may be off where the largest is 127
