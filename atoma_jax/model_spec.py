@@ -3,7 +3,31 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Family = Literal["llama", "gemma"]
+Family = Literal["llama", "gemma", "mixture"]
+Activation = Literal["silu", "gelu_tanh", "relu_squared"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeSpec:
+    """Rotary positions, scaling included: the angle of pair i at position p is p · frequencies[i].
+
+    Half as many frequencies as a head has dimensions, or fewer: the dimensions behind the rotated ones stay.
+    """
+
+    frequencies: tuple[float, ...]  # radians a position
+    local_frequencies: tuple[float, ...] | None = None  # of layers with a window; None: as the others
+    magnitude: float = 1.0  # factor of cosines and sines, on layers without a window
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertSpec:
+    """A mixture of experts in place of each feed-forward net."""
+
+    count: int  # E
+    used: int  # experts a token goes to, k
+    ffn_dim: int  # of one expert
+    normalized: bool  # the weights of a token's experts are made to add up to 1
+    shared_ffn_dim: int = 0  # of the expert that every token goes to, behind a gate; 0: there is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,22 +42,22 @@ class ModelSpec:
     num_heads: int  # N
     num_kv_heads: int  # K
     head_dim: int  # H
-    ffn_dim: int  # F
+    ffn_dim: int  # F; of a mixture, that of one expert
     context_length: int  # tokens the model was trained for
     norm_eps: float
-    rope_theta: float
-    rope_factor: float = 1.0  # linear scaling: positions are divided by this
-    local_rope_theta: float | None = None  # of layers with a window; None: as the others
+    rope: RopeSpec
     windows: tuple[int | None, ...] = ()  # tokens each layer looks back; None: all of them
     attention_scale: float  # factor of the logits
     attention_softcap: float | None = None
     final_softcap: float | None = None
     embedding_scale: float = 1.0
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Activation = "silu"
     tied_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
-    rope_frequency_divisors: bool = False  # the file brings one divisor for each pair of a head (Llama 3.x)
+    sub_norms: bool = False  # BitNet's, in front of the output and down projections
+    int8_activations: bool = False  # inputs of all projections but the head are rounded to int8 for each token
+    experts: ExpertSpec | None = None
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes of K and V that one token takes in all layers."""

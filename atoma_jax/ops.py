@@ -3,14 +3,17 @@
 Today every platform runs the XLA routes of `pallas_kernels`. Models call these functions and know no kernel.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, no_type_check
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from atoma_jax.quant.qtensor import Layout, QTensor
+from pallas_kernels import grouped_matmul as grouped_kernels
 from pallas_kernels import paged_attention as attention_kernels
 from pallas_kernels import quantized_matmul as matmul_kernels
 from pallas_kernels.paged_attention import KVPages, QueryBlocks
@@ -24,10 +27,14 @@ __all__ = [
     "QueryBlocks",
     "attend",
     "embed",
+    "grouped_feed_forward",
     "linear",
     "pack_planar",
     "query_blocks",
 ]
+
+# Integer products go group by group: with smaller groups, rounding the activations and multiplying floats is quicker.
+_INTEGER_GROUP = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,37 +62,119 @@ class AttentionBatch:
     blocks: QueryBlocks | None  # work of the sequences that prefill; None: the program only decodes
 
 
-def linear(x: Float[Array, "T K"], weight: QTensor | Array, backend: Backend) -> Float32[Array, "T N"]:
-    """x · Wᵀ for a weight `[N, K]`, summed in float32. Dense weights are multiplied in the type they have."""
-    if not isinstance(weight, QTensor):
-        return matmul_kernels.dot(x.astype(weight.dtype), weight)
+def linear(
+    x: Float[Array, "T K"], weight: QTensor | Array, backend: Backend, *, int8_activations: bool = False
+) -> Float32[Array, "T N"]:
+    """x · Wᵀ for a weight `[N, K]`, summed in float32. Dense weights are multiplied in the type they have.
+
+    Args:
+        x: activations.
+        weight: of one layer.
+        backend: where it runs.
+        int8_activations: each token of `x` is rounded to int8 first, because the model was trained so; products with
+            integer weights are then exact integer sums.
+    """
+    if isinstance(weight, QTensor):
+        return _quantized_linear(x, weight, backend, int8_activations=int8_activations)
+    if int8_activations:
+        x = _rounded(x)
+    return matmul_kernels.dot(x.astype(weight.dtype), weight)
+
+
+def _quantized_linear(
+    x: Float[Array, "T K"], weight: QTensor, backend: Backend, *, int8_activations: bool
+) -> Float32[Array, "T N"]:
+    if weight.permutation is not None:
+        x = x[:, weight.permutation]
     operands = jnp.dtype(backend.operands)
     if weight.layout == "rows":
+        integers = weight.codes.dtype == jnp.int8
+        if int8_activations and integers and weight.group >= _INTEGER_GROUP:
+            return matmul_kernels.matmul_int8(x, weight.codes, weight.scales, weight.mins)
+        if int8_activations:
+            x = _rounded(x)
         return matmul_kernels.matmul_rows(x, weight.codes, weight.scales, weight.mins, operands=operands)
+    if int8_activations:
+        x = _rounded(x)
     return matmul_kernels.matmul_planar(
         x,
         weight.codes,
-        weight.scales,
-        weight.mins,
+        matmul_kernels.flat_factors(weight.scales, weight.scale_supers),
+        None if weight.mins is None else matmul_kernels.flat_factors(weight.mins, weight.min_supers),
         bits=weight.bits,
         plane=weight.plane,
         zero=weight.zero,
+        table=weight.table,
         operands=operands,
     )
+
+
+def _rounded(x: Float[Array, "T K"]) -> Float32[Array, "T K"]:
+    """Each token rounded to int8 and widened again."""
+    codes, factor = matmul_kernels.quantize_tokens(x)
+    return codes.astype(jnp.float32) * factor
+
+
+def grouped_feed_forward(
+    x: Float[Array, "T D"],
+    experts: Int32[Array, "T k"],
+    weights: Float32[Array, "T k"],
+    gate_up: QTensor | Array,
+    down: QTensor | Array,
+    activate: Callable[[Array], Array],
+    backend: Backend,
+    *,
+    layer: Int32[Array, ""],
+) -> Float32[Array, "T D"]:
+    """The weighted sum of each token's experts: down(activate(gate_up · x)). Only experts that are chosen are read.
+
+    Args:
+        x: tokens.
+        experts: that each token goes to.
+        weights: of each of them.
+        gate_up: of all layers and experts, `[L, E, 2F, D]`.
+        down: likewise, `[L, E, D, F]`.
+        activate: `[rows, 2F]` to `[rows, F]`.
+        backend: where it runs.
+        layer: which layer's weights.
+    """
+    E = jax.tree.leaves(gate_up)[0].shape[1]
+    blocks = grouped_kernels.expert_blocks(experts, E)
+
+    def grouped(rows: Float[Array, "padded K"], weight: QTensor | Array) -> Float32[Array, "padded N"]:
+        def product(block: Float[Array, "M K"], expert: Int32[Array, ""]) -> Float32[Array, "M N"]:
+            def pick(leaf: Array) -> Array:
+                start = (layer, expert, *(jnp.int32(0) for _ in leaf.shape[2:]))
+                return lax.dynamic_slice(leaf, start, (1, 1, *leaf.shape[2:]))[0, 0]
+
+            return linear(block, jax.tree.map(pick, weight), backend)
+
+        N = weight.shape[0] if isinstance(weight, QTensor) else weight.shape[2]
+        return grouped_kernels.grouped_product(rows, blocks, product, N)
+
+    hidden = activate(grouped(grouped_kernels.sorted_rows(x, blocks, E), gate_up))
+    return grouped_kernels.combine(grouped(hidden, down), blocks, weights)
 
 
 def embed(ids: Int32[Array, " T"], table: QTensor | Array) -> Float32[Array, "T D"]:
     """Rows of a table `[V, D]`."""
     if not isinstance(table, QTensor):
         return table[ids].astype(jnp.float32)
+    assert table.permutation is None, "no format permutes an embedding"
     if table.layout == "rows":
         return matmul_kernels.dequantize(
             table.codes[ids], table.scales[ids], None if table.mins is None else table.mins[ids]
         )
+
+    def factors(values: Array, supers: Array | None) -> Array:
+        picked = None if supers is None else supers[:, ids]
+        return matmul_kernels.flat_factors(values[:, ids], picked).T  # [T, G]
+
     codes = matmul_kernels.unpack_planar(table.codes[ids], table.bits, table.plane)
     codes = codes.reshape(ids.shape[0], table.scales.shape[0], -1)  # [T, G, g]
-    mins = None if table.mins is None else table.mins[:, ids].T
-    return matmul_kernels.dequantize(codes, table.scales[:, ids].T, mins, zero=table.zero)
+    mins = None if table.mins is None else factors(table.mins, table.min_supers)
+    scales = factors(table.scales, table.scale_supers)
+    return matmul_kernels.dequantize(codes, scales, mins, zero=table.zero, table=table.table)
 
 
 def attend(

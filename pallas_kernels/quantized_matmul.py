@@ -1,10 +1,10 @@
 """Products with group-quantized weights, as plain XLA: unpacking, dequantization, matrix product, row look-up.
 
-A weight is `[N, K]`, out-features first as in the files, and equals `scale[n, k // g] * code[n, k] - min[n, k // g]`.
-Codes come in one of two layouts:
+A weight is `[N, K]`, out-features first as in the files, and equals `scale[n, k // g] * number[n, k] - min[n, k // g]`,
+where a number is a code less a zero point, or what a table says for the code. Codes come in one of two layouts:
 
-- rows: int8 `[N, K/g, g]`, one byte a code. What XLA:CPU is quick with: unpacking fields costs it three to eight times
-  as much as the product itself.
+- rows: int8 or float8 `[N, K/g, g]`, a byte a number. What XLA:CPU is quick with: unpacking fields costs it three to
+  eight times as much as the product itself.
 - planar: uint16 words `[N, K·bits/16]`. K is cut into blocks of KB = P·planes, planes = 16/bits. Word j of block b
   holds in bit field i the element b·KB + i·P + j, so that a plane is contiguous in K and a word is as wide as the
   bfloat16 it becomes. What the GPU kernels read.
@@ -15,7 +15,7 @@ Which layout and which route a product takes is decided in `atoma_jax/ops.py`, n
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int8, UInt16
+from jaxtyping import Array, Float, Float32, Int8, Num, UInt16
 
 TILE_ELEMENTS = 1 << 20  # dequantized at once where a weight is larger: 4 MB of float32 stay in a CPU's second cache
 
@@ -40,18 +40,31 @@ def unpack_planar(words: UInt16[Array, "*lead W"], bits: int, plane: int) -> UIn
     return codes.reshape(*words.shape[:-1], -1)
 
 
+def flat_factors(values: Num[Array, "G *rest"], supers: Float32[Array, "S *rest"] | None) -> Float32[Array, "G *rest"]:
+    """Scales or mins as one float32 a group: themselves, or integers times the float of their supergroup."""
+    values = values.astype(jnp.float32)
+    if supers is None:
+        return values
+    return values * jnp.repeat(supers, values.shape[0] // supers.shape[0], axis=0, total_repeat_length=values.shape[0])
+
+
+def numbers(codes: Array, *, zero: int, table: tuple[int, ...] | None) -> Float32[Array, "..."]:
+    """What codes stand for."""
+    if table is not None:
+        return jnp.asarray(table, jnp.float32)[codes]
+    return codes.astype(jnp.float32) - zero if zero else codes.astype(jnp.float32)
+
+
 def dequantize(
     codes: Array,
     scales: Float[Array, "*lead G"],
     mins: Float[Array, "*lead G"] | None,
     *,
     zero: int = 0,
+    table: tuple[int, ...] | None = None,
 ) -> Float32[Array, "*lead K"]:
-    """Weights from codes `[*lead, G, g]` in natural order: `scale·(code − zero) − min`, in float32."""
-    weights = codes.astype(jnp.float32)
-    if zero:
-        weights = weights - zero
-    weights = weights * scales[..., None].astype(jnp.float32)
+    """Weights from codes `[*lead, G, g]` in natural order: `scale·number − min`, in float32."""
+    weights = numbers(codes, zero=zero, table=table) * scales[..., None].astype(jnp.float32)
     if mins is not None:
         weights = weights - mins[..., None].astype(jnp.float32)
     return weights.reshape(*codes.shape[:-2], -1)
@@ -59,7 +72,7 @@ def dequantize(
 
 def matmul_rows(
     x: Float[Array, "T K"],
-    codes: Int8[Array, "N G g"],
+    codes: Num[Array, "N G g"],
     scales: Float[Array, "N G"],
     mins: Float[Array, "N G"] | None,
     *,
@@ -96,19 +109,61 @@ def matmul_rows(
 def matmul_planar(
     x: Float[Array, "T K"],
     words: UInt16[Array, "N W"],
-    scales: Float[Array, "G N"],
-    mins: Float[Array, "G N"] | None,
+    scales: Float32[Array, "G N"],
+    mins: Float32[Array, "G N"] | None,
     *,
     bits: int,
     plane: int,
     zero: int,
+    table: tuple[int, ...] | None,
     operands: jnp.dtype,
 ) -> Float32[Array, "T N"]:
     """x · Wᵀ with W in the planar layout, whose scales and mins lie `[K/g, N]`: the twin of the Pallas kernel."""
     codes = unpack_planar(words, bits, plane)  # [N, K]
     codes = codes.reshape(codes.shape[0], scales.shape[0], -1)  # [N, G, g]
-    weights = dequantize(codes, scales.T, None if mins is None else mins.T, zero=zero)
+    weights = dequantize(codes, scales.T, None if mins is None else mins.T, zero=zero, table=table)
     return dot(x.astype(operands), weights.astype(operands))
+
+
+def quantize_tokens(x: Float[Array, "T K"]) -> tuple[Int8[Array, "T K"], Float32[Array, "T 1"]]:
+    """Each token as int8 and the factor that undoes it, as BitNet b1.58 does (arXiv:2402.17764).
+
+    A token that holds NaN or infinity gets a factor of NaN: its row shows it, and no other does.
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    scale = 127.0 / jnp.maximum(largest, 1e-5)
+    codes = jnp.clip(jnp.round(x * scale), -128, 127)  # half to even
+    return jnp.where(jnp.isfinite(codes), codes, 0).astype(jnp.int8), jnp.where(
+        jnp.isfinite(largest), 1.0 / scale, jnp.nan
+    )
+
+
+def matmul_int8(
+    x: Float[Array, "T K"],
+    codes: Int8[Array, "N G g"],
+    scales: Float32[Array, "N G"],
+    mins: Float32[Array, "N G"] | None,
+) -> Float32[Array, "T N"]:
+    """x · Wᵀ with `x` as int8 for each token and W in the rows layout: exact integer sums within a group."""
+    tokens, factor = quantize_tokens(x)
+    N, G, g = codes.shape
+    by_group = tokens.reshape(-1, G, g)
+
+    def group(i: Array | int) -> Float32[Array, "T N"]:
+        mine = lax.dynamic_index_in_dim(by_group, i, 1, keepdims=False)  # [T, g]
+        theirs = lax.dynamic_index_in_dim(codes, i, 1, keepdims=False)  # [N, g]
+        sums = lax.dot_general(mine, theirs, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        part = sums.astype(jnp.float32) * lax.dynamic_index_in_dim(scales, i, 1, keepdims=False)
+        if mins is None:
+            return part
+        totals = jnp.sum(mine, axis=1, dtype=jnp.int32).astype(jnp.float32)[:, None]  # [T, 1]
+        return part - totals * lax.dynamic_index_in_dim(mins, i, 1, keepdims=False)
+
+    if G == 1:
+        return group(0) * factor
+    empty = jnp.zeros((x.shape[0], N), jnp.float32)
+    return lax.fori_loop(0, G, lambda i, y: y + group(i), empty) * factor
 
 
 def dot(x: Float[Array, "T K"], weights: Float[Array, "N K"]) -> Float32[Array, "T N"]:

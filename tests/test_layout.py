@@ -19,8 +19,14 @@ BASICS = tuple(f"atoma_jax.{name}" for name in ("errors", "config", "model_spec"
 PUBLIC = ("atoma_jax", *BASICS)
 PARSERS = tuple(
     f"atoma_jax.loading.{name}"
-    for name in ("gguf", "gguf_header", "gguf_metadata", "safetensors", "hub", "catalog", "sources", "snapshots")
+    for name in (
+        *("checkpoint", "mapped", "gguf", "gguf_header", "gguf_metadata"),
+        *("safetensors", "json_file", "name_patterns"),
+        *("hf_checkpoint", "hf_tensors", "hf_gptq", "hf_compressed", "hf_fp8", "hf_bitnet"),
+        *("hub", "catalog", "sources", "snapshots"),
+    )
 )
+HOST_QUANT = ("groups", "ggml", "ggml_types", "ggml_blocks", "packed")  # of quant, what decodes with numpy
 # The engine's books: no arrays of a device. What they import joins them here.
 HOST_MODULES = ("scheduler", "admission", "plan", "waiting", "residency", "pages", "prefix_cache", "sequence")
 ON_THE_HOST = tuple(f"atoma_jax.engine.{name}" for name in HOST_MODULES)
@@ -63,7 +69,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
         *PUBLIC,
     ),
     **dict.fromkeys(
-        PARSERS, (*PARSERS, "configs", "atoma_jax.quant.ggml", "atoma_jax.quant.ggml_types", "atoma_jax.errors")
+        PARSERS, (*PARSERS, "configs", *(f"atoma_jax.quant.{name}" for name in HOST_QUANT), "atoma_jax.errors")
     ),
     **dict.fromkeys(ON_THE_HOST, (*ON_THE_HOST, *BASICS)),
 }

@@ -29,9 +29,9 @@ from atoma_jax.engine.sampler_state import SamplerShape
 from atoma_jax.engine.scheduler import Scheduler
 from atoma_jax.engine.step import StepSizes, Weights
 from atoma_jax.errors import ConfigError, UnsupportedModelError
-from atoma_jax.loading.gguf import GGUFFile
-from atoma_jax.loading.gguf_spec import read_spec
-from atoma_jax.loading.hub import ResolvedModel, resolve
+from atoma_jax.loading.checkpoint import Checkpoint
+from atoma_jax.loading.hub import resolve
+from atoma_jax.loading.model_files import open_model
 from atoma_jax.loading.weights import abstract_weights, load_weights
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.decoder import Decoder
@@ -95,23 +95,27 @@ def start_engine(
     _use_compile_cache(config.compile.compile_cache_dir)
     with phases.phase("resolve"):
         found = resolve(config.model.model, revision=config.model.revision, progress=progress)
-        _check_kind(found)
-    with GGUFFile.open(found.path) as file, ExitStack() as stack:
+    with ExitStack() as stack:
         with phases.phase("header"):
-            spec = read_spec(file)
-            plan = _plan(config, spec, file)
-        model = Decoder(spec, plan.backend)
-        wanted = specs_of(model)
+            files = stack.enter_context(open_model(found, max_model_len=config.model.max_model_len))
+            checkpoint, spec = files.checkpoint, files.spec
+            plan = _plan(config, spec, checkpoint)
+            model = Decoder(spec, plan.backend)
+            wanted = specs_of(model)
+            sources = files.sources(wanted)
         with phases.phase("tokenizer"):
-            abstract = _state_of(Decoder(spec, plan.backend), abstract_weights(file, spec, wanted, plan.backend))
+            planned = abstract_weights(checkpoint, sources, wanted, plan.backend)
+            abstract = _state_of(Decoder(spec, plan.backend), planned)
             limits = _limits(config, plan, spec, abstract)
             runner = _runner(config, plan, spec, limits, model)
             pool = runner.compile(abstract, threads=plan.threads)
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error nothing more compiles
-            tokenizer = load_gguf_tokenizer(file.metadata, source=str(found.path))
+            tokenizer = load_gguf_tokenizer(checkpoint.metadata, source=str(found.path))
             _check_vocabulary(tokenizer.vocab_size, spec, found.path)
         with phases.phase("weights"):
-            loaded = load_weights(file, spec, wanted, plan.backend, threads=plan.threads, on_bytes=lambda _: None)
+            loaded = load_weights(
+                checkpoint, sources, wanted, plan.backend, threads=plan.threads, on_bytes=lambda _: None
+            )
             weights = _state_of(model, loaded)
             jax.block_until_ready(weights)
         with phases.phase("compile"):
@@ -146,7 +150,7 @@ class _Plan:
     threads: int
 
 
-def _plan(config: EngineConfig, spec: ModelSpec, file: GGUFFile) -> _Plan:
+def _plan(config: EngineConfig, spec: ModelSpec, checkpoint: Checkpoint) -> _Plan:
     platform = jax.default_backend()
     if platform not in ("cpu", "gpu"):
         raise ConfigError("JAX_PLATFORMS", platform, "must be cpu or cuda: the engine has no kernels for others")
@@ -154,7 +158,9 @@ def _plan(config: EngineConfig, spec: ModelSpec, file: GGUFFile) -> _Plan:
     length = config.model.max_model_len or spec.context_length
     if length > spec.context_length:
         raise ConfigError(
-            "max_model_len", length, f"must be at most {spec.context_length}, what {file.path.name} was trained for"
+            "max_model_len",
+            length,
+            f"must be at most {spec.context_length}, what {checkpoint.path.name} was trained for",
         )
     if length < 2:
         raise ConfigError("max_model_len", length, "must be at least 2: a prompt token and an output token")
@@ -261,15 +267,6 @@ def _use_compile_cache(folder: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _check_kind(found: ResolvedModel) -> None:
-    if found.kind != "gguf":
-        raise UnsupportedModelError(
-            "model",
-            str(found.path),
-            "must be a GGUF file or a folder with one: safetensors folders are not implemented",
-        )
 
 
 def _check_vocabulary(tokens: int, spec: ModelSpec, path: Path) -> None:

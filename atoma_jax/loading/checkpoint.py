@@ -4,7 +4,7 @@ them is read. GGUF files (`gguf.py`) and folders of safetensors (`hf_checkpoint.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -15,6 +15,7 @@ Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 Permutation: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
 
+@runtime_checkable  # as the types of arguments are checked while tests run
 class StoredTensor(Protocol):
     """One logical tensor. What a container spreads over several of its own, such as codes and scales, is one here."""
 
@@ -57,6 +58,7 @@ class StoredTensor(Protocol):
         ...
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """A model on disk, checked as a whole when it was opened."""
 

@@ -1,12 +1,10 @@
 """Opens GGUF files: maps them, puts shards together, and gives tensors as views of the mapping.
 
 Owns files and shards. The header's format and its checks are `gguf_header.py`'s, checked access to metadata is
-`gguf_metadata.py`'s, decoding is `quant/ggml.py`'s. Nothing here reads a byte of tensor data or imports JAX.
+`gguf_metadata.py`'s, decoding is `quant/ggml.py`'s. Opening reads no byte of tensor data; nothing here imports JAX.
 """
 
-import mmap
 import re
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -17,17 +15,20 @@ import numpy as np
 from jaxtyping import UInt8
 
 from atoma_jax.errors import ModelNotFoundError, WeightFileError
+from atoma_jax.loading.checkpoint import Floats, Rows
 from atoma_jax.loading.gguf_header import parse_header
 from atoma_jax.loading.gguf_metadata import Metadata
-from atoma_jax.quant.ggml import check_supported
+from atoma_jax.loading.mapped import map_file
+from atoma_jax.quant import ggml
 from atoma_jax.quant.ggml_types import GGMLType
+from atoma_jax.quant.groups import GroupCodes, GroupFormat
 
 _SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GGUFTensor:
-    """One tensor as it lies in the file."""
+    """One tensor as it lies in the file: a `StoredTensor`."""
 
     name: str
     shape: tuple[int, ...]  # outermost first, as numpy: [N, K] for a matrix with K inputs
@@ -39,9 +40,32 @@ class GGUFTensor:
         """Bytes in the file."""
         return self.data.nbytes
 
+    @property
+    def format(self) -> GroupFormat | None:
+        """How its numbers are quantized; None for plain floats."""
+        return ggml.GROUP_FORMATS.get(self.type)
+
+    @property
+    def type_name(self) -> str:
+        """ggml's name of the type."""
+        return self.type.name
+
+    @property
+    def permutation(self) -> None:
+        """GGUF stores columns in the order of inputs."""
+        return
+
+    def decode(self, rows: Rows) -> GroupCodes:
+        """Rows of a quantized tensor, leading axes flattened. Thread-safe; results own their memory."""
+        return ggml.decode(self.data[rows], self.type)
+
+    def dequantize(self, rows: Rows) -> Floats:
+        """Exact f32 values `[rows, K]`; a vector is one row."""
+        return ggml.dequantize(self.data[rows], self.type)
+
 
 class GGUFFile:
-    """A GGUF model, of one file or several shards, checked as a whole before it is handed out.
+    """A `Checkpoint` in GGUF, of one file or several shards, checked as a whole before it is handed out.
 
     Attributes:
         path: the file that was asked for.
@@ -70,7 +94,7 @@ class GGUFFile:
         shards = [shard] if count <= 1 else _open_siblings(shard, count)
         tensors = _merge(shards)
         for tensor in tensors.values():
-            check_supported(f"{path}: tensor {tensor.name!r} type", tensor.type)
+            ggml.check_supported(f"{path}: tensor {tensor.name!r} type", tensor.type)
         return cls(path, shards[0].metadata, tensors)
 
     def close(self) -> None:
@@ -98,7 +122,7 @@ class _Shard:
 
     @classmethod
     def open(cls, path: Path) -> "_Shard":
-        mapping = _map(path)
+        mapping = map_file(path)
         header = parse_header(mapping, path)
         content = np.frombuffer(mapping, np.uint8)
         tensors = [
@@ -111,25 +135,6 @@ class _Shard:
             for info in header.tensors
         ]
         return cls(path, header.metadata, tensors)
-
-
-def _map(path: Path) -> mmap.mmap:
-    """The whole file, read-only."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise ModelNotFoundError("model", str(path), f"there is no such file ({error})") from error
-    if stat.S_ISDIR(status.st_mode):
-        raise ModelNotFoundError("model", str(path), "is a directory; name the .gguf file in it")
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise ModelNotFoundError("model", str(path), "must be a regular file")
-    if status.st_size == 0:
-        raise WeightFileError(f"{path}: magic", "0 bytes", "the file is empty; fetch it again")
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise ModelNotFoundError("model", str(path), f"the file cannot be mapped ({error})") from error
 
 
 def _open_siblings(shard: _Shard, count: int) -> list[_Shard]:

@@ -1,10 +1,11 @@
-"""How each weight of a model lies on the device, from a file's header alone: types, shapes, layout. Reads no weights.
+"""How each weight of a model lies on the device, from a checkpoint's headers alone: types, shapes, layout.
 
-Layers are stacked, so all tensors of one weight share a form. Where a file mixes types, scales are repeated to the
-smallest group and a type without mins gets some: every weight keeps its exact value.
+Layers are stacked, so all tensors of one weight share a form. Where a file mixes types, they meet in a format that
+holds each exactly (`quant/merging.py`). Reads no weights.
 """
 
-from collections.abc import Sequence
+import logging
+import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,21 +14,24 @@ import numpy as np
 from jax import numpy as jnp
 
 from atoma_jax.errors import UnsupportedModelError
-from atoma_jax.loading.gguf import GGUFFile
-from atoma_jax.loading.names import WeightSource
+from atoma_jax.loading.checkpoint import Checkpoint, StoredTensor
+from atoma_jax.loading.weight_sources import WeightSource
 from atoma_jax.models.params import ParamSpec
 from atoma_jax.ops import Backend
-from atoma_jax.quant.ggml import GROUP_FORMATS, GroupFormat
+from atoma_jax.quant.groups import FLOAT8, GroupFormat
+from atoma_jax.quant.merging import merged_format, widened
 from atoma_jax.quant.qtensor import Layout, QTensor, planar_plane
 
 Shape: TypeAlias = tuple[int, ...]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseForm:
     """A weight that is no `QTensor`."""
 
-    shape: Shape  # layers included
+    shape: Shape  # leading axes included
     dtype: jnp.dtype[Any]
 
     def abstract(self) -> jax.ShapeDtypeStruct:
@@ -37,106 +41,162 @@ class DenseForm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedForm:
-    """What all tensors of one quantized weight agree on. Fields as in `QTensor`, but for the zero point.
+    """What all tensors of one quantized weight agree on.
 
-    Rows hold signed codes, so that their `QTensor` has no zero point: `zero` is subtracted from a file's codes.
+    Attributes:
+        layout: as in `QTensor`.
+        lead: axes before a child's own.
+        shape: (N, K).
+        format: of codes and factors; the rows layout keeps signed numbers and float32 factors instead.
+        plane: elements of a plane; rows: 0.
+        permuted: columns are in an order of their own.
     """
 
     layout: Layout
-    lead: Shape  # axes before a child's own
-    shape: tuple[int, int]  # (N, K)
-    group: int
-    bits: int
-    zero: int
+    lead: Shape
+    shape: tuple[int, int]
+    format: GroupFormat
     plane: int
-    with_mins: bool
+    permuted: bool
 
     @property
-    def codes_shape(self) -> Shape:
-        """Of the codes."""
+    def codes(self) -> jax.ShapeDtypeStruct:
+        """The codes without their values."""
         N, K = self.shape
-        own = (N, K // self.group, self.group) if self.layout == "rows" else (N, K * self.bits // 16)
-        return (*self.lead, *own)
+        if self.layout == "rows":
+            dtype = FLOAT8 if self.format.float_codes else np.int8
+            return jax.ShapeDtypeStruct((*self.lead, N, K // self.format.group, self.format.group), dtype)
+        return jax.ShapeDtypeStruct((*self.lead, N, K * self.format.bits // 16), np.uint16)
 
     @property
-    def codes_dtype(self) -> type[np.int8] | type[np.uint16]:
-        """Of the codes."""
-        return np.int8 if self.layout == "rows" else np.uint16
+    def scales(self) -> jax.ShapeDtypeStruct:
+        """The scales without their values."""
+        return self._factors(self.format.scale_dtype, self.format.group)
 
     @property
-    def scales_shape(self) -> Shape:
-        """Of scales and of mins, which are float32."""
-        N, K = self.shape
-        G = K // self.group
-        return (*self.lead, *((N, G) if self.layout == "rows" else (G, N)))
+    def mins(self) -> jax.ShapeDtypeStruct | None:
+        """The mins without their values."""
+        return None if self.format.min_dtype is None else self._factors(self.format.min_dtype, self.format.group)
 
-    def qtensor(self, codes: Any, scales: Any, mins: Any) -> QTensor:
+    @property
+    def scale_supers(self) -> jax.ShapeDtypeStruct | None:
+        """What integer scales are multiplied by, without its values."""
+        if self.layout == "rows" or self.format.supergroup is None:
+            return None
+        return self._factors(np.dtype(np.float32), self.format.supergroup)
+
+    @property
+    def min_supers(self) -> jax.ShapeDtypeStruct | None:
+        """Likewise for mins."""
+        return self.scale_supers if self.format.min_dtype == np.int8 else None
+
+    @property
+    def permutation(self) -> jax.ShapeDtypeStruct | None:
+        """The order of columns without its values."""
+        return jax.ShapeDtypeStruct((*self.lead, self.shape[1]), np.int32) if self.permuted else None
+
+    def _factors(self, dtype: np.dtype[Any], group: int) -> jax.ShapeDtypeStruct:
+        N, G = self.shape[0], self.shape[1] // group
+        if self.layout == "rows":
+            return jax.ShapeDtypeStruct((*self.lead, N, G), np.float32)
+        return jax.ShapeDtypeStruct((*self.lead, G, N), dtype)
+
+    def children(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Those that the weight has, by the names of `QTensor`'s fields."""
+        every = {
+            "codes": self.codes,
+            "scales": self.scales,
+            "mins": self.mins,
+            "scale_supers": self.scale_supers,
+            "min_supers": self.min_supers,
+            "permutation": self.permutation,
+        }
+        return {name: child for name, child in every.items() if child is not None}
+
+    def qtensor(self, children: dict[str, Any]) -> QTensor:
         """The weight of its children; `Any` as a plan has `ShapeDtypeStruct`s in the place of arrays."""
+        rows = self.layout == "rows"
         return QTensor(
-            codes=codes,
-            scales=scales,
-            mins=mins,
+            codes=children["codes"],
+            scales=children["scales"],
+            mins=children.get("mins"),
+            scale_supers=children.get("scale_supers"),
+            min_supers=children.get("min_supers"),
+            permutation=children.get("permutation"),
             layout=self.layout,
             shape=self.shape,
-            group=self.group,
-            bits=self.bits,
-            zero=0 if self.layout == "rows" else self.zero,
+            group=self.format.group,
+            bits=8 if rows else self.format.bits,
+            zero=0 if rows else self.format.zero,
+            table=None if rows else self.format.table,
             plane=self.plane,
         )
 
     def abstract(self) -> QTensor:
         """The weight without its values."""
-        scales = jax.ShapeDtypeStruct(self.scales_shape, np.float32)
-        codes = jax.ShapeDtypeStruct(self.codes_shape, self.codes_dtype)
-        return self.qtensor(codes, scales, scales if self.with_mins else None)
+        return self.qtensor(dict(self.children()))
 
 
-def form_of(file: GGUFFile, source: WeightSource, want: ParamSpec, backend: Backend) -> DenseForm | QuantizedForm:
+def form_of(
+    checkpoint: Checkpoint, source: WeightSource, want: ParamSpec, backend: Backend
+) -> DenseForm | QuantizedForm:
     """How a weight lies on the device.
 
     Raises:
         UnsupportedModelError: the backend's layout cannot hold it.
     """
-    lead = (len(source.layers),) if source.stacked else ()
-    types = {file.tensors[part.tensor].type for parts in source.layers for part in parts}
-    if not want.quantizable or not all(kind in GROUP_FORMATS for kind in types):
+    kind = _common_format(checkpoint, source) if want.quantizable else None
+    if kind is None:
         # Norms and biases are small, and XLA:CPU would widen a bfloat16 weight again in every step.
         wide = not want.quantizable or backend.platform == "cpu"
+        lead = source.lead if len(want.shape) <= 2 else source.lead[:1]
         return DenseForm(shape=(*lead, *want.shape), dtype=jnp.dtype("float32" if wide else backend.operands))
-    N, K = want.shape
-    formats = [GROUP_FORMATS[kind] for kind in types]
-    group, with_mins = min(kind.group for kind in formats), any(kind.has_mins for kind in formats)
-    if backend.weight_layout == "rows":
-        bits, zero, plane = 8, 0, 0
-    else:
-        bits = max(kind.bits for kind in formats)
-        zero = _planar_zero(formats, bits, with_mins)
-        plane = _plane(file, source, K, group, bits)
+    N, K = want.shape[-2:]
+    layout: Layout = "rows" if kind.float_codes else backend.weight_layout
+    plane = 0
+    if layout == "planar":
+        kind, plane = _planar_format(checkpoint, source, K, kind)
+    tensors = (checkpoint.tensors[part.tensor] for parts in source.blocks for part in parts)
     return QuantizedForm(
-        layout=backend.weight_layout,
-        lead=lead,
+        layout=layout,
+        lead=source.lead,
         shape=(N, K),
-        group=group,
-        bits=bits,
-        zero=zero,
+        format=kind,
         plane=plane,
-        with_mins=with_mins,
+        permuted=any(tensor.permutation is not None for tensor in tensors),
     )
 
 
-def _planar_zero(formats: Sequence[GroupFormat], bits: int, with_mins: bool) -> int:
-    """The zero point of unsigned codes of several types.
+def _common_format(checkpoint: Checkpoint, source: WeightSource) -> GroupFormat | None:
+    """What the parts of a weight can all be kept in; None: as floats."""
+    tensors = {part.tensor: checkpoint.tensors[part.tensor] for parts in source.blocks for part in parts}
+    formats = [tensor.format for tensor in tensors.values() if tensor.format is not None]
+    if len(formats) < len(tensors):
+        if formats:
+            _log.warning(_MIXED, checkpoint.path, next(iter(tensors)), "mixes quantized tensors with dense ones")
+        return None
+    merged = merged_format(formats)
+    if merged is None:
+        _log.warning(_MIXED, checkpoint.path, next(iter(tensors)), "mixes float8 with integers")
+    elif not all(_same_order([checkpoint.tensors[part.tensor] for part in parts]) for parts in source.blocks):
+        _log.warning(_MIXED, checkpoint.path, next(iter(tensors)), "fuses projections whose inputs are ordered apart")
+        return None
+    return merged
 
-    Eight bits have room for the largest one: types with a smaller one have their codes shifted up. Four-bit codes with
-    mins have none: that of Q4_0 becomes a min, and s·c − s·z is exact there, as s has eleven significant bits.
-    """
-    return 0 if bits == 4 and with_mins else max(kind.zero for kind in formats)
+
+_MIXED = "%s: the weight that %r is a part of %s: it is kept as floats, exact and larger"
 
 
-def _plane(file: GGUFFile, source: WeightSource, K: int, group: int, bits: int) -> int:
-    plane = planar_plane(K, group, bits)
-    if plane is None:
-        multiple = 16 * 16 // bits  # the smallest plane, and as many planes as a word has fields
-        field = f"{file.path}: tensor {source.layers[0][0].tensor!r}"
-        raise UnsupportedModelError(field, K, f"must have a multiple of {multiple} inputs for this device's kernels")
-    return plane
+def _same_order(tensors: list[StoredTensor]) -> bool:
+    orders = [tensor.permutation for tensor in tensors]
+    return len({None if order is None else order.tobytes() for order in orders}) == 1
+
+
+def _planar_format(checkpoint: Checkpoint, source: WeightSource, K: int, kind: GroupFormat) -> tuple[GroupFormat, int]:
+    """The format with codes as wide as K inputs need to fill whole words, and the elements of a plane."""
+    for bits in (2, 4, 8):
+        plane = planar_plane(K, math.gcd(kind.group, K), bits)
+        if bits >= kind.bits and plane is not None:
+            return widened(kind, bits), plane
+    field = f"{checkpoint.path}: tensor {source.blocks[0][0].tensor!r}"
+    raise UnsupportedModelError(field, K, "must have a multiple of 32 inputs in groups of 16 for this device's kernels")

@@ -1,4 +1,4 @@
-"""Fills a model's weights from a GGUF file: decodes on the host, packs in the backend's layout, places on the device.
+"""Fills a model's weights from a checkpoint: decodes on the host, packs in the backend's layout, places on the device.
 
 Quantized tensors stay quantized; how they lie on the device is `weight_forms.py`'s. On the CPU a weight is decoded into
 the memory that it stays in; elsewhere the host holds the layers of one weight at a time.
@@ -12,13 +12,13 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from atoma_jax.loading.gguf import GGUFFile
-from atoma_jax.loading.names import Part, Rows, WeightSource, weight_sources
+from atoma_jax.loading.checkpoint import Checkpoint, Rows
 from atoma_jax.loading.weight_forms import DenseForm, QuantizedForm, form_of
-from atoma_jax.model_spec import ModelSpec
+from atoma_jax.loading.weight_sources import Part, WeightSource
 from atoma_jax.models.params import ParamSpec
 from atoma_jax.ops import Backend, pack_planar
-from atoma_jax.quant.ggml import GroupCodes, decode, dequantize
+from atoma_jax.quant.groups import Factors
+from atoma_jax.quant.merging import recast
 from atoma_jax.quant.qtensor import QTensor
 
 DECODED_AT_ONCE = 1 << 22  # elements: bounds the temporary memory of a thread
@@ -28,19 +28,19 @@ _Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
 def load_weights(
-    file: GGUFFile,
-    spec: ModelSpec,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, WeightSource],
     wanted: Mapping[str, ParamSpec],
     backend: Backend,
     *,
     threads: int,
     on_bytes: Callable[[int], None],
 ) -> dict[str, jax.Array | QTensor]:
-    """Reads every weight that the model wants. Nothing is allocated before all of them are known to fit the file.
+    """Reads every weight that the model wants. Nothing is allocated before all of them are known to have a form.
 
     Args:
-        file: the open file.
-        spec: read from it.
+        checkpoint: the open file or folder.
+        sources: where each weight is in it, checked.
         wanted: `params.specs_of(model)`.
         backend: decides the layout of quantized weights and the type of dense ones.
         threads: that decode at once.
@@ -50,109 +50,119 @@ def load_weights(
         Arrays and `QTensor`s on the device, by path.
 
     Raises:
-        WeightFileError: a tensor is missing or misshapen.
-        UnsupportedModelError: a tensor has no place in the model, or cannot be laid out.
+        UnsupportedModelError: a tensor cannot be laid out.
     """
-    sources = weight_sources(file, spec, {path: want.shape for path, want in wanted.items()})
-    forms = {path: form_of(file, sources[path], want, backend) for path, want in wanted.items()}
+    forms = {path: form_of(checkpoint, sources[path], want, backend) for path, want in wanted.items()}
     with ThreadPoolExecutor(threads, thread_name_prefix="load") as pool:
-        return {path: _Reader(file, sources[path], pool, on_bytes).read(form) for path, form in forms.items()}
+        return {path: _Reader(checkpoint, sources[path], pool, on_bytes).read(form) for path, form in forms.items()}
 
 
 def abstract_weights(
-    file: GGUFFile, spec: ModelSpec, wanted: Mapping[str, ParamSpec], backend: Backend
+    checkpoint: Checkpoint, sources: Mapping[str, WeightSource], wanted: Mapping[str, ParamSpec], backend: Backend
 ) -> dict[str, jax.ShapeDtypeStruct | QTensor]:
     """What `load_weights` will return, with `ShapeDtypeStruct`s for arrays: programs compile from it during loading.
 
     Reads no weights. Raises what `load_weights` raises.
     """
-    sources = weight_sources(file, spec, {path: want.shape for path, want in wanted.items()})
-    return {path: form_of(file, sources[path], want, backend).abstract() for path, want in wanted.items()}
+    return {path: form_of(checkpoint, sources[path], want, backend).abstract() for path, want in wanted.items()}
 
 
 class _Reader:
     """Reads one weight."""
 
-    def __init__(self, file: GGUFFile, source: WeightSource, pool: ThreadPoolExecutor, on_bytes: Callable[[int], None]):
-        self._file, self._source, self._pool, self._on_bytes = file, source, pool, on_bytes
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        source: WeightSource,
+        pool: ThreadPoolExecutor,
+        on_bytes: Callable[[int], None],
+    ):
+        self._tensors, self._source, self._pool, self._on_bytes = checkpoint.tensors, source, pool, on_bytes
 
     def read(self, form: DenseForm | QuantizedForm) -> jax.Array | QTensor:
-        if isinstance(form, DenseForm):
-            return self._dense(form)
-        return self._rows(form) if form.layout == "rows" else self._planar(form)
+        return self._dense(form) if isinstance(form, DenseForm) else self._quantized(form)
 
     def _dense(self, form: DenseForm) -> jax.Array:
-        out = _aligned(form.shape, np.float32)
-        layers = out if self._source.stacked else out[None]
+        out = _aligned(form.shape, np.dtype(np.float32))
+        vector = len(form.shape) == len(self._source.lead) + 1
+        blocks = out.reshape(len(self._source.blocks), *form.shape[len(self._source.lead) :])
 
-        def put(layer: int, part: Part, raw: _Array, at: Rows) -> None:
-            values = dequantize(raw, self._file.tensors[part.tensor].type)
-            if layers.ndim == 2:
-                layers[layer, part.to] = values.reshape(-1)[part.rows]
-            else:
-                layers[layer, at] = values
+        def put(block: int, part: Part, rows: Rows, to: Rows) -> None:
+            values = self._tensors[part.tensor].dequantize(rows)
+            blocks[block, to] = values.reshape(-1)[part.rows] if vector else values
+            if part.plus:
+                blocks[block, to] += np.float32(part.plus)
 
-        self._each_chunk(put, vector=layers.ndim == 2)
+        self._each_chunk(put, None if vector else form.shape[-2])
         return jax.device_put(out.astype(form.dtype, copy=False))
 
-    def _rows(self, form: QuantizedForm) -> QTensor:
-        arrays = _Children(form)
+    def _quantized(self, form: QuantizedForm) -> QTensor:
+        host = {name: _aligned(child.shape, child.dtype) for name, child in form.children().items()}
+        lead = len(self._source.lead)
+        blocks = {name: array.reshape(len(self._source.blocks), *array.shape[lead:]) for name, array in host.items()}
+        put = self._put_rows(form, blocks) if form.layout == "rows" else self._put_planar(form, blocks)
+        if form.permuted:
+            self._put_permutations(blocks["permutation"])
+        self._each_chunk(put, form.shape[0])
+        # The device may take the memory over.
+        return form.qtensor({name: jax.device_put(array) for name, array in host.items()})
 
-        def put(layer: int, part: Part, raw: _Array, at: Rows) -> None:
-            weights = self._decode(part, raw)
-            # Wraps around to the two's complement that is wanted.
-            signed = (weights.codes - np.uint8(weights.zero)).view(np.int8)
-            arrays.codes[layer, at] = signed.reshape(len(raw), -1, form.group)
-            arrays.scales[layer, at] = _spread(weights.scales, weights, form)
-            if arrays.mins is not None:
-                arrays.mins[layer, at] = 0.0 if weights.mins is None else _spread(weights.mins, weights, form)
+    def _put_rows(self, form: QuantizedForm, blocks: dict[str, _Array]) -> "_Put":
+        def put(block: int, part: Part, rows: Rows, to: Rows) -> None:
+            weights = self._tensors[part.tensor].decode(rows)
+            repeat = weights.format.group // form.format.group
+            numbers = weights.signed()
+            blocks["codes"][block, to] = numbers.reshape(len(numbers), -1, form.format.group)
+            blocks["scales"][block, to] = np.repeat(weights.scales.flat(), repeat, axis=1)
+            if "mins" in blocks:
+                mins = 0.0 if weights.mins is None else np.repeat(weights.mins.flat(), repeat, axis=1)
+                blocks["mins"][block, to] = mins
 
-        self._each_chunk(put)
-        return arrays.place()
+        return put
 
-    def _planar(self, form: QuantizedForm) -> QTensor:
-        arrays = _Children(form)
+    def _put_planar(self, form: QuantizedForm, blocks: dict[str, _Array]) -> "_Put":
+        def put(block: int, part: Part, rows: Rows, to: Rows) -> None:
+            weights = recast(self._tensors[part.tensor].decode(rows), form.format)
+            blocks["codes"][block, to] = pack_planar(weights.codes, form.format.bits, form.plane)
+            _put_factors(blocks, block, to, "scales", "scale_supers", weights.scales)
+            if weights.mins is not None:
+                _put_factors(blocks, block, to, "mins", "min_supers", weights.mins)
 
-        def put(layer: int, part: Part, raw: _Array, at: Rows) -> None:
-            weights = self._decode(part, raw)
-            shift = max(form.zero - weights.zero, 0)
-            codes = weights.codes + np.uint8(shift)
-            arrays.codes[layer, at] = pack_planar(codes, form.bits, form.plane)
-            arrays.scales[layer][:, at] = _spread(weights.scales, weights, form).T
-            if arrays.mins is not None:
-                surplus = np.float32(weights.zero + shift - form.zero)  # what of the zero point becomes a min
-                mins = weights.scales * surplus if weights.mins is None else weights.mins
-                arrays.mins[layer][:, at] = _spread(mins, weights, form).T
+        return put
 
-        self._each_chunk(put)
-        return arrays.place()
+    def _put_permutations(self, out: _Array) -> None:
+        for block, parts in enumerate(self._source.blocks):
+            order = self._tensors[parts[0].tensor].permutation
+            out[block] = np.arange(out.shape[1]) if order is None else order
 
-    def _decode(self, part: Part, raw: _Array) -> GroupCodes:
-        return decode(raw, self._file.tensors[part.tensor].type)
+    def _each_chunk(self, put: "_Put", num_rows: int | None) -> None:
+        """Calls `put(block, part, rows of the tensor, rows of the weight)` for chunks of rows, on the pool.
 
-    def _each_chunk(self, put: Callable[[int, Part, _Array, Rows], None], *, vector: bool = False) -> None:
-        """Calls `put(layer, part, raw rows, where they go)` for chunks of rows, on the pool.
-
-        A vector is one row in the file: `put` sorts its elements.
+        Args:
+            put: stores what it reads.
+            num_rows: of one block of the weight; None for a vector, one row in the file whose elements `put` sorts.
         """
 
-        def run(layer: int, part: Part, rows: Rows, to: Rows) -> None:
-            raw = self._file.tensors[part.tensor].data[rows]
-            put(layer, part, raw, to)
-            self._on_bytes(raw.nbytes)
+        def run(block: int, part: Part, rows: Rows, to: Rows, nbytes: int) -> None:
+            put(block, part, rows, to)
+            self._on_bytes(nbytes)
 
         jobs: list[Future[None]] = []
-        for layer, parts in enumerate(self._source.layers):
+        for block, parts in enumerate(self._source.blocks):
             for part in parts:
-                if vector:
-                    jobs.append(self._pool.submit(run, layer, part, slice(None), slice(None)))
+                tensor = self._tensors[part.tensor]
+                if num_rows is None:
+                    jobs.append(self._pool.submit(run, block, part, slice(None), part.to, tensor.nbytes))
                     continue
-                N, K = self._file.tensors[part.tensor].shape
-                rows, to = _indices(part.rows, N), _indices(part.to, N)
+                N, K = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+                rows, to = _indices(part.rows, N), _indices(part.to, num_rows)
                 step = max(1, DECODED_AT_ONCE // K)
-                for start in range(0, N, step):
+                for start in range(0, len(rows), step):
                     chunk = slice(start, start + step)
-                    jobs.append(self._pool.submit(run, layer, part, _as_slice(rows[chunk]), _as_slice(to[chunk])))
+                    nbytes = tensor.nbytes * len(rows[chunk]) // N
+                    jobs.append(
+                        self._pool.submit(run, block, part, _as_slice(rows[chunk]), _as_slice(to[chunk]), nbytes)
+                    )
         try:
             for job in jobs:
                 job.result()
@@ -161,47 +171,30 @@ class _Reader:
                 job.cancel()
 
 
-class _Children:
-    """The arrays of a `QTensor` on the host, filled by threads, always with an axis of layers."""
-
-    def __init__(self, form: QuantizedForm):
-        self._form = form
-        self._codes = _aligned(form.codes_shape, form.codes_dtype)
-        self._scales = _aligned(form.scales_shape, np.float32)
-        self._mins = _aligned(form.scales_shape, np.float32) if form.with_mins else None
-        self.codes = self._layers(self._codes)
-        self.scales = self._layers(self._scales)
-        self.mins = None if self._mins is None else self._layers(self._mins)
-
-    def _layers(self, values: _Array) -> _Array:
-        return values if self._form.lead else values[None]
-
-    def place(self) -> QTensor:
-        """The `QTensor` on the device, which may have taken the memory over."""
-        mins = None if self._mins is None else jax.device_put(self._mins)
-        return self._form.qtensor(jax.device_put(self._codes), jax.device_put(self._scales), mins)
+_Put: TypeAlias = Callable[[int, Part, Rows, Rows], None]
 
 
-def _aligned(shape: tuple[int, ...], dtype: type[np.generic]) -> _Array:
+def _put_factors(blocks: dict[str, _Array], block: int, to: Rows, values: str, supers: str, factors: Factors) -> None:
+    """Scales or mins of some rows, transposed; in the format's own types."""
+    if supers in blocks:
+        assert factors.supers is not None
+        blocks[values][block][:, to] = factors.values.T
+        blocks[supers][block][:, to] = factors.supers.T
+    else:
+        blocks[values][block][:, to] = factors.flat().T
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> _Array:
     """An array without values whose memory XLA:CPU takes over as it is; it would copy one that starts elsewhere."""
-    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    nbytes = math.prod(shape) * dtype.itemsize
     memory = np.empty(nbytes + XLA_ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % XLA_ALIGNMENT
     return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def _spread(values: _Array, weights: GroupCodes, form: QuantizedForm) -> _Array:
-    """Scales or mins of a type's groups, repeated for the form's smaller ones."""
-    repeat = weights.group // form.group
-    return values if repeat == 1 else np.repeat(values, repeat, axis=1)
-
-
 def _indices(rows: Rows, N: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The N rows that an index of a `Part` names."""
-    if isinstance(rows, slice):
-        start = rows.start or 0
-        return np.arange(start, start + N)
-    return rows
+    """The rows that an index of a `Part` names, of N."""
+    return np.arange(N)[rows] if isinstance(rows, slice) else rows
 
 
 def _as_slice(rows: np.ndarray[Any, np.dtype[np.int64]]) -> Rows:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float32, Int32
 from atoma_jax import ops
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.layers import rms_norm, rope_tables, softcapped, window_sizes
-from atoma_jax.models.params import matrix, vector
+from atoma_jax.models.params import ExpertParam, matrix, vector
 from atoma_jax.models.registry import LAYERS
 
 
@@ -29,8 +29,6 @@ class Decoder(nnx.Module):
         self.final_norm = vector(D, "embed", stacked=False)
         if not spec.tied_embeddings:
             self.head = matrix(V, D, ("vocab", "embed"), stacked=False)
-        if spec.rope_frequency_divisors:
-            self.rope_divisors = vector(spec.head_dim // 2, "head_dim", stacked=False)
 
     def hidden(
         self,
@@ -43,16 +41,15 @@ class Decoder(nnx.Module):
         spec = self.spec
         with jax.named_scope("embed"):
             x = ops.embed(tokens, self.embed.get_value()) * spec.embedding_scale
-        divisors = self.rope_divisors[...] if spec.rope_frequency_divisors else None
-        rope = rope_tables(positions, spec, divisors)
+        rope = rope_tables(positions, spec.rope)
         windows = window_sizes(spec)
-        graph, weights = nnx.split(self.layers)
+        graph, experts, weights = nnx.split(self.layers, ExpertParam, ...)
 
         def layer(
             carry: tuple[Array, ops.KVPages], inputs: tuple[Array, Array, Array, Any]
         ) -> tuple[tuple[Array, ops.KVPages], None]:
             index, window, windowed, state = inputs
-            module = nnx.merge(graph, state)
+            module = nnx.merge(graph, experts, state)
             with jax.named_scope("layer"):
                 return module(*carry, rope, batch, layer=index, window=window, windowed=windowed), None
 

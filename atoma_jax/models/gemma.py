@@ -1,4 +1,4 @@
-"""Gemma 3: the llama layer with a norm behind each branch too, and layers that alternate between windows and all."""
+"""Gemma 2 and 3: the llama layer with a norm behind each branch too, and layers with and without windows."""
 
 from jaxtyping import Array, Bool, Float32, Int32
 
@@ -33,5 +33,5 @@ class GemmaLayer(LlamaLayer):
         h = rms_norm(x, self.attn_norm[...], eps)
         h, pages = self.attention(h, pages, rope, batch, layer=layer, window=window, windowed=windowed)
         x = x + rms_norm(h, self.post_attn_norm[...], eps)
-        h = self.feed_forward(rms_norm(x, self.ffn_norm[...], eps))
+        h = self.feed_forward(rms_norm(x, self.ffn_norm[...], eps), layer)
         return x + rms_norm(h, self.post_ffn_norm[...], eps), pages

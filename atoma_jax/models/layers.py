@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from atoma_jax.model_spec import ModelSpec
+from atoma_jax.model_spec import Activation, ModelSpec, RopeSpec
 
 
 class Rope(NamedTuple):
@@ -22,37 +22,31 @@ def rms_norm(x: Float32[Array, "*lead D"], scale: Float[Array, " D"], eps: float
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale
 
 
-def rope_tables(positions: Int32[Array, " T"], spec: ModelSpec, divisors: Float[Array, " half"] | None) -> Rope:
-    """Rotary embedding (arXiv:2104.09864) of each position.
-
-    Args:
-        positions: in each token's sequence.
-        spec: the model's bases and scaling.
-        divisors: of the frequencies, for models that bring them; they apply to layers without a window alone.
-    """
-    half = spec.head_dim // 2
-    exponents = np.arange(half, dtype=np.float64) / half
-    everywhere = jnp.asarray(spec.rope_theta**-exponents / spec.rope_factor, jnp.float32)
-    if divisors is not None:
-        everywhere = everywhere / divisors
-    local = everywhere
-    if spec.local_rope_theta is not None:
-        local = jnp.asarray(spec.local_rope_theta**-exponents, jnp.float32)
-    angles = positions.astype(jnp.float32)[None, :, None] * jnp.stack([everywhere, local])[:, None]  # [2, T, H/2]
-    return Rope(jnp.cos(angles), jnp.sin(angles))
+def rope_tables(positions: Int32[Array, " T"], spec: RopeSpec) -> Rope:
+    """Rotary embedding (arXiv:2104.09864) of each position of its sequence."""
+    everywhere = np.asarray(spec.frequencies, np.float32)
+    local = everywhere if spec.local_frequencies is None else np.asarray(spec.local_frequencies, np.float32)
+    angles = positions.astype(jnp.float32)[None, :, None] * np.stack([everywhere, local])[:, None]  # [2, T, half]
+    magnitude = np.asarray([spec.magnitude, 1.0 if spec.local_frequencies else spec.magnitude], np.float32)
+    return Rope(jnp.cos(angles) * magnitude[:, None, None], jnp.sin(angles) * magnitude[:, None, None])
 
 
 def rotate(x: Float32[Array, "T n H"], rope: Rope, windowed: Bool[Array, ""]) -> Float32[Array, "T n H"]:
-    """Rotates the first half of each head against its second half."""
-    cos, sin = (table[windowed.astype(jnp.int32)][:, None] for table in rope)  # [T, 1, H/2]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    """Rotates the first half of each head's rotated dimensions against their second half; the rest stays."""
+    cos, sin = (table[windowed.astype(jnp.int32)][:, None] for table in rope)  # [T, 1, half]
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def gated(gate_up: Float32[Array, "T twoF"], activation: str) -> Float32[Array, "T F"]:
+def gated(gate_up: Float32[Array, "T twoF"], activation: Activation) -> Float32[Array, "T F"]:
     """activation(gate) · up (arXiv:2002.05202), gate in the first half."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
-    return (jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up
+    if activation == "silu":
+        return jax.nn.silu(gate) * up
+    if activation == "gelu_tanh":
+        return jax.nn.gelu(gate, approximate=True) * up
+    return jnp.square(jax.nn.relu(gate)) * up
 
 
 def softcapped(logits: Float32[Array, "B V"], limit: float | None) -> Float32[Array, "B V"]:

@@ -1,4 +1,8 @@
-"""The llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2 (biases), Qwen3 (norms of queries and keys)."""
+"""The llama family: Llama 2 and 3, SmolLM2, Mistral, Phi-3, Qwen2 (biases), Qwen3 (norms of queries and keys), BitNet
+(norms in front of the output and down projections, activations of eight bits).
+"""
+
+from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int32
@@ -18,7 +22,7 @@ class LlamaLayer(nnx.Module):
 
     def __init__(self, spec: ModelSpec, backend: ops.Backend):
         self.spec, self.backend = spec, backend
-        D, F, H = spec.dim, spec.ffn_dim, spec.head_dim
+        D, H = spec.dim, spec.head_dim
         heads = spec.num_heads + 2 * spec.num_kv_heads
         self.attn_norm = vector(D, "embed")
         self.qkv = matrix(heads * H, D, ("heads", "embed"))
@@ -27,9 +31,18 @@ class LlamaLayer(nnx.Module):
         if spec.qk_norm:
             self.q_norm = vector(H, "head_dim")
             self.k_norm = vector(H, "head_dim")
+        if spec.sub_norms:
+            self.attn_sub_norm = vector(spec.num_heads * H, "heads")
         self.attn_out = matrix(D, spec.num_heads * H, ("embed", "heads"))
         self.ffn_norm = vector(D, "embed")
+        self.add_feed_forward()
+
+    def add_feed_forward(self) -> None:
+        """Declares the weights of `feed_forward`."""
+        D, F = self.spec.dim, self.spec.ffn_dim
         self.gate_up = matrix(2 * F, D, ("ffn", "embed"))
+        if self.spec.sub_norms:
+            self.ffn_sub_norm = vector(F, "ffn")
         self.down = matrix(D, F, ("embed", "ffn"))
 
     def __call__(
@@ -47,7 +60,7 @@ class LlamaLayer(nnx.Module):
         h = rms_norm(x, self.attn_norm[...], self.spec.norm_eps)
         h, pages = self.attention(h, pages, rope, batch, layer=layer, window=window, windowed=windowed)
         x = x + h
-        return x + self.feed_forward(rms_norm(x, self.ffn_norm[...], self.spec.norm_eps)), pages
+        return x + self.feed_forward(rms_norm(x, self.ffn_norm[...], self.spec.norm_eps), layer), pages
 
     def attention(
         self,
@@ -63,7 +76,7 @@ class LlamaLayer(nnx.Module):
         """Projections, rotation, paged attention, output projection."""
         spec = self.spec
         T, N, K, H = x.shape[0], spec.num_heads, spec.num_kv_heads, spec.head_dim
-        qkv = ops.linear(x, self.qkv.get_value(), self.backend)
+        qkv = self.linear(x, self.qkv)
         if spec.qkv_bias:
             qkv = qkv + self.qkv_bias[...]
         qkv = qkv.reshape(T, K, N // K + 2, H)
@@ -82,9 +95,23 @@ class LlamaLayer(nnx.Module):
             scale=spec.attention_scale,
             softcap=spec.attention_softcap,
         )
-        return ops.linear(out.reshape(T, N * H), self.attn_out.get_value(), self.backend), pages
+        out = out.reshape(T, N * H)
+        if spec.sub_norms:
+            out = rms_norm(out, self.attn_sub_norm[...], spec.norm_eps)
+        return self.linear(out, self.attn_out), pages
 
-    def feed_forward(self, x: Float32[Array, "T D"]) -> Float32[Array, "T D"]:
-        """down(activation(gate · x) · (up · x))."""
-        gate_up = ops.linear(x, self.gate_up.get_value(), self.backend)
-        return ops.linear(gated(gate_up, self.spec.activation), self.down.get_value(), self.backend)
+    def feed_forward(self, x: Float32[Array, "T D"], layer: Int32[Array, ""]) -> Float32[Array, "T D"]:
+        """down(activation(gate · x) · (up · x)). A mixture's needs to know which `layer` it is."""
+        del layer
+        return self.gated_net(x, self.gate_up, self.down)
+
+    def gated_net(self, x: Float32[Array, "T D"], gate_up: Any, down: Any) -> Float32[Array, "T D"]:
+        """The same with the weights given."""
+        h = gated(self.linear(x, gate_up), self.spec.activation)
+        if self.spec.sub_norms:
+            h = rms_norm(h, self.ffn_sub_norm[...], self.spec.norm_eps)
+        return self.linear(h, down)
+
+    def linear(self, x: Float32[Array, "T K"], weight: Any) -> Float32[Array, "T N"]:
+        """A projection as this model was trained; `weight` is a parameter of this layer."""
+        return ops.linear(x, weight.get_value(), self.backend, int8_activations=self.spec.int8_activations)

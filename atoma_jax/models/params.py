@@ -14,7 +14,7 @@ class ParamSpec:
     """One weight of a model. Its axes are names that `sharding` maps to the axes of a mesh.
 
     Attributes:
-        shape: logical shape; `[N, K]`, out-features first, for matrices.
+        shape: logical shape; `[N, K]`, out-features first, for matrices, and `[E, N, K]` for those of experts.
         axes: one logical name for each dimension.
         quantizable: the weight may be a `QTensor`.
         stacked: an axis of layers comes before `shape`.
@@ -26,10 +26,25 @@ class ParamSpec:
     stacked: bool = False
 
 
+class ExpertParam(nnx.Param[Any]):
+    """A weight of experts. A layer gets those of all layers and reads what a step needs: a scan over layers would copy
+    every expert of a layer first."""
+
+
 # `Any`, as what a parameter holds changes from its spec to an array when it is filled.
 def matrix(N: int, K: int, axes: tuple[str, str], *, stacked: bool = True) -> Any:
     """A weight that may be quantized; a layer's, unless it is not stacked."""
     return nnx.Param(ParamSpec((N, K), axes, quantizable=True, stacked=stacked))
+
+
+def expert_matrix(E: int, N: int, K: int, axes: tuple[str, str, str]) -> Any:
+    """One matrix for each expert of each layer; may be quantized."""
+    return ExpertParam(ParamSpec((E, N, K), axes, quantizable=True, stacked=True))
+
+
+def dense_matrix(N: int, K: int, axes: tuple[str, str]) -> Any:
+    """A layer's matrix that stays in float32."""
+    return nnx.Param(ParamSpec((N, K), axes, stacked=True))
 
 
 def vector(n: int, axis: str, *, stacked: bool = True) -> Any:
@@ -50,6 +65,6 @@ def fill(model: nnx.Module, values: Mapping[str, Any]) -> None:
             name = ".".join(map(str, path))
             value = values[name]
             spec: ParamSpec = leaf.get_value()
-            shape = value.shape if isinstance(value, QTensor) else value.shape[1 if spec.stacked else 0 :]
-            assert tuple(shape) == spec.shape, (name, shape, spec.shape)
+            shape = (*value.lead, *value.shape) if isinstance(value, QTensor) else value.shape
+            assert tuple(shape[1 if spec.stacked else 0 :]) == spec.shape, (name, shape, spec.shape)
             leaf.set_value(value)

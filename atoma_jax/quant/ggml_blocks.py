@@ -1,9 +1,12 @@
 """The bit layouts of ggml's legacy and K blocks: one function a type, from bytes to codes, scales and mins.
 
+Beside them what all families of blocks share: `Parts`, and the taking apart of bytes. The other families are
+`ggml_iq_blocks.py`, `ggml_fp4_blocks.py` and `ggml_ternary_blocks.py`.
+
 Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h, arithmetic: ggml-quants.c beside it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -11,6 +14,7 @@ import numpy as np
 _Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 _Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int8]]
 _Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+_Words: TypeAlias = np.ndarray[Any, np.dtype[Any]]  # unsigned
 
 
 class Parts(NamedTuple):
@@ -38,6 +42,23 @@ def nibbles(packed: _Bytes) -> _Bytes:
     np.bitwise_and(packed, 15, out=codes[..., 0, :])
     np.right_shift(packed, 4, out=codes[..., 1, :])
     return codes
+
+
+def quarters(packed: _Bytes) -> _Bytes:
+    """[…, n] bytes to […, 4, n] codes of two bits: those in the lowest bits of all bytes come first."""
+    packed = np.ascontiguousarray(packed)
+    codes = np.empty((*packed.shape[:-1], 4, packed.shape[-1]), np.uint8)
+    for quarter in range(4):
+        np.right_shift(packed, 2 * quarter, out=codes[..., quarter, :])
+    codes &= 3
+    return codes
+
+
+def fields(words: _Words, shifts: Sequence[int], mask: int) -> _Words:
+    """[…] unsigned numbers to […, len(shifts)] of their bit fields."""
+    shifted = words[..., None] >> np.array(shifts, words.dtype)
+    shifted &= mask
+    return shifted
 
 
 def _fifth_bits(blocks: _Bytes, offset: int) -> _Bytes:
@@ -74,6 +95,34 @@ def q5_1(blocks: _Bytes) -> Parts:
 def q8_0(blocks: _Bytes) -> Parts:
     """d · q."""
     return Parts(blocks[..., 2:34] ^ np.uint8(0x80), half(blocks, 0))  # two's complement to offset binary
+
+
+def q2_k(blocks: _Bytes) -> Parts:
+    """d·sc · q − dmin·m for sixteen groups, the four bits of sc and of m in one byte."""
+    codes = quarters(blocks[..., 16:80].reshape(*blocks.shape[:-1], 2, 32))
+    return Parts(
+        codes,
+        scales=(blocks[..., 0:16] & 15).view(np.int8),
+        scale_supers=half(blocks, 80),
+        mins=(blocks[..., 0:16] >> 4).view(np.int8),
+        min_supers=half(blocks, 82),
+    )
+
+
+def q3_k(blocks: _Bytes) -> Parts:
+    """d·(sc − 32) · (q − 4) for sixteen groups, with a plane of third bits.
+
+    Twelve bytes hold sixteen six-bit scales: the low four bits of scales 0–7 and 8–15 in the nibbles of bytes 0–7, the
+    upper two bits of scales i, i + 4, i + 8 and i + 12 in byte 8 + i.
+    """
+    leading = blocks.shape[:-1]
+    codes = quarters(blocks[..., 32:96].reshape(*leading, 2, 32)).reshape(*leading, 8, 32)
+    plane = np.ascontiguousarray(blocks[..., 0:32])  # bit g of byte i: third bit of element i of 32 elements g
+    for g in range(8):
+        codes[..., g, :] |= ((plane >> g) & 1) << 2
+    low = nibbles(blocks[..., 96:104]).reshape(*leading, 16)
+    upper = quarters(blocks[..., 104:108]).reshape(*leading, 16)
+    return Parts(codes, (low | upper << 4).view(np.int8) - np.int8(32), half(blocks, 108))
 
 
 def _k_factors(blocks: _Bytes) -> dict[str, Any]:

@@ -7,7 +7,7 @@ in f32, each operation rounded once. `zero` belongs to a format, scales and mins
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -30,7 +30,7 @@ class GroupFormat:
     Attributes:
         bits: width of a code on the device; codes of three, five or six bits take the next width.
         group: neighbours along K that share one scale.
-        zero: subtracted from a code before it is scaled; 0 where there are mins or a table.
+        zero: subtracted from a code before it is scaled; 0 where there is a table.
         table: the number that each code stands for; None where a code is its own number.
         scale_dtype: the narrowest type that holds scales exactly. int8: they are integers, times one f32 (a "super")
             for each `supergroup`.
@@ -39,7 +39,7 @@ class GroupFormat:
         float_codes: a code is the bits of a float8_e4m3fn; 8 bits, no zero, no table, no mins.
     """
 
-    bits: Literal[2, 4, 8]
+    bits: int  # 2, 4 or 8
     group: int
     zero: int = 0
     table: tuple[int, ...] | None = None
@@ -49,15 +49,24 @@ class GroupFormat:
     float_codes: bool = False
 
     def __post_init__(self) -> None:
+        assert self.bits in (2, 4, 8), self
         assert (self.scale_dtype == I8) == (self.supergroup is not None), self
         assert self.supergroup is None or self.supergroup % self.group == 0, self
-        assert self.zero == 0 or (self.table is None and self.min_dtype is None), self
+        assert self.zero == 0 or self.table is None, self
         assert not self.float_codes or (self.bits == 8 and self.table is None and self.min_dtype is None), self
 
     @property
     def has_mins(self) -> bool:
         """Whether a min is subtracted after scaling."""
         return self.min_dtype is not None
+
+    @property
+    def packed_bits(self) -> float:
+        """Bits a weight on the device, packed: its code, and its share of scales, mins and their supers."""
+        factors = [dtype for dtype in (self.scale_dtype, self.min_dtype) if dtype is not None]
+        shares = (8 * dtype.itemsize / self.group for dtype in factors)
+        supers = 0 if self.supergroup is None else len(factors) * 8 * F32.itemsize / self.supergroup
+        return self.bits + sum(shares) + supers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +93,8 @@ class GroupCodes:
     mins: Factors | None
     format: GroupFormat
 
-    @np.errstate(invalid="ignore")  # a damaged scale may be infinite: infinity × 0 is NaN here as in ggml
+    # A damaged scale may be infinite: infinity × 0 is NaN here as in ggml, and 2^127 × 12 (MXFP4) is infinity.
+    @np.errstate(invalid="ignore", over="ignore")
     def values(self) -> Float32[np.ndarray, "N K"]:
         """The exact f32 values. The result owns its memory."""
         kind = self.format

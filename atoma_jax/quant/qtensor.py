@@ -13,26 +13,36 @@ Layout = Literal["rows", "planar"]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QTensor:
-    """A weight `[N, K]` of groups of `group` elements along K: `scale · (code − zero) − min`.
+    """A weight `[N, K]` of groups of `group` elements along K: `scale · (number − zero) − min`.
 
-    Layouts are described in `pallas_kernels/quantized_matmul.py`. Leading axes, such as layers, come before all of a
-    child's own. In the rows layout `zero` is 0, as codes are signed.
+    A number is a code, or `table[code]`. Scales and mins are floats, or integers that are multiplied by a float32 of
+    their supergroup. Layouts are described in `pallas_kernels/quantized_matmul.py`. Leading axes, such as layers and
+    experts, come before all of a child's own. In the rows layout a code is its own number and `zero` is 0.
     """
 
-    codes: Array  # rows: int8 [*lead, N, K/g, g]; planar: uint16 [*lead, N, K·bits/16]
-    scales: Array  # rows: [*lead, N, K/g]; planar: [*lead, K/g, N]
-    mins: Array | None  # as scales
+    codes: Array  # rows: int8 or float8 [*lead, N, K/g, g]; planar: uint16 [*lead, N, K·bits/16]
+    scales: Array  # rows: f32 [*lead, N, K/g]; planar: float or int8 [*lead, K/g, N]
+    mins: Array | None  # as scales, in a type of their own
+    scale_supers: Array | None  # planar: f32 [*lead, K/supergroup, N], where scales are int8
+    min_supers: Array | None  # likewise
+    permutation: Array | None  # int32 [*lead, K]: the weight's column j is multiplied by x[permutation[j]]
     layout: Layout = field(metadata={"static": True})
     shape: tuple[int, int] = field(metadata={"static": True})  # (N, K)
     group: int = field(metadata={"static": True})
     bits: int = field(metadata={"static": True})  # of a stored code
     zero: int = field(metadata={"static": True})
+    table: tuple[int, ...] | None = field(metadata={"static": True})
     plane: int = field(metadata={"static": True})  # planar: elements of a plane; rows: 0
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Axes before a child's own."""
+        return self.codes.shape[: -3 if self.layout == "rows" else -2]
 
     @property
     def nbytes(self) -> int:
         """Bytes on all devices together."""
-        return sum(part.nbytes for part in (self.codes, self.scales, self.mins) if part is not None)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
 def planar_plane(K: int, group: int, bits: int) -> int | None:

@@ -1,7 +1,7 @@
 """llama.cpp through the low-level interface of `llama-cpp-python`: batched prefill and decode over sequences."""
 
 # Its library is not in every environment, and has no types.
-# pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false, reportAttributeAccessIssue=false
+# pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
 import ctypes
 import time

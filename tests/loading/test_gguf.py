@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atoma_jax.errors import ModelNotFoundError, UnsupportedModelError, WeightFileError
+from atoma_jax.loading.checkpoint import Checkpoint
 from atoma_jax.loading.gguf import GGUFFile
 from atoma_jax.loading.gguf_metadata import Metadata
 from atoma_jax.quant.ggml import SUPPORTED_TYPES
@@ -131,6 +132,23 @@ def test_every_tensor_arrives_as_written(tmp_path: Path, alignment: int | None) 
             assert tensor.shape == (2, raws[name].shape[1] // size * elements)
             assert tensor.nbytes == raws[name].nbytes
             assert not tensor.data.flags.writeable
+
+
+def test_a_file_is_a_checkpoint_and_its_tensors_decode_themselves(tmp_path: Path) -> None:
+    raws = write_sample(tmp_path / "m.gguf")
+    with GGUFFile.open(tmp_path / "m.gguf") as file:
+        checkpoint: Checkpoint = file
+        for name, tensor in checkpoint.tensors.items():
+            assert name == f"{tensor.type_name}.weight"
+            assert tensor.permutation is None
+            exact = gguf.quants.dequantize(raws[name], gguf.GGMLQuantizationType[tensor.type_name])
+            for rows in (slice(None), slice(1, 2), np.array([1, 0, 1])):
+                np.testing.assert_array_equal(tensor.dequantize(rows), exact[rows], strict=True)
+                if tensor.format is not None:
+                    codes = tensor.decode(rows)
+                    assert codes.format == tensor.format
+                    np.testing.assert_array_equal(codes.values(), exact[rows], strict=True)
+            assert (tensor.format is None) == (tensor.type_name in {"F32", "F16", "BF16"})
 
 
 def test_shapes_are_outermost_first_and_rows_are_flattened(tmp_path: Path) -> None:

@@ -8,6 +8,11 @@ import pytest
 from atoma_jax.errors import UnsupportedModelError, WeightFileError
 from atoma_jax.loading.gguf import GGUFFile
 from atoma_jax.loading.gguf_spec import read_spec
+from atoma_jax.model_spec import RopeSpec
+
+
+def plain_frequencies(theta: float, dims: int = 64) -> tuple[float, ...]:
+    return tuple(theta ** (-i / dims) for i in range(0, dims, 2))
 
 
 @pytest.fixture
@@ -25,10 +30,10 @@ def test_a_llama_file_with_nothing_but_the_required_keys(spec_of):
     assert (spec.dim, spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim) == (256, 2, 4, 2, 64)
     assert (spec.ffn_dim, spec.vocab_size, spec.context_length) == (512, 40, 128)
     assert (spec.family, spec.activation, spec.embedding_scale) == ("llama", "silu", 1.0)
-    assert (spec.rope_theta, spec.rope_factor, spec.attention_scale) == (1e4, 1.0, 1 / 8)
+    assert (spec.rope, spec.attention_scale) == (RopeSpec(frequencies=plain_frequencies(1e4)), 1 / 8)
     assert spec.windows == (None, None)
     assert spec.tied_embeddings
-    assert (spec.qkv_bias, spec.qk_norm, spec.rope_frequency_divisors) == (False, False, False)
+    assert (spec.qkv_bias, spec.qk_norm, spec.sub_norms, spec.experts) == (False, False, False, None)
 
 
 def test_tensors_switch_features_on(spec_of):
@@ -36,7 +41,6 @@ def test_tensors_switch_features_on(spec_of):
         arch="qwen2",
         tensors={
             "output.weight": (40, 256),
-            "rope_freqs.weight": (32,),
             "blk.0.attn_q.bias": (256,),
             "blk.0.attn_q_norm.weight": (64,),
         },
@@ -44,13 +48,12 @@ def test_tensors_switch_features_on(spec_of):
     assert not spec.tied_embeddings
     assert spec.qkv_bias
     assert spec.qk_norm
-    assert spec.rope_frequency_divisors
 
 
 def test_gemma_fills_in_what_its_files_leave_out(spec_of):
     spec = spec_of(arch="gemma3", metadata={"block_count": 14})
     assert spec.windows == ((512,) * 5 + (None,)) * 2 + (512, 512)
-    assert (spec.rope_theta, spec.local_rope_theta) == (1e6, 1e4)
+    assert spec.rope == RopeSpec(frequencies=plain_frequencies(1e6), local_frequencies=plain_frequencies(1e4))
     assert (spec.embedding_scale, spec.activation) == (16.0, "gelu_tanh")
     assert spec.attention_scale == 1 / 8
 
@@ -80,9 +83,20 @@ def test_a_window_of_a_llama_file_is_of_all_layers_and_zero_is_none(spec_of, win
 
 
 def test_rope_scaling(spec_of):
-    assert spec_of(metadata={"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}).rope_factor == 8.0
-    assert spec_of(metadata={"rope.scaling.factor": 4.0}).rope_factor == 4.0  # llama.cpp's default is linear as well
-    assert spec_of(metadata={"rope.scaling.type": "none", "rope.scaling.factor": 4.0}).rope_factor == 1.0
+    plain = np.asarray(plain_frequencies(1e4))
+
+    def frequencies(**metadata):
+        return np.asarray(spec_of(metadata={f"rope.{key}": value for key, value in metadata.items()}).rope.frequencies)
+
+    np.testing.assert_allclose(frequencies(**{"scaling.type": "linear", "scaling.factor": 8.0}), plain / 8)
+    np.testing.assert_allclose(frequencies(**{"scaling.factor": 4.0}), plain / 4)  # llama.cpp's default is linear too
+    np.testing.assert_allclose(frequencies(**{"scaling.type": "none", "scaling.factor": 4.0}), plain)
+
+
+@pytest.mark.parametrize("pairs", [32, 16])  # the right number of them, but some are negative; too few
+def test_divisors_of_frequencies_must_be_positive_and_one_for_each_pair(spec_of, pairs):
+    with pytest.raises(WeightFileError, match="32 positive numbers"):
+        spec_of(tensors={"rope_freqs.weight": (pairs,)})
 
 
 def test_softcaps(spec_of):
@@ -114,8 +128,9 @@ def test_a_broken_value_is_an_error_that_names_its_key(spec_of, key, value):
 
 
 UNSUPPORTED = {
-    "expert_count": 8,
-    "rope.scaling.type": "yarn",
+    "expert_gating_func": 2,
+    "expert_weights_scale": 2.5,
+    "rope.scaling.type": "ntk",
     "attention.value_length": 32,
     "rope.dimension_count": 32,
     "attention.head_count": [4, 8],
@@ -137,7 +152,7 @@ def test_one_value_for_each_layer_is_fine_while_they_agree(spec_of):
 
 
 def test_an_unknown_architecture_lists_the_known_ones(spec_of):
-    with pytest.raises(UnsupportedModelError, match="gemma3, llama, qwen2, qwen3") as caught:
+    with pytest.raises(UnsupportedModelError, match="gemma3, llama, phi3, qwen2, qwen2moe, qwen3") as caught:
         spec_of(arch="rwkv7")
     assert caught.value.value == "rwkv7"
     assert "general.architecture" in caught.value.field

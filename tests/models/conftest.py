@@ -16,8 +16,8 @@ import pytest
 from flax import nnx
 
 from atoma_jax import ops
-from atoma_jax.loading.gguf import GGUFFile
-from atoma_jax.loading.gguf_spec import read_spec
+from atoma_jax.loading.hub import resolve
+from atoma_jax.loading.model_files import open_model
 from atoma_jax.loading.weights import load_weights
 from atoma_jax.models.decoder import Decoder
 from atoma_jax.models.params import fill, specs_of
@@ -154,11 +154,13 @@ class Paged:
         self, path: Path, *, layout: str = "rows", operands: str = "float32", S: int = 32, B: int = 3, W: int = 3
     ):
         self._S, self._B, self._W = S, B, W
-        with GGUFFile.open(path) as file:
-            self.spec = spec = read_spec(file)
+        with open_model(resolve(str(path))) as files:
+            self.spec = spec = files.spec
             backend = ops.Backend(platform="cpu", operands=operands, weight_layout=layout)  # type: ignore[arg-type]
             model = Decoder(spec, backend)
-            fill(model, load_weights(file, spec, specs_of(model), backend, threads=2, on_bytes=lambda n: None))
+            wanted = specs_of(model)
+            sources = files.sources(wanted)
+            fill(model, load_weights(files.checkpoint, sources, wanted, backend, threads=2, on_bytes=lambda n: None))
         self._graph, self._weights = nnx.split(model)
         self._mixed = jax.jit(self._step, donate_argnums=1)
         self._decode = jax.jit(lambda *inputs: self._step(*inputs, blocks=False), donate_argnums=1)

@@ -91,7 +91,7 @@ def test_planar_products(bits, zero, mins):
     unsigned = (codes.astype(np.int16) + zero).astype(np.uint8).reshape(N, K)
     words = kernel.pack_planar(unsigned, bits, 32)
     x = np.random.default_rng(5).standard_normal((6, K)).astype(np.float32)
-    run = jax.jit(partial(kernel.matmul_planar, bits=bits, plane=32, zero=zero, operands=F32))
+    run = jax.jit(partial(kernel.matmul_planar, bits=bits, plane=32, zero=zero, table=None, operands=F32))
     got = run(x, words, scales.T, None if offsets is None else offsets.T)
     np.testing.assert_allclose(got, x @ exact.T, rtol=1e-5, atol=1e-4)
 

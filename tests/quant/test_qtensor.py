@@ -14,11 +14,15 @@ def rows_tensor(layers: int = 0, mins: bool = True) -> QTensor:
         codes=jnp.arange(max(layers, 1) * 4 * 64, dtype=jnp.int32).astype(jnp.int8).reshape(*lead, 4, 2, 32),
         scales=jnp.ones((*lead, 4, 2), jnp.float32),
         mins=jnp.zeros((*lead, 4, 2), jnp.float32) if mins else None,
+        scale_supers=None,
+        min_supers=None,
+        permutation=None,
         layout="rows",
         shape=(4, 64),
         group=32,
         bits=8,
         zero=0,
+        table=None,
         plane=0,
     )
 

@@ -1,0 +1,97 @@
+"""One format for weights that are kept together: the narrowest that holds the values of several formats exactly.
+
+Layers are stacked and projections are fused, while a file may give each of their tensors a type of its own.
+"""
+
+import math
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from atoma_jax.quant.groups import F32, Factors, GroupCodes, GroupFormat
+
+_Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+_CENTER = 128  # zero point of eight-bit codes that hold signed numbers
+
+
+def merged_format(formats: Collection[GroupFormat]) -> GroupFormat | None:
+    """The format that all of `formats` can be recast to; None where floats and integers would have to share one."""
+    distinct = list(dict.fromkeys(formats))
+    if len(distinct) == 1:
+        return distinct[0]
+    if any(kind.float_codes for kind in distinct):
+        return None
+    bits = max(kind.bits for kind in distinct)
+    tables = {kind.table for kind in distinct}
+    table = None
+    if len(tables) == 1:
+        table = distinct[0].table
+    elif tables != {None}:
+        bits = 8  # codes become the numbers that the tables name
+    with_mins = any(kind.has_mins for kind in distinct)
+    return GroupFormat(
+        bits=bits,
+        group=math.gcd(*(kind.group for kind in distinct)),
+        zero=_zero(distinct, bits, table is not None or with_mins, len(tables) > 1),
+        table=table,
+        scale_dtype=_common_dtype([kind.scale_dtype for kind in distinct]),
+        min_dtype=_common_dtype([kind.min_dtype or kind.scale_dtype for kind in distinct]) if with_mins else None,
+    )
+
+
+def recast(weights: GroupCodes, to: GroupFormat) -> GroupCodes:
+    """The same values in a format of `merged_format`.
+
+    A zero point that the format has no room for becomes a min: s·c − s·z is exact, as s has at most nineteen
+    significant bits and c at most four there.
+    """
+    own = weights.format
+    if own == to:
+        return weights
+    repeat = own.group // to.group
+    scales = _spread(weights.scales, repeat)
+    mins = None if weights.mins is None else _spread(weights.mins, repeat)
+    if own.table is not None and to.table is None:
+        codes, zero = weights.signed().view(np.uint8) ^ np.uint8(_CENTER), _CENTER
+    else:
+        codes, zero = weights.codes, own.zero
+    shift = max(to.zero - zero, 0)
+    if to.has_mins:
+        surplus = np.float32(zero + shift - to.zero)
+        mins = scales * surplus if mins is None else mins
+    return GroupCodes(
+        codes=codes + np.uint8(shift),
+        scales=Factors(scales),
+        mins=None if mins is None else Factors(mins),
+        format=to,
+    )
+
+
+def widened(kind: GroupFormat, bits: int) -> GroupFormat:
+    """The same format with wider codes."""
+    assert bits in (2, 4, 8), bits
+    assert bits >= kind.bits, (bits, kind)
+    return replace(kind, bits=bits)
+
+
+def _zero(formats: Collection[GroupFormat], bits: int, nowhere: bool, centered: bool) -> int:
+    """The common zero point. Eight bits have room for the largest one, codes with a smaller one are shifted up."""
+    largest = max(kind.zero for kind in formats)
+    if bits < 8:
+        return 0 if nowhere else largest
+    return max(largest, _CENTER) if centered else largest
+
+
+def _common_dtype(dtypes: Collection[np.dtype[Any]]) -> np.dtype[Any]:
+    """Integers have supers of their own kind of block, so that different formats meet in floats."""
+    distinct = set(dtypes)
+    only = next(iter(distinct))
+    return only if len(distinct) == 1 and only != np.int8 else F32
+
+
+def _spread(factors: Factors, repeat: int) -> _Array:
+    values = factors.flat()
+    return values if repeat == 1 else np.repeat(values, repeat, axis=1)
