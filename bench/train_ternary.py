@@ -2,8 +2,8 @@
 
 `pip install -e '.[bench]'`, then `python -m bench.train_ternary --out build/ternary/model`. Owns the optimizer, the
 loop and its checkpoints: a run that was stopped goes on from its last checkpoint when it is started again with the same
-settings. The schedule follows "The Era of 1-bit LLMs: Training Tips" of BitNet's authors: a high learning rate, and
-weight decay in the first half only.
+settings. The schedule follows "The Era of 1-bit LLMs: Training Tips" of BitNet's authors: a first stage with a high
+learning rate and weight decay, a second one that goes down and has no decay. The first may be ended at any checkpoint.
 """
 
 import json
@@ -34,25 +34,36 @@ class Recipe:
     """Everything that decides the trained weights, beside the text and the model's shape."""
 
     steps: int
+    anneal_from: int  # the step at which the second stage begins
+    horizon: int  # steps of the first stage's cosine, which the second stage cuts short
     batch: int  # windows a step
     peak_rate: float
     last_rate: float  # of the peak
     warm_up: int  # steps
-    weight_decay: float  # of matrices and embedding, in the first half
+    weight_decay: float  # of matrices and embedding, in the first stage
     largest_gradient: float  # norm over all weights
     seed: int
     quantized: bool  # False trains the dense twin: the same model without any rounding
 
     def optimizer(self) -> optax.GradientTransformation:
-        """AdamW over a cosine with warm-up."""
-        rate = optax.warmup_cosine_decay_schedule(
-            0.0, self.peak_rate, self.warm_up, self.steps, self.peak_rate * self.last_rate
-        )
-        decay = optax.piecewise_constant_schedule(self.weight_decay, {self.steps // 2: 0.0})
+        """AdamW in two stages: warm-up and a cosine; then a steeper cosine without weight decay."""
+        last = self.peak_rate * self.last_rate
+        first = optax.warmup_cosine_decay_schedule(0.0, self.peak_rate, self.warm_up, self.horizon, last)
+        reached = float(first(self.anneal_from))
+        second = optax.cosine_decay_schedule(reached, self.steps - self.anneal_from, last / reached)
+        rate = optax.join_schedules([first, second], [self.anneal_from])
+        decay = optax.piecewise_constant_schedule(self.weight_decay, {self.anneal_from: 0.0})
         return optax.chain(
             optax.clip_by_global_norm(self.largest_gradient),
             optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=decay, mask=_is_matrix),
         )
+
+    def decides(self, done: int) -> dict[str, Any]:
+        """The settings that the first `done` steps depend on: the first stage knows nothing of the second."""
+        settings = asdict(self)
+        if done <= self.anneal_from:
+            del settings["steps"], settings["anneal_from"]
+        return settings
 
 
 def _is_matrix(weights: Weights) -> dict[str, bool]:
@@ -83,22 +94,23 @@ class Run:
     def _resume(self) -> None:
         with safe_open(self.checkpoint, "np") as saved:
             found = saved.metadata()
-            if found["settings"] != self._settings():
+            done = int(found["done"])
+            if found["settings"] != self._settings(done):
                 raise typer.BadParameter(f"{self.checkpoint} is of other settings: delete it or choose another --work")
             leaves, tree = jax.tree.flatten((self.weights, self.state))
             restored = [jnp.asarray(saved.get_tensor(f"{i}")) for i in range(len(leaves))]
         self.weights, self.state = jax.tree.unflatten(tree, restored)
-        self.done = int(found["done"])
+        self.done = done
 
     def save(self) -> None:
         """Replaces the checkpoint in one move, so that a stop in between leaves the old one."""
         leaves = {f"{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves((self.weights, self.state)))}
         new = self.checkpoint.with_suffix(".new")
-        save_file(leaves, new, metadata={"settings": self._settings(), "done": f"{self.done}"})
+        save_file(leaves, new, metadata={"settings": self._settings(self.done), "done": f"{self.done}"})
         new.replace(self.checkpoint)
 
-    def _settings(self) -> str:
-        return json.dumps([asdict(self.recipe), asdict(self.shape)])
+    def _settings(self, done: int) -> str:
+        return json.dumps([self.recipe.decides(done), asdict(self.shape)])
 
     def train(self, every: int, held_out: np.ndarray) -> None:
         """Runs to the end. Prints and saves every so many steps."""
@@ -149,21 +161,25 @@ _NLL = jax.jit(mean_nll, static_argnames=("shape", "quantized"))
 def main(
     out: Annotated[Path, typer.Option(help="folder for the trained model")],
     work: Annotated[Path, typer.Option(help="folder for checkpoints")] = Path("build/ternary"),
-    steps: int = 1500,
-    batch: int = 8,
-    peak_rate: float = 2e-3,
+    steps: int = 500,
+    anneal_from: Annotated[int, typer.Option(help="step at which the second stage begins")] = 300,
+    horizon: Annotated[int, typer.Option(help="steps of the first stage's cosine, if it ran to its end")] = 1500,
+    batch: int = 4,
+    peak_rate: float = 3e-3,
     seed: int = 1,
-    every: Annotated[int, typer.Option(help="steps between checkpoints")] = 100,
+    every: Annotated[int, typer.Option(help="steps between checkpoints")] = 50,
     dense: Annotated[bool, typer.Option(help="train the dense twin, for comparison; nothing is written")] = False,
 ) -> None:
     """Trains, then writes `out/hf` and `out/model-TQ2_0.gguf`, and prints what came out."""
     shape = Shape()
     recipe = Recipe(
         steps=steps,
+        anneal_from=anneal_from,
+        horizon=horizon,
         batch=batch,
         peak_rate=peak_rate,
         last_rate=0.05,
-        warm_up=min(100, steps // 10),
+        warm_up=100,
         weight_decay=0.1,
         largest_gradient=1.0,
         seed=seed,

@@ -19,16 +19,18 @@ from bench.ternary.model import (
 )
 from bench.ternary.text import BOS_ID, all_windows, random_windows
 from bench.train_ternary import Recipe, Run
-from tests.models.bitnet_reference import BitNetReference
+from tests.models.bitnet_reference import EDGE, BitNetReference
 
 FOLDER = Path(__file__).parents[1] / "data" / "ternary" / "hf"
 TINY = Shape(V=32, D=16, F=24, L=1, N=2, K=1, H=8, context=8)
 TOKENS = np.random.default_rng(3).integers(2, TINY.V, 400).astype(np.int32)
 
 
-def recipe(steps: int) -> Recipe:
+def recipe(steps: int, anneal_from: int = 2) -> Recipe:
     return Recipe(
         steps=steps,
+        anneal_from=anneal_from,
+        horizon=100,
         batch=2,
         peak_rate=0.01,
         last_rate=0.1,
@@ -121,7 +123,7 @@ def test_the_trained_arithmetic_is_the_references():
     ids = np.array(tokenizer.encode("Paul, a servant of Jesus Christ, called to be an apostle").ids)
     expected = BitNetReference(FOLDER).forward(ids)
     found = np.asarray(forward(frozen.values(), jnp.asarray(ids)[None], shape))[0]
-    settled = expected.edge > 2e-5
+    settled = expected.edge > EDGE
     assert settled.any()
     np.testing.assert_allclose(found[settled], expected.logits[settled], rtol=0, atol=2e-5)
 

@@ -11,11 +11,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from bench.ternary.text import read_corpus
-from tests.models.bitnet_reference import BitNetReference
+from tests.models.bitnet_reference import EDGE, BitNetReference
 
 DATA = Path(__file__).parents[1] / "data" / "ternary"
 WORDS = 24  # of a sentence that are tried
-EDGE = 4e-5  # of an int8 step: twice what the tests ask for
 KEPT = 6  # texts
 
 
