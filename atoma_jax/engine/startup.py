@@ -28,9 +28,9 @@ from atoma_jax.engine.scheduler import Scheduler
 from atoma_jax.engine.step import StepSizes
 from atoma_jax.errors import ConfigError, UnsupportedModelError
 from atoma_jax.loading.hub import resolve
-from atoma_jax.loading.model_files import open_model
+from atoma_jax.loading.model_files import ModelFiles, open_model
 from atoma_jax.model_spec import KVDtype, ModelSpec
-from atoma_jax.tokenizer import load_gguf_tokenizer
+from atoma_jax.tokenizer import Tokenizer, load_gguf_tokenizer
 
 CPU_SEQS, CPU_TOKENS, CPU_GROWTH = 16, 512, 16  # few programs: each takes a CPU seconds to compile
 GPU_SEQS, GPU_TOKENS, GPU_GROWTH = 64, 2048, 2
@@ -85,7 +85,7 @@ def start_engine(
     """
     phases = _Phases(on_phase)
     hits, misses = COMPILATIONS.cache_hits, COMPILATIONS.cache_misses
-    _use_compile_cache(config.compile.compile_cache_dir)
+    use_compile_cache(config.compile.compile_cache_dir)
     with phases.phase("resolve"):
         found = resolve(config.model.model, revision=config.model.revision, progress=progress)
     with ExitStack() as stack:
@@ -98,8 +98,7 @@ def start_engine(
             runner = _runner(config, plan, setup, limits)
             pool = runner.compile(setup.abstract(), threads=plan.threads)
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error nothing more compiles
-            tokenizer = load_gguf_tokenizer(files.checkpoint.metadata, source=str(found.path))
-            _check_vocabulary(tokenizer.vocab_size, setup.spec, found.path)
+            tokenizer = tokenizer_of(files)
         with phases.phase("weights"):
             weights = setup.load(threads=plan.threads)
             jax.block_until_ready(weights)
@@ -220,7 +219,24 @@ def _scheduler_limits(config: EngineConfig, plan: _Plan, limits: EngineLimits) -
     )
 
 
-def _use_compile_cache(folder: str | None) -> None:
+def tokenizer_of(files: ModelFiles) -> Tokenizer:
+    """The tokenizer of an open model.
+
+    Raises:
+        WeightFileError: it is damaged.
+        UnsupportedModelError: it is of a kind that is not implemented, or does not fit the model.
+    """
+    tokenizer = load_gguf_tokenizer(files.checkpoint.metadata, source=str(files.checkpoint.path))
+    _check_vocabulary(tokenizer.vocab_size, files.spec, files.checkpoint.path)
+    return tokenizer
+
+
+def use_compile_cache(folder: str | None) -> None:
+    """Keeps the programs that this process compiles in a folder, if one is given.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
     if folder is None:
         return
     try:
