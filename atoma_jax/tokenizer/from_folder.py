@@ -4,7 +4,7 @@ Owns which files say what, and the limits of their sizes. Nothing in a folder is
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,13 +191,13 @@ def _special_tokens(
     )
 
 
-def _vocabulary(path: Path, texts: list[str], kinds: list[int], spelling: Spelling, rows: int | None) -> Vocabulary:
+def _vocabulary(
+    path: Path, texts: Sequence[str], kinds: Sequence[int], spelling: Spelling, rows: int | None
+) -> Vocabulary:
     """The tokens, and unused ones for the rows behind them."""
     missing = 0 if rows is None else rows - len(texts)
     if missing < 0:
-        problem = (
-            f"must have at most {rows} tokens, the rows of the model's embedding: the files do not belong together"
-        )
+        problem = f"must have at most {rows} tokens, as the model's embedding has rows; fetch the model again"
         raise UnsupportedModelError(f"{path}: vocabulary", len(texts), problem)
     padding = [f"[PAD{i}]" for i in range(len(texts), len(texts) + missing)]
     all_kinds = np.asarray([*kinds, *[TokenKind.UNUSED] * missing], np.uint8)

@@ -75,7 +75,7 @@ def make_engine() -> Callable[..., Engine]:
             of.model_config,
             pipelined=pipelined,
             seed=0,
-            default_params=SamplingParams(),
+            default_params=of.default_params,
         )
 
     return make
