@@ -94,5 +94,13 @@ def test_the_metadata_says_what_the_configuration_says():
     assert epsilon == np.float32(config["rms_norm_eps"])
 
 
+def test_the_readme_gives_the_losses_of_these_weights():
+    report, readme = (DATA / "training.json").read_text(), (DATA / "README.md").read_text()
+    numbers = json.loads(report)
+    for key, form in {"held_out_nats_a_token": ".2f", "held_out_bits_a_byte": ".2f", "tokens_seen": ","}.items():
+        assert format(numbers[key], form) in readme, key
+    assert numbers["continuation"] in readme
+
+
 def test_the_files_are_small():
     assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) < MOST_BYTES
