@@ -30,6 +30,11 @@ class ModelConfig:
     revision: str | None = None  # of a hub repository
     # Operands of matrix products; sums are float32. auto: bfloat16 where the hardware multiplies it (GPUs, AMX).
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Of dense weights while they load. w8a8: int8 with one scale a row, products with int8 activations.
+    quantization: Literal["int8", "int4", "fp8", "ternary", "w8a8"] | None = None
+    # Of quantized weights on the device. rows: a byte a code; planar: packed to the bits of the format. auto: rows on a
+    # CPU, where XLA multiplies them faster, planar elsewhere.
+    weight_layout: Literal["auto", "rows", "planar"] = "auto"
     max_model_len: int | None = None  # tokens of prompt and output together; None: what the model was trained for
     seed: int = 0  # of requests that bring none
     trust_remote_code: bool = False  # refused: code of a checkpoint is never run
@@ -52,8 +57,9 @@ class CacheConfig:
     num_pages: int | None = None  # pages in all, page 0 is scratch; None: from kv_cache_memory_bytes
     kv_cache_memory_bytes: int | None = None  # None: a share of the device's memory, see engine/memory.py
     gpu_memory_utilization: float | None = None  # share of a GPU's memory for weights, KV and workspace; None: 0.92
-    # auto: float32 on a CPU, bfloat16 elsewhere
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # auto: float32 on a CPU, bfloat16 elsewhere. Those of one byte keep a scale for each token and kv head beside it.
+    # Short spellings are taken as well: `_SPELLINGS`.
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"] = "auto"
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
@@ -204,6 +210,10 @@ _SECTIONS: dict[str, type] = {
     "compile": CompileConfig,
     "validation": ValidationConfig,
 }
+# What other programs call the same choice: read as the name on the right, so that it has one name everywhere else.
+_SPELLINGS: dict[str, dict[str, str]] = {
+    "kv_cache_dtype": {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "fp8": "fp8_e4m3"}
+}
 _SECTION_OF = {option.name: name for name, section in _SECTIONS.items() for option in dataclasses.fields(section)}
 
 
@@ -228,6 +238,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     """`value` as the annotation `hint` wants it; true and "7" are no numbers."""
     choices = get_args(hint)
     if get_origin(hint) is Literal:
+        if isinstance(value, str):
+            value = _SPELLINGS.get(name, {}).get(value, value)
         if value not in choices:
             raise ConfigError(name, value, f"must be one of {', '.join(map(str, choices))}")
         return value

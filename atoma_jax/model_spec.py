@@ -4,7 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 Family = Literal["llama", "gemma", "mixture"]
+KVDtype = Literal["float32", "bfloat16", "float16", "fp8_e4m3", "int8"]
 Activation = Literal["silu", "gelu_tanh", "relu_squared"]
+
+_KV_BYTES: dict[KVDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1, "int8": 1}  # of a value
+_SCALE_BYTES = 4  # of the scale that the types of one byte keep for each token and kv head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +63,8 @@ class ModelSpec:
     int8_activations: bool = False  # inputs of all projections but the head are rounded to int8 for each token
     experts: ExpertSpec | None = None
 
-    def kv_bytes_per_token(self, bytes_per_value: int) -> int:
-        """Bytes of K and V that one token takes in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value
+    def kv_bytes_per_token(self, kv_dtype: KVDtype) -> int:
+        """Bytes of K and V that one token takes in all layers, scales included."""
+        value = _KV_BYTES[kv_dtype]
+        vector = self.head_dim * value + (_SCALE_BYTES if value == 1 else 0)
+        return 2 * self.num_layers * self.num_kv_heads * vector

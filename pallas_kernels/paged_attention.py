@@ -1,28 +1,24 @@
-"""Attention over a paged KV cache, as plain XLA: the KV write, decode, and ragged prefill.
+"""Attention over a paged KV cache, as plain XLA: decode, and ragged prefill. The cache itself is `kv_pages.py`'s.
 
-K and V of all layers are `[L, P, K, S, H]` each: layers, pages, kv heads, slots of a page, head dim. Page 0 is scratch:
-what is padding writes there. Contexts are read in chunks with a running softmax (flash attention, arXiv:2205.14135), as
-many as the longest context of the step needs: the width of a page table costs nothing.
+Contexts are read in chunks with a running softmax (flash attention, arXiv:2205.14135), as many as the longest context
+of the step needs: the width of a page table costs nothing.
 
 Slots behind the end of a context may hold anything, NaN included: they are masked in the logits and in V.
+
+Where the cache holds codes, the scale of a token's K multiplies its logits and that of its V its weights.
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.kv_pages import KVChunk, KVPages, read_chunk
 
 CHUNK = 128  # tokens of context read at once
 QUERY_BLOCK = 128  # tokens of one sequence that share a read of its context in prefill
 NEVER = -1e30  # logit of a masked slot; finite, so that a fully masked chunk gives no NaN
-
-
-class KVPages(NamedTuple):
-    """The cache of all layers."""
-
-    k: Float[Array, "L P K S H"]
-    v: Float[Array, "L P K S H"]
 
 
 class QueryBlocks(NamedTuple):
@@ -33,22 +29,6 @@ class QueryBlocks(NamedTuple):
     token: Int32[Array, " blocks"]  # first token of the block, in the flat batch
     size: Int32[Array, " blocks"]  # tokens
     position: Int32[Array, " blocks"]  # of the first token, in its sequence
-
-
-def write_kv(
-    pages: KVPages,
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
-    *,
-    layer: Int32[Array, ""],
-    page: Int32[Array, " T"],
-    slot: Int32[Array, " T"],
-) -> KVPages:
-    """Puts each token's K and V at its page and slot. Several tokens may share a place in page 0 alone."""
-    return KVPages(
-        pages.k.at[layer, page, :, slot].set(k.astype(pages.k.dtype)),
-        pages.v.at[layer, page, :, slot].set(v.astype(pages.v.dtype)),
-    )
 
 
 def decode_attention(
@@ -84,15 +64,15 @@ def decode_attention(
         query = query.reshape(K, N // K, H).astype(jnp.float32) * scale
         oldest = jnp.maximum(length - window, 0)
 
-        def chunk(c: Array, carry: _Softmax) -> _Softmax:
+        def step(c: Array, carry: _Softmax) -> _Softmax:
             position = c * span + jnp.arange(span, dtype=jnp.int32)
             seen = (position >= oldest) & (position < length)
             ids = lax.dynamic_slice_in_dim(table, c * per_chunk, per_chunk)
-            k, v = _context(pages, layer, ids, seen)  # [K, span, H]
-            logits = _capped(jnp.einsum("kgh,kch->kgc", query, k), softcap)
-            return _accumulate(carry, jnp.where(seen, logits, NEVER), v)
+            chunk = read_chunk(pages, layer=layer, ids=ids, seen=seen)
+            logits = _capped(_logits(query, chunk), softcap)  # [K, G, span]
+            return _accumulate(carry, jnp.where(seen, logits, NEVER), chunk)
 
-        return _finish(lax.fori_loop(oldest // span, -(-length // span), chunk, _empty((K, N // K), H)))
+        return _finish(lax.fori_loop(oldest // span, -(-length // span), step, _empty((K, N // K), H)))
 
     # Row by row, as each then reads its own context alone: for XLA:CPU that beats one gather for all rows, which costs
     # the longest context for each of them.
@@ -148,17 +128,17 @@ def ragged_attention(
         mine = mine.transpose(1, 2, 0, 3).reshape(K, G * M, H)
         at = jnp.tile(blocks.position[b] + jnp.arange(M, dtype=jnp.int32), G)[:, None]  # [G·M, 1]
 
-        def chunk(c: Array, carry: _Softmax) -> _Softmax:
+        def step(c: Array, carry: _Softmax) -> _Softmax:
             ids = lax.dynamic_slice(table, (row, c * per_chunk), (1, per_chunk))[0]
             position = c * per_chunk * S + jnp.arange(per_chunk * S, dtype=jnp.int32)
-            k, v = _context(pages, layer, ids, position < last)  # [K, span, H]
+            chunk = read_chunk(pages, layer=layer, ids=ids, seen=position < last)
             seen = (position[None] <= at) & (position[None] > at - window) & (position < last)[None]
-            logits = _capped(jnp.einsum("kmh,kch->kmc", mine, k), softcap)
-            return _accumulate(carry, jnp.where(seen[None], logits, NEVER), v)
+            logits = _capped(_logits(mine, chunk), softcap)  # [K, G·M, span]
+            return _accumulate(carry, jnp.where(seen[None], logits, NEVER), chunk)
 
         start = jnp.maximum(blocks.position[b] - window + 1, 0) // (per_chunk * S)
         stop = -(-last // (per_chunk * S))
-        result = _finish(lax.fori_loop(start, stop, chunk, _empty((K, G * M), H)))  # [K, G·M, H]
+        result = _finish(lax.fori_loop(start, stop, step, _empty((K, G * M), H)))  # [K, G·M, H]
         result = result.reshape(K, G, M, H).transpose(2, 0, 1, 3).reshape(M, N, H)
         # Blocks go in order, so what a block writes behind its own end is overwritten by the next one.
         valid = (jnp.arange(M) < blocks.size[b])[:, None, None]
@@ -182,30 +162,25 @@ def _empty(lead: tuple[int, ...], H: int) -> _Softmax:
     )
 
 
-def _accumulate(carry: _Softmax, logits: Float32[Array, "*q C"], v: Float32[Array, "*k C H"]) -> _Softmax:
+def _logits(queries: Float32[Array, "K M H"], chunk: KVChunk) -> Float32[Array, "K M C"]:
+    return _scaled(jnp.einsum("kmh,kch->kmc", queries, chunk.k), chunk.k_scale)
+
+
+def _accumulate(carry: _Softmax, logits: Float32[Array, "K M C"], chunk: KVChunk) -> _Softmax:
     largest = jnp.maximum(carry.largest, jnp.max(logits, -1))
     weights = jnp.where(logits > NEVER, jnp.exp(logits - largest[..., None]), 0.0)
     decay = jnp.exp(carry.largest - largest)
     total = carry.total * decay + jnp.sum(weights, -1)
-    return _Softmax(largest, total, carry.acc * decay[..., None] + jnp.einsum("...mc,...ch->...mh", weights, v))
+    values = jnp.einsum("kmc,kch->kmh", _scaled(weights, chunk.v_scale), chunk.v)
+    return _Softmax(largest, total, carry.acc * decay[..., None] + values)
+
+
+def _scaled(by_token: Float32[Array, "K M C"], scale: Float32[Array, "K C"] | None) -> Float32[Array, "K M C"]:
+    return by_token if scale is None else by_token * scale[:, None]
 
 
 def _finish(carry: _Softmax) -> Float32[Array, "*q H"]:
     return carry.acc / jnp.where(carry.total > 0, carry.total, 1.0)[..., None]
-
-
-def _context(
-    pages: KVPages, layer: Array, ids: Int32[Array, " C"], seen: Bool[Array, " span"]
-) -> tuple[Float32[Array, "K span H"], Float32[Array, "K span H"]]:
-    """A chunk of one sequence's context; unseen slots of V are zero, as 0 · NaN is NaN."""
-
-    def read(cache: Array) -> Array:
-        # A slice a page: XLA:CPU copies each at once, where a gather would compute the place of every element.
-        shape = (1, 1, *cache.shape[2:])
-        got = [lax.dynamic_slice(cache, (layer, ids[i], 0, 0, 0), shape)[0, 0] for i in range(ids.shape[0])]
-        return jnp.concatenate(got, axis=1).astype(jnp.float32)  # [K, C·S, H]
-
-    return read(pages.k), jnp.where(seen[None, :, None], read(pages.v), 0.0)
 
 
 def _padded(page_table: Int32[Array, "B W"], multiple: int) -> Int32[Array, "B padded"]:

@@ -128,7 +128,7 @@ class TestTypes:
         ("name", "choices"),
         [
             ("dtype", ["auto", "float32", "bfloat16"]),
-            ("kv_cache_dtype", ["auto", "float32", "bfloat16", "float16"]),
+            ("kv_cache_dtype", ["auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"]),
             ("scheduling_policy", ["fcfs", "priority"]),
         ],
     )
@@ -137,6 +137,16 @@ class TestTypes:
             accepted(**{name: choice})
         for value in ("float64", "", 0, True, None):
             assert f"must be one of {', '.join(choices)}, got {value!r}" in str(refused(**{name: value}))
+
+    @pytest.mark.parametrize(
+        ("short", "name"), [("f32", "float32"), ("bf16", "bfloat16"), ("f16", "float16"), ("fp8", "fp8_e4m3")]
+    )
+    def test_a_short_spelling_is_read_as_the_name(self, short: str, name: str, tmp_path: Path) -> None:
+        assert accepted(kv_cache_dtype=short) == accepted(kv_cache_dtype=name)
+        path = tmp_path / "serve.toml"
+        path.write_text(f'[model]\nmodel = "m.gguf"\n[cache]\nkv_cache_dtype = "{short}"\n', encoding="utf-8")
+        assert EngineConfig.from_toml(path).sections()["cache"]["kv_cache_dtype"] == name
+        assert "must be one of" in str(refused(dtype=short)), "of the cache alone"
 
 
 class TestLimits:

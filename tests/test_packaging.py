@@ -45,7 +45,7 @@ def test_wheel_holds_the_four_packages_and_nothing_else(wheel: Path) -> None:
 def test_wheel_holds_every_source_and_data_file(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
-    kinds = {".py", ".toml", ".cc", ".h", ".typed"}
+    kinds = {".py", ".toml", ".cc", ".h", ".typed", ".npz", ".ggml"}
     expected = {
         path.relative_to(ROOT).as_posix()
         for package in SHIPPED
@@ -68,6 +68,10 @@ def test_metadata_states_licence_python_and_extras(metadata: Message, wheel: Pat
     with zipfile.ZipFile(wheel) as archive:
         (licence,) = (name for name in archive.namelist() if name.endswith("/licenses/LICENSE"))
         assert "Apache License" in archive.read(licence).decode()
+        (of_ggml,) = (
+            name for name in archive.namelist() if name.endswith("/licenses/atoma_jax/quant/data/LICENSE.ggml")
+        )
+        assert "MIT License" in archive.read(of_ggml).decode()
 
 
 def test_jax_has_the_same_bounds_in_every_extra(metadata: Message) -> None:

@@ -34,13 +34,21 @@ class EngineOptions:
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for hub ids.")] = None
     config: Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it.")] = None
     dtype: Annotated[str | None, typer.Option(help="Of matrix products: auto, float32 or bfloat16.")] = None
+    quantization: Annotated[
+        str | None, typer.Option(help="Of dense weights while they load: int8, int4, fp8, ternary or w8a8.")
+    ] = None
+    weight_layout: Annotated[
+        str | None, typer.Option(help="Of quantized weights: auto, rows (a byte a code) or planar (packed).")
+    ] = None
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output together.")] = None
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that one step may hold.")] = None
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens that one step may hold.")] = None
     block_size: Annotated[int | None, typer.Option(help="Tokens of a KV page.")] = None
     num_pages: Annotated[int | None, typer.Option(help="KV pages in all.")] = None
     kv_cache_memory_bytes: Annotated[int | None, typer.Option(help="Bytes of the KV cache.")] = None
-    kv_cache_dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16, fp8_e4m3 or int8.")] = (
+        None
+    )
     enable_prefix_caching: Annotated[
         bool | None,
         typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse KV of common prefixes."),

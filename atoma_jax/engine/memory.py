@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from atoma_jax.config import CacheConfig
 from atoma_jax.errors import ConfigError
+from atoma_jax.model_spec import KVDtype
 
 CPU_KV_BYTES = 1 << 30  # of a CPU's memory, unless one full context takes more
 CPU_KV_SHARE = 0.5  # of a CPU's free memory, at most
@@ -20,13 +21,20 @@ class DeviceMemory:
     weights: int  # bytes that the model will take
 
 
+def kv_cache_dtype(config: CacheConfig, *, is_cpu: bool) -> KVDtype:
+    """The type of the cache, decided where the configuration leaves it open."""
+    if config.kv_cache_dtype != "auto":
+        return config.kv_cache_dtype
+    return "float32" if is_cpu else "bfloat16"
+
+
 def plan_pages(config: CacheConfig, memory: DeviceMemory, *, page_bytes: int, max_model_len: int) -> int:
     """Pages of the KV cache, scratch page included.
 
     Args:
         config: gives the number, the bytes, or neither.
         memory: of the device.
-        page_bytes: K and V of one page in all layers.
+        page_bytes: K and V of one page in all layers, scales included.
         max_model_len: tokens that one sequence may reach; the cache must hold one such sequence.
 
     Raises:

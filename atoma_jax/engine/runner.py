@@ -13,15 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from atoma_jax.engine.batch import SlotTables, batch_size, pack
 from atoma_jax.engine.buckets import Buckets, Program
 from atoma_jax.engine.plan import StepPlan
 from atoma_jax.engine.sampler_state import SamplerShape, SlotRules, empty_row, write_slot
 from atoma_jax.engine.step import EngineState, StepOutput, StepSizes, Weights, make_state, run_step
-from atoma_jax.model_spec import ModelSpec
-from atoma_jax.models.decoder import Decoder
+from atoma_jax.model_spec import KVDtype, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +63,20 @@ class Runner:
 
     def __init__(
         self,
-        model: Decoder,
+        graph: Any,
         spec: ModelSpec,
         sampler: SamplerShape,
         buckets: Buckets,
         sizes: StepSizes,
         *,
         num_pages: int,
-        kv_dtype: Any,
+        kv_dtype: KVDtype,
         split_prefill: bool,
     ):
-        """`split_prefill`: decodes and prefills of one plan run as two programs, so that a row's arithmetic does not
-        depend on what else the step holds."""
+        """The model is given as its `nnx.GraphDef`. `split_prefill`: decodes and prefills of one plan run as two
+        programs, so that a row's arithmetic does not depend on what else the step holds."""
         self.buckets = buckets
-        self._model, self._sizes, self._split_prefill = model, sizes, split_prefill
+        self._graph, self._sizes, self._split_prefill = graph, sizes, split_prefill
         self._new_state = partial(
             make_state, spec, sampler, num_pages=num_pages, page_size=sizes.page_size, kv_dtype=kv_dtype
         )
@@ -99,13 +97,12 @@ class Runner:
         Returns:
             The pool, for the caller to shut down; `start` waits for the programs.
         """
-        graph = nnx.graphdef(self._model)
         state = jax.eval_shape(self._new_state)
         pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
 
         def build(program: Program) -> Any:
             words = jax.ShapeDtypeStruct((batch_size(program, self._sizes.table_width),), jnp.int32)
-            step = partial(run_step, graph=graph, program=program, sizes=self._sizes)
+            step = partial(run_step, graph=self._graph, program=program, sizes=self._sizes)
             return jax.jit(step, donate_argnums=1).lower(weights, state, words).compile()
 
         def build_write() -> Any:

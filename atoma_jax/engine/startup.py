@@ -8,36 +8,29 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
 from atoma_jax.config import EngineConfig
 from atoma_jax.engine.admission import SchedulerLimits
 from atoma_jax.engine.buckets import Buckets, make_buckets
 from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.engine import Engine
-from atoma_jax.engine.host import cpu_multiplies_bfloat16, free_host_bytes, usable_cores
+from atoma_jax.engine.host import free_host_bytes, usable_cores
 from atoma_jax.engine.limits import EngineLimits
-from atoma_jax.engine.memory import DeviceMemory, plan_pages
+from atoma_jax.engine.memory import DeviceMemory, kv_cache_dtype, plan_pages
+from atoma_jax.engine.model_setup import ModelSetup, set_up_model
 from atoma_jax.engine.pages import PagePool
 from atoma_jax.engine.prefix_cache import PrefixCache
 from atoma_jax.engine.runner import Runner
 from atoma_jax.engine.sampler_state import SamplerShape
 from atoma_jax.engine.scheduler import Scheduler
-from atoma_jax.engine.step import StepSizes, Weights
+from atoma_jax.engine.step import StepSizes
 from atoma_jax.errors import ConfigError, UnsupportedModelError
-from atoma_jax.loading.checkpoint import Checkpoint
 from atoma_jax.loading.hub import resolve
-from atoma_jax.loading.model_files import open_model
-from atoma_jax.loading.weights import abstract_weights, load_weights
-from atoma_jax.model_spec import ModelSpec
-from atoma_jax.models.decoder import Decoder
-from atoma_jax.models.params import fill, specs_of
-from atoma_jax.ops import Backend
-from atoma_jax.tokenizer import load_gguf_tokenizer
+from atoma_jax.loading.model_files import ModelFiles, open_model
+from atoma_jax.model_spec import KVDtype, ModelSpec
+from atoma_jax.tokenizer import Tokenizer, load_gguf_tokenizer
 
 CPU_SEQS, CPU_TOKENS, CPU_GROWTH = 16, 512, 16  # few programs: each takes a CPU seconds to compile
 GPU_SEQS, GPU_TOKENS, GPU_GROWTH = 64, 2048, 2
@@ -92,31 +85,22 @@ def start_engine(
     """
     phases = _Phases(on_phase)
     hits, misses = COMPILATIONS.cache_hits, COMPILATIONS.cache_misses
-    _use_compile_cache(config.compile.compile_cache_dir)
+    use_compile_cache(config.compile.compile_cache_dir)
     with phases.phase("resolve"):
         found = resolve(config.model.model, revision=config.model.revision, progress=progress)
     with ExitStack() as stack:
         with phases.phase("header"):
             files = stack.enter_context(open_model(found, max_model_len=config.model.max_model_len))
-            checkpoint, spec = files.checkpoint, files.spec
-            plan = _plan(config, spec, checkpoint)
-            model = Decoder(spec, plan.backend)
-            wanted = specs_of(model)
-            sources = files.sources(wanted)
+            setup = set_up_model(config.model, files)
+            plan = _plan(config, setup)
+            limits = _limits(config, plan, setup)
         with phases.phase("tokenizer"):
-            planned = abstract_weights(checkpoint, sources, wanted, plan.backend)
-            abstract = _state_of(Decoder(spec, plan.backend), planned)
-            limits = _limits(config, plan, spec, abstract)
-            runner = _runner(config, plan, spec, limits, model)
-            pool = runner.compile(abstract, threads=plan.threads)
+            runner = _runner(config, plan, setup, limits)
+            pool = runner.compile(setup.abstract(), threads=plan.threads)
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error nothing more compiles
-            tokenizer = load_gguf_tokenizer(checkpoint.metadata, source=str(found.path))
-            _check_vocabulary(tokenizer.vocab_size, spec, found.path)
+            tokenizer = tokenizer_of(files)
         with phases.phase("weights"):
-            loaded = load_weights(
-                checkpoint, sources, wanted, plan.backend, threads=plan.threads, on_bytes=lambda _: None
-            )
-            weights = _state_of(model, loaded)
+            weights = setup.load(threads=plan.threads)
             jax.block_until_ready(weights)
         with phases.phase("compile"):
             runner.start(weights)
@@ -140,27 +124,23 @@ def start_engine(
 class _Plan:
     """What the configuration comes to on this device, for this model."""
 
-    backend: Backend
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
     buckets: Buckets
     sampler: SamplerShape
-    kv_dtype: Any
+    kv_dtype: KVDtype
     threads: int
 
 
-def _plan(config: EngineConfig, spec: ModelSpec, checkpoint: Checkpoint) -> _Plan:
-    platform = jax.default_backend()
-    if platform not in ("cpu", "gpu"):
-        raise ConfigError("JAX_PLATFORMS", platform, "must be cpu or cuda: the engine has no kernels for others")
-    is_cpu = platform == "cpu"
+def _plan(config: EngineConfig, setup: ModelSetup) -> _Plan:
+    spec, is_cpu = setup.spec, setup.backend.platform == "cpu"
     length = config.model.max_model_len or spec.context_length
     if length > spec.context_length:
         raise ConfigError(
             "max_model_len",
             length,
-            f"must be at most {spec.context_length}, what {checkpoint.path.name} was trained for",
+            f"must be at most {spec.context_length}, what {setup.checkpoint.path.name} was trained for",
         )
     if length < 2:
         raise ConfigError("max_model_len", length, "must be at least 2: a prompt token and an output token")
@@ -168,11 +148,7 @@ def _plan(config: EngineConfig, spec: ModelSpec, checkpoint: Checkpoint) -> _Pla
     tokens = config.scheduler.max_num_batched_tokens or max(seqs, min(CPU_TOKENS if is_cpu else GPU_TOKENS, length))
     if tokens < seqs:
         raise ConfigError("max_num_batched_tokens", tokens, f"must be at least max_num_seqs = {seqs}")
-    kv_dtype = config.cache.kv_cache_dtype
-    if kv_dtype == "auto":
-        kv_dtype = "float32" if is_cpu else "bfloat16"
     return _Plan(
-        backend=_backend(config, is_cpu=is_cpu),
         max_model_len=length,
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
@@ -183,24 +159,15 @@ def _plan(config: EngineConfig, spec: ModelSpec, checkpoint: Checkpoint) -> _Pla
             growth=CPU_GROWTH if is_cpu else GPU_GROWTH,
         ),
         sampler=SamplerShape(slots=seqs, vocab_size=spec.vocab_size, max_model_len=length),
-        kv_dtype=jnp.dtype(kv_dtype),
+        kv_dtype=kv_cache_dtype(config.cache, is_cpu=is_cpu),
         threads=usable_cores(),
     )
 
 
-def _backend(config: EngineConfig, *, is_cpu: bool) -> Backend:
-    operands = config.model.dtype
-    if operands == "auto":
-        operands = "float32" if is_cpu and not cpu_multiplies_bfloat16() else "bfloat16"
-    return Backend(
-        platform="cpu" if is_cpu else "cuda", operands=operands, weight_layout="rows" if is_cpu else "planar"
-    )
-
-
-def _limits(config: EngineConfig, plan: _Plan, spec: ModelSpec, abstract: Weights) -> EngineLimits:
-    page_bytes = spec.kv_bytes_per_token(plan.kv_dtype.itemsize) * config.cache.block_size
-    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-    is_cpu = plan.backend.platform == "cpu"
+def _limits(config: EngineConfig, plan: _Plan, setup: ModelSetup) -> EngineLimits:
+    spec, weight_bytes = setup.spec, setup.weight_bytes
+    page_bytes = spec.kv_bytes_per_token(plan.kv_dtype) * config.cache.block_size
+    is_cpu = setup.backend.platform == "cpu"
     free = free_host_bytes() if is_cpu else jax.local_devices()[0].memory_stats()["bytes_limit"]
     memory = DeviceMemory(is_cpu=is_cpu, free=free, weights=weight_bytes)
     pages = plan_pages(config.cache, memory, page_bytes=page_bytes, max_model_len=plan.max_model_len)
@@ -218,15 +185,15 @@ def _limits(config: EngineConfig, plan: _Plan, spec: ModelSpec, abstract: Weight
     )
 
 
-def _runner(config: EngineConfig, plan: _Plan, spec: ModelSpec, limits: EngineLimits, model: Decoder) -> Runner:
+def _runner(config: EngineConfig, plan: _Plan, setup: ModelSetup, limits: EngineLimits) -> Runner:
     sizes = StepSizes(
         table_width=-(-plan.max_model_len // limits.page_size),
         page_size=limits.page_size,
-        max_logprobs=min(limits.max_logprobs, spec.vocab_size),
+        max_logprobs=min(limits.max_logprobs, setup.spec.vocab_size),
     )
     return Runner(
-        model,
-        spec,
+        setup.graph(),
+        setup.spec,
         plan.sampler,
         plan.buckets,
         sizes,
@@ -252,12 +219,24 @@ def _scheduler_limits(config: EngineConfig, plan: _Plan, limits: EngineLimits) -
     )
 
 
-def _state_of(model: Decoder, values: dict[str, Any]) -> Weights:
-    fill(model, values)
-    return nnx.state(model)
+def tokenizer_of(files: ModelFiles) -> Tokenizer:
+    """The tokenizer of an open model.
+
+    Raises:
+        WeightFileError: it is damaged.
+        UnsupportedModelError: it is of a kind that is not implemented, or does not fit the model.
+    """
+    tokenizer = load_gguf_tokenizer(files.checkpoint.metadata, source=str(files.checkpoint.path))
+    _check_vocabulary(tokenizer.vocab_size, files.spec, files.checkpoint.path)
+    return tokenizer
 
 
-def _use_compile_cache(folder: str | None) -> None:
+def use_compile_cache(folder: str | None) -> None:
+    """Keeps the programs that this process compiles in a folder, if one is given.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
     if folder is None:
         return
     try:

@@ -18,7 +18,7 @@ from atoma_jax.engine.buckets import Program
 from atoma_jax.engine.sampler import sample, score
 from atoma_jax.engine.sampler_state import SamplerShape, SamplerState, init_state
 from atoma_jax.engine.sampling_rows import decode_rows
-from atoma_jax.model_spec import ModelSpec
+from atoma_jax.model_spec import KVDtype, ModelSpec
 from atoma_jax.models.decoder import Decoder
 
 Weights: TypeAlias = Any  # an `nnx.State`, whose own type cannot be checked at run time
@@ -56,12 +56,12 @@ class StepSizes:
     max_logprobs: int
 
 
-def make_state(spec: ModelSpec, sampler: SamplerShape, *, num_pages: int, page_size: int, kv_dtype: Any) -> EngineState:
+def make_state(
+    spec: ModelSpec, sampler: SamplerShape, *, num_pages: int, page_size: int, kv_dtype: KVDtype
+) -> EngineState:
     """An empty state."""
     shape = (spec.num_layers, num_pages, spec.num_kv_heads, page_size, spec.head_dim)
-    return EngineState(
-        pages=ops.KVPages(jnp.zeros(shape, kv_dtype), jnp.zeros(shape, kv_dtype)), sampler=init_state(sampler)
-    )
+    return EngineState(pages=ops.empty_pages(shape, kv_dtype), sampler=init_state(sampler))
 
 
 def run_step(

@@ -1,8 +1,8 @@
 """Opens a folder in HF layout: config.json, generation_config.json and safetensors.
 
-Owns which quantization methods are implemented, and puts quantized weights together of their parts. Files are read by `safetensors.py`, the formats are the other `hf_*`
-modules. Only the order of groups of act-order checkpoints is read of the tensors. Nothing here imports JAX or runs code
-that comes with a model.
+Owns which quantization methods are implemented. Files are read by `safetensors.py`; how a format's parts become one
+weight is the business of the other `hf_*` modules. Opening reads of the tensors only shapes and the order of groups of
+act-order checkpoints. Nothing here imports JAX or runs code that comes with a model.
 """
 
 from collections.abc import Callable, Mapping

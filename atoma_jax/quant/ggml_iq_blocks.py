@@ -24,8 +24,8 @@ _Words: TypeAlias = np.ndarray[Any, np.dtype[Any]]  # unsigned
 
 def _signed(magnitudes: Sequence[int]) -> tuple[int, ...]:
     """A table whose upper half are the lower half's negatives; codes that no grid holds stand for 0."""
-    half = (*magnitudes, *[0] * (SIGN - len(magnitudes)))
-    return (*half, *(-number for number in half))
+    lower = (*magnitudes, *[0] * (SIGN - len(magnitudes)))
+    return (*lower, *(-number for number in lower))
 
 
 IQ1_TABLE = (-7, 1, 9, 0, 0, 0, 0, 0, -9, -1, 7, 0, 0, 0, 0, 0)  # 8g ± 1, g in (−1, 0, 1)
@@ -73,8 +73,8 @@ def iq2_xxs(blocks: _Bytes) -> Parts:
     words = _words(blocks, 2, 66, "<u4").reshape(*blocks.shape[:-1], 8, 2)
     index = np.ascontiguousarray(words[..., 0]).view(np.uint8).reshape(*blocks.shape[:-1], 8, 4)
     signs_and_scale = words[..., 1]
-    codes = _codes(grid("iq2_xxs")[index], even_signs()[_seven_bit_fields(signs_and_scale)])
-    return Parts(codes, _odd(signs_and_scale >> 28), _divided(half(blocks, 0), 8))
+    negative = even_signs()[_seven_bit_fields(signs_and_scale)]
+    return Parts(_codes(grid("iq2_xxs")[index], negative), _odd(signs_and_scale >> 28), _divided(half(blocks, 0), 8))
 
 
 def iq2_xs(blocks: _Bytes) -> Parts:

@@ -76,6 +76,7 @@ class Factors:
     values: Num[np.ndarray, "N groups"]  # float32; int8 where there are supers
     supers: Float32[np.ndarray, "N supergroups"] | None = None
 
+    @np.errstate(invalid="ignore")  # a damaged super may be infinite
     def flat(self) -> Float32[np.ndarray, "N groups"]:
         """One f32 a group."""
         if self.supers is None:
@@ -106,7 +107,8 @@ class GroupCodes:
         else:
             values = self.codes.astype(np.float32)
             values -= np.float32(kind.zero)
-        by_group = values.reshape(len(values), -1, kind.group)  # [N, K/g, g]
+        N, K = values.shape
+        by_group = values.reshape(N, K // kind.group, kind.group)
         by_group *= self.scales.flat()[..., None]
         if self.mins is not None:
             by_group -= self.mins.flat()[..., None]

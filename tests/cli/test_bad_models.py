@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 from typer.testing import Result
 
@@ -59,5 +60,14 @@ def test_an_unknown_architecture(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_tensor_type_that_is_not_implemented(run: Run, tmp_path: Path) -> None:
-    path = write_tiny_llama(tmp_path / "type.gguf", kind=gguf.GGMLQuantizationType.TQ1_0, width=256)
-    assert "TQ1_0" in refused(run, path)
+    path = tmp_path / "type.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 64), np.float64))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    message = refused(run, path)
+    assert "'token_embd.weight'" in message
+    assert "'F64'" in message
+    assert "IQ3_XXS" in message  # what there is instead

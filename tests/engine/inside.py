@@ -11,13 +11,14 @@ from atoma_jax.engine.engine import Engine
 from atoma_jax.engine.plan import StepPlan
 from atoma_jax.engine.runner import HostOutput, PendingOutput, Runner
 from atoma_jax.engine.step import EngineState
-from pallas_kernels.paged_attention import KVPages
+from pallas_kernels.kv_pages import KVPages
+from tests.kv_cache import poison_of
 
 
-def kv_of(runner: Runner) -> tuple[np.ndarray, np.ndarray]:
-    """Copies of K and V of all layers: [L, P, K, S, H]."""
+def kv_of(runner: Runner) -> tuple[np.ndarray, ...]:
+    """Copies of K and V of all layers, [L, P, K, S, H], and of their scales where there are any, [L, P, K, S]."""
     assert runner._state is not None
-    return np.array(runner._state.pages.k), np.array(runner._state.pages.v)
+    return tuple(np.array(array) for array in runner._state.pages if array is not None)
 
 
 def set_kv(runner: Runner, kv: Sequence[np.ndarray]) -> None:
@@ -30,7 +31,7 @@ def poison(runner: Runner, page: int, slots: slice = slice(None)) -> None:
     """Makes K and V of a page NaN."""
     kv = kv_of(runner)
     for array in kv:
-        array[:, page, :, slots] = np.nan
+        array[:, page, :, slots] = poison_of(array)
     set_kv(runner, kv)
 
 

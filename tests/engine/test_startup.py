@@ -28,7 +28,7 @@ def refused(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
         raise AssertionError("it went on")
 
     monkeypatch.setattr(Runner, "compile", fail)
-    monkeypatch.setattr("atoma_jax.engine.startup.load_weights", fail)
+    monkeypatch.setattr("atoma_jax.engine.model_setup.load_weights", fail)
 
     def start(model: Path = tiny_path, **options: Any) -> UserError:
         with pytest.raises(UserError) as caught:
@@ -145,7 +145,7 @@ class TestReport:
         L, K, H, bytes_of_float = 2, 2, 16, 4
         assert limits.kv_cache_bytes == 28 * 8 * 2 * L * K * H * bytes_of_float
         state = shared_llm.llm_engine._runner._state
-        assert limits.kv_cache_bytes == state.pages.k.nbytes + state.pages.v.nbytes
+        assert limits.kv_cache_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state.pages))
         weights = jax.tree.leaves(shared_llm.llm_engine._runner._weights)
         assert limits.weight_bytes == sum(leaf.nbytes for leaf in weights)
 

@@ -84,7 +84,7 @@ def load(path: Path) -> bool:
 def main(sample: Path, count: int) -> None:
     warnings.simplefilter("error")
     original = sample.read_bytes()
-    header = original.index(b"BF16.weight") + 64
+    header = original.rindex(b"Q1_0.weight") + 64  # the last tensor
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mutated.gguf"
         assert load(sample)

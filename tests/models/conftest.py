@@ -10,7 +10,6 @@ from typing import Any
 
 import gguf
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -21,7 +20,7 @@ from atoma_jax.loading.model_files import open_model
 from atoma_jax.loading.weights import load_weights
 from atoma_jax.models.decoder import Decoder
 from atoma_jax.models.params import fill, specs_of
-from pallas_kernels.paged_attention import KVPages
+from tests.kv_cache import poisoned_pages
 
 F32 = gguf.GGMLQuantizationType.F32
 
@@ -151,9 +150,17 @@ class Paged:
     """
 
     def __init__(
-        self, path: Path, *, layout: str = "rows", operands: str = "float32", S: int = 32, B: int = 3, W: int = 3
+        self,
+        path: Path,
+        *,
+        layout: str = "rows",
+        operands: str = "float32",
+        kv_dtype: str = "float32",
+        S: int = 32,
+        B: int = 3,
+        W: int = 3,
     ):
-        self._S, self._B, self._W = S, B, W
+        self._S, self._B, self._W, self._kv_dtype = S, B, W, kv_dtype
         with open_model(resolve(str(path))) as files:
             self.spec = spec = files.spec
             backend = ops.Backend(platform="cpu", operands=operands, weight_layout=layout)  # type: ignore[arg-type]
@@ -171,7 +178,7 @@ class Paged:
         spec = self.spec
         num_pages = 2 + self._B * self._W
         shape = (spec.num_layers, num_pages, spec.num_kv_heads, self._S, spec.head_dim)
-        self._pages = KVPages(jnp.full(shape, jnp.nan, jnp.float32), jnp.full(shape, jnp.nan, jnp.float32))
+        self._pages = poisoned_pages(shape, self._kv_dtype)
         shuffled = np.random.default_rng(5).permutation(np.arange(1, num_pages))
         self._table = shuffled[: self._B * self._W].reshape(self._B, self._W).astype(np.int32)
         self._done = np.zeros(self._B, np.int32)

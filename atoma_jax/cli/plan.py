@@ -1,0 +1,113 @@
+"""`atoma-jax plan`: what a model takes and what fits beside it; the arithmetic is `engine/model_plan.py`'s."""
+
+import re
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from atoma_jax.cli.common import print_json
+from atoma_jax.config import EngineConfig
+from atoma_jax.errors import UserError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="A name of configs/models, a .gguf file, a folder, or a hub id.")],
+    memory: Annotated[
+        str | None, typer.Option(help="What the engine may use in all: 80GB, 24GiB, or bytes. Default: no limit.")
+    ] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of the sequences that are counted.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for hub ids.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Of dense weights while they load: int8, int4, fp8, ternary or w8a8.")
+    ] = None,
+    weight_layout: Annotated[str | None, typer.Option(help="auto, rows (a byte a code) or planar (packed).")] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, fp8_e4m3 or int8.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens of a KV page.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
+) -> None:
+    """What a model takes on a device, and which contexts fit. Reads headers, no weights."""
+    limit = None if memory is None else parse_bytes("memory", memory)
+    options = {
+        "model": model,
+        "max_model_len": max_model_len,
+        "revision": revision,
+        "quantization": quantization,
+        "weight_layout": weight_layout,
+        "kv_cache_dtype": kv_cache_dtype,
+        "block_size": block_size,
+    }
+    config = EngineConfig.from_options({name: value for name, value in options.items() if value is not None})
+    from atoma_jax import plan_model  # imports JAX
+
+    found = plan_model(config, memory=limit)
+    values: dict[str, Any] = {
+        "model": model,
+        "architecture": found.architecture,
+        "parameters": found.parameters,
+        "file_bytes": found.file_bytes,
+        "types": {
+            name: {"tensors": kind.tensors, "parameters": kind.parameters, "file_bytes": kind.file_bytes}
+            for name, kind in found.types.items()
+        },
+        "weight_layout": found.layout,
+        "weight_bytes": found.weight_bytes,
+        "weights": dict(found.weights),
+        "kv_cache_dtype": found.kv_dtype,
+        "kv_bytes_per_token": found.kv_bytes_per_token,
+        "context_length": found.context_length,
+        "max_model_len": found.max_model_len,
+        "workspace_bytes": found.workspace,
+        "memory": found.memory,
+        "kv_bytes": found.kv_bytes,
+        "longest_context": found.longest_context,
+        "max_sequences": found.max_sequences,
+    }
+    if as_json:
+        print_json(values)
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{model}: {found.architecture}, {found.parameters / 1e6:,.1f} M parameters")
+    table = Table("type", "tensors", "parameters", "file", "bits each", box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, kind in found.types.items():
+        table.add_row(name, f"{kind.tensors:,}", f"{kind.parameters:,}", size(kind.file_bytes), f"{kind.bits:.2f}")
+    console.print(table)
+    bits = 8 * found.weight_bytes / found.parameters
+    console.print(f"on the device   {size(found.weight_bytes)} of weights ({found.layout}, {bits:.2f} bits each)")
+    console.print(f"a token         {size(found.kv_bytes_per_token)} of KV cache in {found.kv_dtype}")
+    if found.kv_bytes is None:
+        console.print("--memory 80GB shows what fits.")
+    elif found.kv_bytes < 0:
+        console.print(f"does not fit    {size(-found.kv_bytes)} are missing before the first token")
+    else:
+        console.print(f"cache           {size(found.kv_bytes)} are left of {size(limit or 0)}")
+        console.print(f"longest context {found.longest_context:,} tokens, of {found.context_length:,} trained for")
+        console.print(f"at once         {found.max_sequences:,} sequences of {found.max_model_len:,} tokens")
+
+
+def parse_bytes(field: str, text: str) -> int:
+    """A size as people write it: 80GB, 1.5 GiB, 1000000.
+
+    Raises:
+        UserError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    size_in_bytes = 0 if match is None else int(float(match[1]) * _UNITS[match[2] or ""])
+    if not 0 < size_in_bytes < 2**60:
+        raise UserError(field, text, "must be a size above zero such as 80GB, 24GiB or a number of bytes")
+    return size_in_bytes
+
+
+def size(count: int) -> str:
+    """Bytes for people, in powers of ten as disks and `--memory 80GB` count."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000:
+            return f"{value:.4g} {unit}"
+        value /= 1000
+    return f"{value:.4g} TB"

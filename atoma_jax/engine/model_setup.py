@@ -1,0 +1,115 @@
+"""A model that is about to be loaded: its shape, its weights without their values, and how they get them.
+
+From headers alone. What a start, a plan of memory and an evaluation have in common.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from flax import nnx
+
+from atoma_jax.config import ModelConfig
+from atoma_jax.engine.host import cpu_multiplies_bfloat16
+from atoma_jax.engine.step import Weights
+from atoma_jax.errors import ConfigError
+from atoma_jax.loading.checkpoint import Checkpoint
+from atoma_jax.loading.model_files import ModelFiles
+from atoma_jax.loading.online import quantized_on_load
+from atoma_jax.loading.weight_sources import WeightSource
+from atoma_jax.loading.weights import abstract_weights, load_weights
+from atoma_jax.model_spec import ModelSpec
+from atoma_jax.models.decoder import Decoder
+from atoma_jax.models.params import ParamSpec, fill, specs_of
+from atoma_jax.ops import Backend
+from atoma_jax.quant.qtensor import LayerVariants, QTensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSetup:
+    """A model on its way to a device.
+
+    Attributes:
+        spec: its shape.
+        backend: where and in which arithmetic it runs.
+        checkpoint: where its weights come from, as they will be read.
+        wanted: every weight, by path.
+        sources: where each is in the checkpoint.
+        planned: what `load` puts on the device, without values.
+    """
+
+    spec: ModelSpec
+    backend: Backend
+    checkpoint: Checkpoint
+    wanted: Mapping[str, ParamSpec]
+    sources: Mapping[str, WeightSource]
+    planned: Mapping[str, jax.ShapeDtypeStruct | QTensor | LayerVariants]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights on the device."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(self.planned)))
+
+    def graph(self) -> Any:
+        """The model's `nnx.GraphDef`, which merges with `abstract` or with what `load` returns."""
+        return nnx.graphdef(self._decoder(self.planned))
+
+    def abstract(self) -> Weights:
+        """The model's state with `ShapeDtypeStruct`s as leaves."""
+        return nnx.state(self._decoder(self.planned))
+
+    def load(self, *, threads: int, on_bytes: Callable[[int], None] = lambda _: None) -> Weights:
+        """The model's state on the device. Arguments and errors as in `load_weights`."""
+        return nnx.state(
+            self._decoder(
+                load_weights(
+                    self.checkpoint, self.sources, self.wanted, self.backend, threads=threads, on_bytes=on_bytes
+                )
+            )
+        )
+
+    def _decoder(self, values: Mapping[str, Any]) -> Decoder:
+        model = Decoder(self.spec, self.backend)
+        fill(model, values)
+        return model
+
+
+def set_up_model(config: ModelConfig, files: ModelFiles) -> ModelSetup:
+    """What `config` makes of an open model on this process's devices.
+
+    Raises:
+        ConfigError: the platform has no kernels, or the weights cannot be quantized as asked.
+        WeightFileError: a tensor is missing or misshapen.
+        UnsupportedModelError: a tensor has no place in the model, or cannot be laid out.
+    """
+    backend, spec = _backend(config), files.spec
+    if config.quantization == "w8a8":
+        spec = replace(spec, int8_activations=True)
+    wanted = specs_of(Decoder(spec, backend))
+    sources = files.sources(wanted)
+    checkpoint: Checkpoint = files.checkpoint
+    if config.quantization is not None:
+        scheme = "int8_channel" if config.quantization == "w8a8" else config.quantization
+        checkpoint = quantized_on_load(checkpoint, sources, wanted, scheme)
+    return ModelSetup(
+        spec=spec,
+        backend=backend,
+        checkpoint=checkpoint,
+        wanted=wanted,
+        sources=sources,
+        planned=abstract_weights(checkpoint, sources, wanted, backend),
+    )
+
+
+def _backend(config: ModelConfig) -> Backend:
+    platform = jax.default_backend()
+    if platform not in ("cpu", "gpu"):
+        raise ConfigError("JAX_PLATFORMS", platform, "must be cpu or cuda: the engine has no kernels for others")
+    is_cpu = platform == "cpu"
+    operands, layout = config.dtype, config.weight_layout
+    if operands == "auto":
+        operands = "float32" if is_cpu and not cpu_multiplies_bfloat16() else "bfloat16"
+    if layout == "auto":
+        layout = "rows" if is_cpu else "planar"
+    return Backend(platform="cpu" if is_cpu else "cuda", operands=operands, weight_layout=layout)

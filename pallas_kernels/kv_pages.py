@@ -1,0 +1,130 @@
+"""The paged KV cache: what it keeps of K and V, how a step's tokens get in, and how a chunk of a context is read.
+
+K and V of all layers are `[L, P, K, S, H]` each: layers, pages, kv heads, slots of a page, head dim. Page 0 is scratch:
+what is padding writes there.
+
+Of int8 and fp8_e4m3 the cache keeps codes, and for each vector of one token and kv head a scale: the vector's largest
+magnitude over the largest code, value = code · scale. Codes are rounded to the nearest, halves to even. A vector that
+holds NaN or an infinity gets the scale NaN: int8 knows neither, and whoever attends to it shall see that it is lost.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
+
+SMALLEST = 1e-30  # a vector's largest magnitude counts as at least this, so that no scale is zero or subnormal
+
+
+class KVFormat(NamedTuple):
+    """How values are kept."""
+
+    stored: Any  # dtype of the cache's arrays
+    codes: Any  # dtype that their bits stand for
+    largest: float | None  # code of a vector's largest magnitude; None: codes are values, and there are no scales
+
+
+# bfloat16 and fp8 are kept as bits: XLA:CPU computes with neither, and widens whatever array of them it slices or
+# scatters into. That would copy the whole cache in each layer. The other types it takes as they are.
+FORMATS: Mapping[str, KVFormat] = MappingProxyType(
+    {
+        "float32": KVFormat(jnp.float32, jnp.float32, None),
+        "bfloat16": KVFormat(jnp.uint16, jnp.bfloat16, None),
+        "float16": KVFormat(jnp.float16, jnp.float16, None),
+        "fp8_e4m3": KVFormat(jnp.uint8, jnp.float8_e4m3fn, 448.0),
+        "int8": KVFormat(jnp.int8, jnp.int8, 127.0),
+    }
+)
+_FORMAT_OF = MappingProxyType({jnp.dtype(form.stored): form for form in FORMATS.values()})
+
+
+class KVPages(NamedTuple):
+    """The cache of all layers, as `FORMATS` says: the type of its arrays tells the format."""
+
+    k: Shaped[Array, "L P K S H"]
+    v: Shaped[Array, "L P K S H"]
+    k_scale: Float32[Array, "L P K S"] | None = None
+    v_scale: Float32[Array, "L P K S"] | None = None
+
+
+class KVChunk(NamedTuple):
+    """C tokens of one sequence's context. Where there are scales, a value is its entry times its token's scale."""
+
+    k: Float32[Array, "K C H"]
+    v: Float32[Array, "K C H"]
+    k_scale: Float32[Array, "K C"] | None
+    v_scale: Float32[Array, "K C"] | None
+
+
+def empty_pages(shape: tuple[int, int, int, int, int], kv_dtype: str) -> KVPages:
+    """A cache of zeros: `shape` is (L, P, K, S, H), `kv_dtype` a name of `FORMATS`."""
+    form = FORMATS[kv_dtype]
+
+    def scales() -> Array | None:
+        return None if form.largest is None else jnp.zeros(shape[:-1], jnp.float32)
+
+    return KVPages(jnp.zeros(shape, form.stored), jnp.zeros(shape, form.stored), scales(), scales())
+
+
+def write_kv(
+    pages: KVPages,
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    *,
+    layer: Int32[Array, ""],
+    page: Int32[Array, " T"],
+    slot: Int32[Array, " T"],
+) -> KVPages:
+    """Puts each token's K and V at its page and slot. Several tokens may share a place in page 0 alone."""
+
+    def put(cache: Array, scales: Array | None, x: Array) -> tuple[Array, Array | None]:
+        stored, scale = _encode(x, _FORMAT_OF[cache.dtype])
+        cache = cache.at[layer, page, :, slot].set(stored)
+        return cache, None if scales is None else scales.at[layer, page, :, slot].set(scale)
+
+    new_k, k_scale = put(pages.k, pages.k_scale, k)
+    new_v, v_scale = put(pages.v, pages.v_scale, v)
+    return KVPages(new_k, new_v, k_scale, v_scale)
+
+
+def read_chunk(pages: KVPages, *, layer: Array, ids: Int32[Array, " n"], seen: Bool[Array, " C"]) -> KVChunk:
+    """The context that lies in the pages `ids`. Unseen slots of V, and their scales, are zero, as 0 · NaN is NaN."""
+
+    def read(cache: Array) -> Array:
+        # A slice a page: XLA:CPU copies each at once, where a gather would compute the place of every element.
+        shape, rest = (1, 1, *cache.shape[2:]), (0,) * (cache.ndim - 2)
+        got = [lax.dynamic_slice(cache, (layer, ids[i], *rest), shape)[0, 0] for i in range(ids.shape[0])]
+        return jnp.concatenate(got, axis=1)  # [K, C, …]
+
+    def scales(cache: Array | None) -> Array | None:
+        return None if cache is None else read(cache)
+
+    form = _FORMAT_OF[pages.k.dtype]
+    v_scale = scales(pages.v_scale)
+    return KVChunk(
+        _decode(read(pages.k), form),
+        jnp.where(seen[None, :, None], _decode(read(pages.v), form), 0.0),
+        scales(pages.k_scale),
+        None if v_scale is None else jnp.where(seen, v_scale, 0.0),
+    )
+
+
+def _encode(x: Float[Array, "T K H"], form: KVFormat) -> tuple[Shaped[Array, "T K H"], Float32[Array, "T K"] | None]:
+    """What is stored of vectors, and their scales."""
+    if form.largest is None:
+        return lax.bitcast_convert_type(x.astype(form.codes), form.stored), None
+    x = x.astype(jnp.float32)
+    magnitude = jnp.max(jnp.abs(x), -1)  # [T, K]; NaN where the vector holds one
+    finite = jnp.isfinite(magnitude)
+    scale = jnp.where(finite, jnp.maximum(magnitude, SMALLEST) / form.largest, jnp.nan)
+    codes = jnp.where(finite[..., None], x / scale[..., None], 0.0)
+    if form.codes == jnp.int8:  # a conversion to integers would drop the fraction
+        codes = jnp.clip(jnp.round(codes), -form.largest, form.largest)
+    return lax.bitcast_convert_type(codes.astype(form.codes), form.stored), scale
+
+
+def _decode(stored: Shaped[Array, "K C H"], form: KVFormat) -> Float32[Array, "K C H"]:
+    return lax.bitcast_convert_type(stored, form.codes).astype(jnp.float32)
