@@ -49,7 +49,7 @@ class Recipe:
         """AdamW in two stages: warm-up and a cosine; then a steeper cosine without weight decay."""
         last = self.peak_rate * self.last_rate
         first = optax.warmup_cosine_decay_schedule(0.0, self.peak_rate, self.warm_up, self.horizon, last)
-        reached = float(first(self.anneal_from))
+        reached = float(np.asarray(first(self.anneal_from)))
         second = optax.cosine_decay_schedule(reached, self.steps - self.anneal_from, last / reached)
         rate = optax.join_schedules([first, second], [self.anneal_from])
         decay = optax.piecewise_constant_schedule(self.weight_decay, {self.anneal_from: 0.0})

@@ -1,5 +1,6 @@
 """The ternary model is trained as it will be served, and a run that was stopped ends where it would have ended."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -24,63 +25,75 @@ from tests.models.bitnet_reference import EDGE, BitNetReference
 FOLDER = Path(__file__).parents[1] / "data" / "ternary" / "hf"
 TINY = Shape(V=32, D=16, F=24, L=1, N=2, K=1, H=8, context=8)
 TOKENS = np.random.default_rng(3).integers(2, TINY.V, 400).astype(np.int32)
-
-
-def recipe(steps: int, anneal_from: int = 2) -> Recipe:
-    return Recipe(
-        steps=steps,
-        anneal_from=anneal_from,
-        horizon=100,
-        batch=2,
-        peak_rate=0.01,
-        last_rate=0.1,
-        warm_up=1,
-        weight_decay=0.1,
-        largest_gradient=1.0,
-        seed=5,
-        quantized=True,
-    )
+REPEATED = np.tile(TOKENS[:8], 20)  # easily learnt
+RECIPE = Recipe(
+    steps=30,
+    anneal_from=20,
+    horizon=100,
+    batch=2,
+    peak_rate=0.01,
+    last_rate=0.1,
+    warm_up=1,
+    weight_decay=0.1,
+    largest_gradient=1.0,
+    seed=5,
+    quantized=True,
+)
 
 
 class StopHereError(Exception):
     """What a test stops a run with."""
 
 
-def test_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch):
-    whole = Run.start(recipe(4), TINY, TOKENS, tmp_path / "whole")
-    whole.train(2, TOKENS[:32])
-    first = Run.start(recipe(4), TINY, TOKENS, tmp_path / "parts")
+def stop_after_saving(run: Run, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains until the checkpoint at `at`, and not a step further."""
+    save = Run.save
 
     def save_and_stop(run: Run) -> None:
         save(run)
         raise StopHereError
 
-    save = Run.save
-    monkeypatch.setattr(Run, "save", save_and_stop)
-    with pytest.raises(StopHereError):
-        first.train(2, TOKENS[:32])
-    monkeypatch.undo()
-    second = Run.start(recipe(4), TINY, TOKENS, tmp_path / "parts")
-    assert second.done == 2
-    second.train(2, TOKENS[:32])
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "save", save_and_stop)
+        with pytest.raises(StopHereError):
+            run.train(at, REPEATED)
+
+
+def test_training_lowers_the_loss_and_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch):
+    whole = Run.start(RECIPE, TINY, REPEATED, tmp_path / "whole")
+    inputs, targets = all_windows(REPEATED, TINY.context)
+    before = float(mean_nll(as_ternary(whole.weights, TINY), inputs, targets, TINY))
+    whole.train(RECIPE.steps, REPEATED)
+    after = float(mean_nll(as_ternary(whole.weights, TINY), inputs, targets, TINY))
+    assert after < before - 1
+
+    stop_after_saving(Run.start(RECIPE, TINY, REPEATED, tmp_path / "parts"), 25, monkeypatch)
+    resumed = Run.start(RECIPE, TINY, REPEATED, tmp_path / "parts")
+    assert resumed.done == 25
+    resumed.train(RECIPE.steps, REPEATED)
     for name, expected in whole.weights.items():
-        np.testing.assert_array_equal(second.weights[name], expected, err_msg=name)
+        np.testing.assert_array_equal(resumed.weights[name], expected, err_msg=name)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
-    Run.start(recipe(4), TINY, TOKENS, tmp_path / "run").save()
+    run = Run.start(RECIPE, TINY, TOKENS, tmp_path / "run")
+    run.done = RECIPE.anneal_from + 1
+    run.save()
+    for change in ({"seed": 6}, {"steps": 40}, {"anneal_from": 25}):
+        with pytest.raises(Exception, match="other settings"):
+            Run.start(replace(RECIPE, **change), TINY, TOKENS, tmp_path / "run")
+
+
+def test_a_checkpoint_of_the_first_stage_serves_any_second_stage(tmp_path):
+    run = Run.start(RECIPE, TINY, TOKENS, tmp_path / "run")
+    run.done = RECIPE.anneal_from
+    run.save()
+    assert Run.start(replace(RECIPE, steps=40, anneal_from=25), TINY, TOKENS, tmp_path / "run").done == run.done
     with pytest.raises(Exception, match="other settings"):
-        Run.start(recipe(5), TINY, TOKENS, tmp_path / "run")
-
-
-def test_training_lowers_the_loss(tmp_path):
-    repeated = np.tile(TOKENS[:8], 20)
-    run = Run.start(recipe(30), TINY, repeated, tmp_path / "run")
-    inputs, targets = all_windows(repeated, TINY.context)
-    before = float(mean_nll(as_ternary(run.weights, TINY), inputs, targets, TINY))
-    run.train(30, repeated)
-    after = float(mean_nll(as_ternary(run.weights, TINY), inputs, targets, TINY))
-    assert after < before - 1
+        Run.start(replace(RECIPE, seed=6), TINY, TOKENS, tmp_path / "run")
+    # A run whose second stage should have begun before took other steps.
+    with pytest.raises(Exception, match="other settings"):
+        Run.start(replace(RECIPE, anneal_from=10), TINY, TOKENS, tmp_path / "run")
 
 
 def test_weights_are_three_values_a_matrix_and_gradients_pass_through():

@@ -1,8 +1,8 @@
 """The float64 reference of BitNet computes what `transformers` computes on the ternary test model.
 
-Measured with torch 2.13 and transformers 5.24, over logits of up to MEASURED_SCALE: with the same int8 codes the two
-differ by at most MEASURED_TAUGHT. Left alone they differ by MEASURED_FREE, from the first activation on that falls on
-the other side of a rounding edge.
+Measured with torch 2.13 and transformers 5.24, on 202 tokens with logits of up to 18: with the same int8 codes the two
+differ by at most 1.0e-5. Left alone they differ from the first activation on that falls on the other side of a rounding
+edge (token 16), by at most 0.04 in a logit and 0.018 in the logprob of a next token, 0.002 on average.
 """
 
 import json
@@ -103,8 +103,8 @@ def test_logits_are_those_of_transformers_where_no_rounding_is_on_edge(oracle, r
 def test_edges_move_logprobs_little(oracle, reference, ids):
     found, expected = (log_softmax(logits) for logits in (reference.forward(ids).logits, oracle.logits(ids)))
     off = np.abs(found - expected)[np.arange(len(ids) - 1), ids[1:]]
-    assert off.mean() < 0.01
-    assert off.max() < 0.1
+    assert off.mean() < 0.005
+    assert off.max() < 0.05
 
 
 def test_unfair_roundings_are_noticed(oracle, reference, ids):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from atoma_jax.loading.gguf import GGUFFile
+from atoma_jax.loading.hf_checkpoint import HFCheckpoint
 from atoma_jax.tokenizer import load_folder_tokenizer, load_gguf_tokenizer
 from bench.ternary import export
 from tests.models.bitnet_reference import BitNetReference
@@ -31,6 +32,15 @@ def test_both_files_hold_bit_identical_weights():
         found = file[export.file_name_of(name)]
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found.reshape(expected.shape), expected, err_msg=name)
+
+
+def test_this_engines_readers_see_the_same_weights_in_both_files():
+    with HFCheckpoint.open(DATA / "hf") as folder, GGUFFile.open(GGUF_FILE) as file:
+        assert {export.file_name_of(name) for name in folder.tensors} == set(file.tensors)
+        for name, tensor in folder.tensors.items():
+            other, rows = file.tensors[export.file_name_of(name)], slice(0, int(np.prod(tensor.shape[:-1])))
+            assert tensor.shape == other.shape, name
+            np.testing.assert_array_equal(tensor.dequantize(rows), other.dequantize(rows), err_msg=name)
 
 
 def test_matrices_are_ternary_the_embedding_f16_and_norms_f32():
@@ -92,6 +102,14 @@ def test_the_metadata_says_what_the_configuration_says():
         assert metadata[f"{export.ARCHITECTURE}.{key}"] == config[name], key
     epsilon = metadata[f"{export.ARCHITECTURE}.attention.layer_norm_rms_epsilon"]
     assert epsilon == np.float32(config["rms_norm_eps"])
+
+
+def test_the_readme_gives_the_losses_of_these_weights():
+    report, readme = (DATA / "training.json").read_text(), (DATA / "README.md").read_text()
+    numbers = json.loads(report)
+    for key, form in {"held_out_nats_a_token": ".2f", "held_out_bits_a_byte": ".2f", "tokens_seen": ","}.items():
+        assert format(numbers[key], form) in readme, key
+    assert numbers["continuation"] in readme
 
 
 def test_the_files_are_small():
