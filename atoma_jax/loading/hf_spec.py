@@ -197,10 +197,10 @@ def _refuse_features(config: Section, arch: Architecture) -> None:
     config.refuse("use_mrope", "must be false: positions of several dimensions are not implemented")
     if arch.bias_key != "attention_bias":
         config.refuse("attention_bias", "must be false: this architecture has none")
-    if arch.windows is None or arch.windows.layers == "all":
-        if set(_layer_types(config)) == {True, False}:
-            problem = "must be the same in all layers of this architecture"
-            raise UnsupportedModelError(config.field("layer_types"), config.values["layer_types"], problem)
+    alike = arch.windows is None or arch.windows.layers == "all"
+    if alike and len(set(_layer_types(config))) > 1:
+        problem = "must be the same in all layers of this architecture"
+        raise UnsupportedModelError(config.field("layer_types"), config.values["layer_types"], problem)
 
 
 def _head_dim(config: Section, arch: Architecture, dim: int, heads: int) -> int:
