@@ -51,7 +51,7 @@ class Architecture:
     head_dim: int | None = None  # where the config does not say; None: a head's share of the width
     rope: RopeDefaults = field(default_factory=RopeDefaults)
     windows: Windows | None = None
-    query_scalar: int | None = None  # attention is divided by its root; None: by that of head_dim
+    query_scalar: float | None = None  # attention is divided by its root; None: by that of head_dim
     attention_softcap: float | None = None
     final_softcap: float | None = None
     scaled_embeddings: bool = False  # by the root of the width
@@ -79,7 +79,7 @@ def _gemma(
         head_dim=256,
         rope=rope,
         windows=Windows(layers="but every", every=every, size=4096),
-        query_scalar=256,
+        query_scalar=256.0,
         attention_softcap=attention_softcap,
         final_softcap=final_softcap,
         scaled_embeddings=True,
