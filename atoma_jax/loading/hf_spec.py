@@ -51,7 +51,7 @@ class Architecture:
     head_dim: int | None = None  # where the config does not say; None: a head's share of the width
     rope: RopeDefaults = field(default_factory=RopeDefaults)
     windows: Windows | None = None
-    query_scalar: int | None = None  # attention is divided by its root; None: by that of head_dim
+    query_scalar: float | None = None  # attention is divided by its root; None: by that of head_dim
     attention_softcap: float | None = None
     final_softcap: float | None = None
     scaled_embeddings: bool = False  # by the root of the width
@@ -79,7 +79,7 @@ def _gemma(
         head_dim=256,
         rope=rope,
         windows=Windows(layers="but every", every=every, size=4096),
-        query_scalar=256,
+        query_scalar=256.0,
         attention_softcap=attention_softcap,
         final_softcap=final_softcap,
         scaled_embeddings=True,
@@ -197,10 +197,10 @@ def _refuse_features(config: Section, arch: Architecture) -> None:
     config.refuse("use_mrope", "must be false: positions of several dimensions are not implemented")
     if arch.bias_key != "attention_bias":
         config.refuse("attention_bias", "must be false: this architecture has none")
-    if arch.windows is None or arch.windows.layers == "all":
-        if set(_layer_types(config)) == {True, False}:
-            problem = "must be the same in all layers of this architecture"
-            raise UnsupportedModelError(config.field("layer_types"), config.values["layer_types"], problem)
+    alike = arch.windows is None or arch.windows.layers == "all"
+    if alike and len(set(_layer_types(config))) > 1:
+        problem = "must be the same in all layers of this architecture"
+        raise UnsupportedModelError(config.field("layer_types"), config.values["layer_types"], problem)
 
 
 def _head_dim(config: Section, arch: Architecture, dim: int, heads: int) -> int:
