@@ -24,7 +24,6 @@ from tests.models.families import (
     gemma,
     gemma2,
     in_pieces,
-    llama,
     mixtral,
     qwen2_moe,
     qwen3_moe,
