@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from atoma_jax.engine.async_engine import AsyncLLM
     from atoma_jax.engine.llm import LLM
     from atoma_jax.engine.model_plan import ModelPlan, plan_model
+    from atoma_jax.engine.scorer import ModelPair, Scorer
     from atoma_jax.errors import AtomaError, EngineDeadError, Overloaded, UserError
-    from atoma_jax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from atoma_jax.outputs import ComparedTokens, CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from atoma_jax.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
@@ -18,16 +19,19 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "AtomaError",
+    "ComparedTokens",
     "CompletionOutput",
     "EngineConfig",
     "EngineDeadError",
     "Logprob",
+    "ModelPair",
     "ModelPlan",
     "Overloaded",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "Scorer",
     "UserError",
     "plan_model",
 ]
@@ -37,8 +41,9 @@ _HOMES = {
     "atoma_jax.engine.async_engine": ("AsyncLLM",),
     "atoma_jax.engine.llm": ("LLM",),
     "atoma_jax.engine.model_plan": ("ModelPlan", "plan_model"),
+    "atoma_jax.engine.scorer": ("ModelPair", "Scorer"),
     "atoma_jax.errors": ("AtomaError", "EngineDeadError", "Overloaded", "UserError"),
-    "atoma_jax.outputs": ("CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput"),
+    "atoma_jax.outputs": ("ComparedTokens", "CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput"),
     "atoma_jax.sampling_params": ("RequestOutputKind", "SamplingParams"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
