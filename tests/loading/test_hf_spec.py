@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atoma_jax.errors import UnsupportedModelError, WeightFileError
+from atoma_jax.errors import UnsupportedModelError, UserError, WeightFileError
 from atoma_jax.loading.generation_defaults import GenerationDefaults, read_generation_defaults
 from atoma_jax.loading.hf_spec import ARCHITECTURES, read_hf_spec
 from atoma_jax.loading.hub import ResolvedModel
@@ -41,7 +41,8 @@ def test_a_config_of_few_words_has_its_architectures_defaults() -> None:
     found = spec()
     assert (found.num_kv_heads, found.head_dim, found.windows) == (4, 16, ())
     assert (found.activation, found.attention_scale, found.embedding_scale) == ("silu", 0.25, 1.0)
-    assert not (found.tied_embeddings or found.qkv_bias or found.qk_norm or found.sub_norms or found.int8_activations)
+    switches = (found.tied_embeddings, found.qkv_bias, found.qk_norm, found.sub_norms, found.int8_activations)
+    assert switches == (False,) * 5
     assert spec("Qwen2").qkv_bias
     assert (spec("Qwen3").qk_norm, spec("Qwen3").head_dim) == (True, 128)
     assert spec("Mistral").windows == (4096,) * 4
@@ -179,6 +180,86 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], message: str)
         read_hf_spec(section(**settings))
 
 
+HOSTILE = (
+    -1,
+    0,
+    3,
+    2**31,
+    10**400,
+    -0.5,
+    1e300,
+    float("nan"),
+    float("inf"),
+    "x",
+    "",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    True,
+    None,
+)
+FULL = {
+    "Gemma3": {
+        "sliding_window": 10,
+        "sliding_window_pattern": 2,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 1.0,
+        "final_logit_softcapping": 1.0,
+        "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": {}},
+    },
+    "Phi3": {
+        "partial_rotary_factor": 0.5,
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+    },
+    "Qwen2Moe": {
+        **EXPERTS,
+        **SWITCHED,
+        "shared_expert_intermediate_size": 8,
+        "max_window_layers": 2,
+        "qkv_bias": True,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "rope_theta": 1e4,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32},
+    },
+    "Llama": {
+        "attention_bias": False,
+        "layer_types": ["full_attention"] * 4,
+        "hidden_act": "silu",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", FULL)
+def test_whatever_a_value_becomes_the_config_is_read_or_refused(architecture: str) -> None:
+    config = {**LLAMA, "architectures": [f"{architecture}ForCausalLM"], **FULL[architecture]}
+    read_hf_spec(Section("config", config))
+    refused = 0
+    changed = [{**config, key: value} for key in config for value in HOSTILE]
+    for name in ("rope_parameters", "rope_scaling"):
+        for key in config.get(name, {}):
+            changed += [{**config, name: {**config[name], key: value}} for value in HOSTILE]
+    for one in changed:
+        try:
+            spec = read_hf_spec(Section("config", one))
+            assert np.isfinite(spec.rope.frequencies).all()
+            assert spec.num_heads * spec.head_dim <= 1 << 20
+        except UserError:
+            refused += 1
+    assert len(changed) / 2 < refused < len(changed)
+
+
 # Sampling settings
 
 
@@ -286,6 +367,24 @@ def test_biases_of_queries_keys_and_values(hf_folder) -> None:
         for part in "qkv"
     }
     assert sources_of(hf_folder({**tensors(), **biases}, **LLAMA, attention_bias=True)) == 10
+
+
+@pytest.mark.parametrize(("value", "refused"), [(0.0, False), (1e-3, True)])
+def test_biases_of_zeros_that_a_quantizer_added_are_passed_over(hf_folder, value: float, refused: bool) -> None:
+    """GPTQ's tools once wrote a bias for every quantized layer."""
+    parts = {name: values for name, values in tensors().items() if "mlp.down" not in name}
+    for layer in range(4):
+        module = f"model.layers.{layer}.mlp.down_proj"
+        parts[f"{module}.qweight"] = np.zeros((96 // 8, 64), np.int32)
+        parts[f"{module}.qzeros"] = np.zeros((96 // 32, 64 // 8), np.int32)
+        parts[f"{module}.scales"] = np.ones((96 // 32, 64), np.float16)
+        parts[f"{module}.bias"] = np.full(64, value, np.float16)
+    folder = hf_folder(parts, {"quant_method": "gptq", "bits": 4, "group_size": 32}, **LLAMA)
+    if not refused:
+        assert sources_of(folder) == 9
+        return
+    with pytest.raises(UnsupportedModelError, match=r"down_proj\.bias'.* has no place in a Llama"):
+        sources_of(folder)
 
 
 def test_an_open_folder_has_its_makers_sampling_settings(hf_folder) -> None:
