@@ -18,9 +18,12 @@ from atoma_jax import ops
 from atoma_jax.loading.hub import resolve
 from atoma_jax.loading.model_files import open_model
 from atoma_jax.loading.weights import load_weights
+from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.decoder import Decoder
 from atoma_jax.models.params import fill, specs_of
+from atoma_jax.quant.ggml_types import GGMLType
 from tests.kv_cache import poisoned_pages
+from tests.quant.ggml_samples import put_halves, reference
 
 F32 = gguf.GGMLQuantizationType.F32
 
@@ -59,7 +62,7 @@ def save(tmp_path: Path) -> Callable[[Any, Recipe], Path]:
                     kind = how.types(name) if values.ndim == 2 else F32
                     raw = _quantize(values, kind, rng)
                     writer.add_tensor(name, raw, raw_dtype=kind)
-                    exact = gguf.quants.dequantize(raw, kind).reshape(values.shape)
+                    exact = reference(raw, GGMLType(kind)).reshape(values.shape)
                     exact = _from_file(name, exact, model.config, how.arch).reshape(part.shape)
                     part.copy_(torch.from_numpy(exact))
         for name, values in how.extra.items():
@@ -134,19 +137,21 @@ def _from_file(name: str, values: np.ndarray, config: Any, arch: str) -> np.ndar
 
 
 def _quantize(values: np.ndarray, kind: gguf.GGMLQuantizationType, rng: np.random.Generator) -> np.ndarray:
-    """Blocks of a matrix. The package cannot quantize to K types: there, random blocks of the same spread."""
-    if not kind.name.endswith("_K"):
+    """Blocks of a matrix. Where the package cannot quantize: random blocks whose values spread as the matrix does."""
+    try:
         return gguf.quants.quantize(values, kind)
-    elements, size = gguf.GGML_QUANT_SIZES[kind]
-    blocks = rng.integers(0, 256, (values.size // elements, size), np.uint8)
-    spread = 2 * float(values.std())
-    if kind.name == "Q6_K":
-        halves, at = [spread / (32 * 127)], 208
-    else:
-        largest = 15 if kind.name == "Q4_K" else 31
-        halves, at = [2 * spread / (largest * 63), spread / 63], 0
-    blocks[:, at : at + 2 * len(halves)] = np.asarray(halves, np.float16).view(np.uint8)
-    return blocks.reshape(values.shape[0], -1)
+    except NotImplementedError:
+        elements, size = gguf.GGML_QUANT_SIZES[kind]
+    ours = GGMLType(kind)
+    blocks = rng.integers(0, 256, (values.shape[0], values.shape[1] // elements, size), np.uint8)
+    if ours is GGMLType.NVFP4:  # its scales are eight-bit floats: small ones
+        blocks[..., :4] = rng.integers(8, 24, blocks[..., :4].shape, np.uint8)
+        return blocks.reshape(len(values), -1)
+    halves = np.ones((*blocks.shape[:2], 2), np.float16)
+    put_halves(blocks, ours, halves)
+    wide = reference(blocks.reshape(len(values), -1), ours)
+    put_halves(blocks, ours, (halves * np.float32(values.std() / wide.std())).astype(np.float16))
+    return blocks.reshape(len(values), -1)
 
 
 @dataclass(frozen=True)
@@ -172,13 +177,14 @@ class Paged:
         operands: str = "float32",
         kv_dtype: str = "float32",
         max_model_len: int | None = None,
+        change: Callable[[ModelSpec], ModelSpec] = lambda spec: spec,
         S: int = 32,
         B: int = 3,
         W: int = 3,
     ):
         self._S, self._B, self._W, self._kv_dtype = S, B, W, kv_dtype
         with open_model(resolve(str(path)), max_model_len=max_model_len) as files:
-            self.spec = spec = files.spec
+            self.spec = spec = change(files.spec)
             backend = ops.Backend(platform="cpu", operands=operands, weight_layout=layout)  # type: ignore[arg-type]
             model = Decoder(spec, backend)
             wanted = specs_of(model)
@@ -188,6 +194,10 @@ class Paged:
         self._mixed = jax.jit(self._step, donate_argnums=1)
         self._decode = jax.jit(lambda *inputs: self._step(*inputs, blocks=False), donate_argnums=1)
         self.reset()
+
+    def weight(self, path: str) -> Any:
+        """A weight by its path, as it lies on the device."""
+        return dict(nnx.to_flat_state(self._weights))[tuple(path.split("."))].get_value()
 
     def reset(self) -> None:
         """Forgets all sequences."""
