@@ -58,7 +58,7 @@ def _source(path: str, checkpoint: Checkpoint, spec: ModelSpec, want: ParamSpec)
     L = spec.num_layers
     if name.startswith("experts_"):
         E = want.shape[0]
-        blocks = (_expert_parts(name, f"model.layers.{i}.", spec, want, e) for i in range(L) for e in range(E))
+        blocks = (_expert_parts(name, f"model.layers.{i}.", checkpoint, want, e) for i in range(L) for e in range(E))
         return WeightSource((L, E), tuple(blocks))
     return WeightSource((L,), tuple(_parts(name, f"model.layers.{i}.", checkpoint, spec, want) for i in range(L)))
 
@@ -95,19 +95,23 @@ def _parts(name: str, layer: str, checkpoint: Checkpoint, spec: ModelSpec, want:
             Part(f"{net}.gate_proj.weight", (half, *behind), ALL, slice(0, half)),
             Part(f"{net}.up_proj.weight", (half, *behind), ALL, slice(half, 2 * half)),
         )
-    if name == "router" and _is_mixtral(spec):
+    if name == "router" and _is_mixtral(layer, checkpoint):
         return (Part(f"{layer}{_MIXTRAL}.gate.weight", want.shape),)
     shape = (1, *want.shape) if name == "shared_gate" else want.shape
     names = _IN_LAYERS | _IN_GEMMA_LAYERS if spec.family == "gemma" else _IN_LAYERS
     return (Part(f"{layer}{names[name]}", shape, plus=_plus(name, spec)),)
 
 
-def _expert_parts(name: str, layer: str, spec: ModelSpec, want: ParamSpec, expert: int) -> tuple[Part, ...]:
+def _expert_parts(name: str, layer: str, checkpoint: Checkpoint, want: ParamSpec, expert: int) -> tuple[Part, ...]:
     """The parts of one expert's weight."""
     _, N, K = want.shape
+    fused = f"{layer}{_EXPERTS}.{'down_proj' if name == 'experts_down' else 'gate_up_proj'}"
+    if fused in checkpoint.tensors:  # all experts in one, as transformers 5 keeps them in memory
+        return (Part(fused, want.shape, slice(expert * N, (expert + 1) * N)),)
+    mixtral = _is_mixtral(layer, checkpoint)
 
     def tensor(part: str) -> str:
-        if _is_mixtral(spec):
+        if mixtral:
             return f"{layer}{_MIXTRAL}.experts.{expert}.{_MIXTRAL_EXPERTS[part]}.weight"
         return f"{layer}{_EXPERTS}.{expert}.{part}_proj.weight"
 
@@ -120,5 +124,6 @@ def _expert_parts(name: str, layer: str, spec: ModelSpec, want: ParamSpec, exper
     )
 
 
-def _is_mixtral(spec: ModelSpec) -> bool:
-    return spec.architecture == "MixtralForCausalLM"
+def _is_mixtral(layer: str, checkpoint: Checkpoint) -> bool:
+    """Whether a layer's mixture has Mixtral's names."""
+    return f"{layer}{_MIXTRAL}.gate.weight" in checkpoint.tensors

@@ -135,6 +135,15 @@ def test_a_config_of_an_older_version_describes_the_same_model(tmp_path, paged, 
     assert_logits_are(paged(tmp_path).run(ids, at_once(work), tokens=TOKENS), reference(model, ids))
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen2 moe"])
+def test_experts_may_be_stored_as_one_tensor(name, tmp_path, paged, work):
+    """As transformers 5 keeps them, and writes them where it is asked to."""
+    model, ids = built(name), sequences()
+    model.save_pretrained(tmp_path, save_original_format=False)
+    got = paged(tmp_path).run(ids, at_once(work), tokens=TOKENS)
+    assert_logits_are(got, reference(model, ids))
+
+
 # Routers
 
 

@@ -150,7 +150,7 @@ def wide_llama() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("how", "layout"), [(how, "rows") for how in FORMATS] + [("AWQ", "planar"), ("GPTQ", "planar")]
+    ("how", "layout"), [(how, "rows") for how in FORMATS] + [("GPTQ", "planar")]
 )
 def test_the_logits_are_those_of_the_exact_weights(how, layout, tmp_path, paged, work):
     model, ids = randomized(wide_llama), sequences()
