@@ -69,7 +69,7 @@ def plan(
     if as_json:
         print_json(values)
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(f"{model}: {found.architecture}, {found.parameters / 1e6:,.1f} M parameters")
     table = Table("type", "tensors", "parameters", "file", "bits each", box=None, header_style="bold")
     for column in table.columns[1:]:
@@ -103,10 +103,11 @@ def parse_bytes(field: str, text: str) -> int:
     return size_in_bytes
 
 
-def size(count: float) -> str:
+def size(count: int) -> str:
     """Bytes for people, in powers of ten as disks and `--memory 80GB` count."""
+    value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
+        if abs(value) < 1000:
+            return f"{value:.4g} {unit}"
+        value /= 1000
+    return f"{value:.4g} TB"

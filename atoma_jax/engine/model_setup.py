@@ -23,7 +23,7 @@ from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.decoder import Decoder
 from atoma_jax.models.params import ParamSpec, fill, specs_of
 from atoma_jax.ops import Backend
-from atoma_jax.quant.qtensor import QTensor
+from atoma_jax.quant.qtensor import LayerVariants, QTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ class ModelSetup:
     checkpoint: Checkpoint
     wanted: Mapping[str, ParamSpec]
     sources: Mapping[str, WeightSource]
-    planned: Mapping[str, jax.ShapeDtypeStruct | QTensor]
+    planned: Mapping[str, jax.ShapeDtypeStruct | QTensor | LayerVariants]
 
     @property
     def weight_bytes(self) -> int:

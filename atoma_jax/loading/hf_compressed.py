@@ -63,7 +63,7 @@ class _Weights:
         bits = config.integer("num_bits", 8)
         widths = (8,) if kind == "float" else (2, 4, 8) if found == "pack-quantized" else tuple(range(2, 9))
         if bits not in widths:
-            problem = f"is not implemented for {kind} weights; those that are: {widths}"
+            problem = f"is not implemented for {kind} weights; those that are: {', '.join(map(str, widths))}"
             raise UnsupportedModelError(config.field("num_bits"), bits, problem)
         symmetric = config.boolean("symmetric", True)
         if kind == "float" and not symmetric:
@@ -103,11 +103,11 @@ class _Group:
         targets = NamePatterns.of(config.field("targets"), config.texts("targets"))
         return cls(targets, _Weights.of(config, default_format), _activations(config.section("input_activations")))
 
-    def rank(self, name: str) -> int:
+    def rank(self, name: str, field: str) -> int:
         """How closely the targets name a layer: 3 by name, 2 by expression, 1 by class, 0 not at all."""
         if name in self.targets.names:
             return 3
-        if self.targets.matches(name):
+        if self.targets.matches(name, field):
             return 2
         # No classes are known here. A quantized weight is one of the targeted class, or its file contradicts itself.
         return int(any("." not in target for target in self.targets.names))
@@ -161,11 +161,11 @@ class CompressedTensors:
 
     def _weights(self, name: str, stored: RawTensor) -> _Weights:
         """How a layer is quantized: as the group says that names it most closely."""
-        if name in self.ignored.names or self.ignored.matches(name):
+        if name in self.ignored.names or self.ignored.matches(name, stored.field):
             raise WeightFileError(
                 stored.field, stored.dtype, f"must be plain floats, as {self.where}.ignore names {name}"
             )
-        ranks = [group.rank(name) for group in self.groups]
+        ranks = [group.rank(name, stored.field) for group in self.groups]
         best = max(ranks)
         if best == 0:
             raise WeightFileError(stored.field, stored.dtype, f"no group of {self.where}.config_groups names {name}")

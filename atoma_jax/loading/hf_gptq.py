@@ -192,5 +192,6 @@ def _group_size(config: Section, key: str) -> int:
 def _integer_choice(config: Section, key: str, implemented: tuple[int, ...], default: int | None = None) -> int:
     bits = config.integer(key, default)
     if bits not in implemented:
-        raise UnsupportedModelError(config.field(key), bits, f"is not implemented; those that are: {implemented}")
+        problem = f"is not implemented; those that are: {', '.join(map(str, implemented))}"
+        raise UnsupportedModelError(config.field(key), bits, problem)
     return bits

@@ -53,12 +53,32 @@ class Section:
         """The name of a value, for errors."""
         return f"{self.where}.{key}"
 
+    def __contains__(self, key: object) -> bool:
+        """Whether there is a value."""
+        return self.values.get(key) is not None  # type: ignore[arg-type]
+
     def integer(self, key: str, default: int | None = None, *, minimum: int = 0, maximum: int = 2**31 - 1) -> int:
         """A whole number in the limits, both included."""
         value = self._get(key, default)
         if type(value) is not int or not minimum <= value <= maximum:
             raise WeightFileError(self.field(key), value, f"must be a whole number in [{minimum}, {maximum}]")
         return value
+
+    def number(self, key: str, default: float | None = None, *, minimum: float = -1e30, maximum: float = 1e30) -> float:
+        """A number in the limits, both included."""
+        value = self._get(key, default)
+        if type(value) not in (int, float) or not minimum <= value <= maximum:  # not met by NaN
+            raise WeightFileError(self.field(key), value, f"must be a number in [{minimum:g}, {maximum:g}]")
+        return float(value)
+
+    def numbers(self, key: str, count: int, *, minimum: float = -1e30, maximum: float = 1e30) -> tuple[float, ...]:
+        """A list of so many numbers in the limits."""
+        value = self._get(key, None)
+        fits = isinstance(value, list) and len(value) == count
+        if not fits or not all(type(item) in (int, float) and minimum <= item <= maximum for item in value):
+            limits = f"must be a list of {count} numbers in [{minimum:g}, {maximum:g}]"
+            raise WeightFileError(self.field(key), value, limits)
+        return tuple(float(item) for item in value)
 
     def boolean(self, key: str, default: bool | None = None) -> bool:
         """True or false."""
@@ -87,7 +107,8 @@ class Section:
         value = default if value is None else value
         value = value.lower() if isinstance(value, str) else value
         if type(value) is not type(default) or value not in implemented:
-            raise UnsupportedModelError(self.field(key), value, f"is not implemented; those that are: {implemented}")
+            problem = f"is not implemented; those that are: {', '.join(map(str, implemented))}"
+            raise UnsupportedModelError(self.field(key), value, problem)
         return value
 
     def section(self, key: str) -> "Section":
@@ -98,7 +119,7 @@ class Section:
         return Section(self.field(key), value)
 
     def refuse(self, key: str, problem: str) -> None:
-        """Raises UnsupportedModelError where the file has a value that says something: neither null, false nor empty."""
+        """Raises UnsupportedModelError where a value says something: it is neither null, false nor empty."""
         if self.values.get(key):
             raise UnsupportedModelError(self.field(key), self.values[key], problem)
 

@@ -1,7 +1,7 @@
 """Lists of layers in a quantization config: names, and regular expressions behind "re:".
 
-A config comes with a model from anywhere, and Python's engine backtracks. So expressions are refused that can take
-exponential time (a repeated group), and the power of the rest is limited.
+A config comes with a model from anywhere, and Python's engine backtracks. So a repeated group is refused, which can
+take exponential time, and the number of choices in the rest is limited.
 """
 
 import re
@@ -11,10 +11,12 @@ from atoma_jax.errors import UnsupportedModelError, WeightFileError
 
 _MAX_LENGTH = 512  # characters of an expression
 _MAX_PATTERNS = 256  # expressions of one list
-_MAX_REPEATS = 4  # of unbounded length in one expression: "re:.*self_attn.*" has two
+_MAX_REPEATS = 4  # and options in one expression: "re:.*self_attn.*" has two
+_MAX_ALTERNATIVES = 8  # further ones in one expression: "re:.*(q|k|v)_proj" has two
 _MAX_NAME = 192  # characters of a name that expressions are tried on
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
-_REPEAT = re.compile(r"(?<!\\)[*+]|\{\d*,")
+_REPEAT = re.compile(r"(?<!\\)[*+]|(?<![\\(*+])\?|\{\d*,")  # "(?" opens a group, "*?" is one repeat
+_AMBIGUOUS_SET = re.compile(r"\[\^?\[|--|&&|\|\||~~")  # what future versions of Python may read otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +40,22 @@ class NamePatterns:
         names = frozenset(entry for entry in entries if not entry.startswith("re:"))
         return cls(names, tuple(_compiled(field, source) for source in sources))
 
-    def matches(self, name: str) -> bool:
-        """Whether an expression fits the beginning of a name."""
+    def matches(self, name: str, field: str) -> bool:
+        """Whether an expression fits the beginning of a module's name; `field` is its tensor, for errors."""
         if self.patterns and len(name) > _MAX_NAME:
-            raise WeightFileError(
-                "tensor name", name, f"must have at most {_MAX_NAME} characters to try patterns on it"
-            )
+            problem = f"must have at most {_MAX_NAME} characters to try expressions on it"
+            raise WeightFileError(f"{field} name", name, problem)
         return any(pattern.match(name) for pattern in self.patterns)
 
 
 def _compiled(field: str, source: str) -> re.Pattern[str]:
     repeats = len(_REPEAT.findall(source))
-    if len(source) > _MAX_LENGTH or repeats > _MAX_REPEATS or _REPEATED_GROUP.search(source):
-        problem = f"an expression may have {_MAX_LENGTH} characters and {_MAX_REPEATS} repeats, none of them of a group"
-        raise UnsupportedModelError(field, f"re:{source}", problem)
+    powerful = repeats > _MAX_REPEATS or source.count("|") > _MAX_ALTERNATIVES or _REPEATED_GROUP.search(source)
+    if len(source) > _MAX_LENGTH or powerful:
+        problem = f"an expression may have {_MAX_LENGTH} characters, {_MAX_REPEATS} repeats, none of them of a group"
+        raise UnsupportedModelError(field, f"re:{source}", f"{problem}, and {_MAX_ALTERNATIVES} alternatives")
+    if _AMBIGUOUS_SET.search(source):
+        raise UnsupportedModelError(field, f"re:{source}", "sets of sets in expressions are not implemented")
     try:
         return re.compile(source)
     except (re.error, RecursionError, OverflowError) as error:

@@ -1,7 +1,7 @@
 """Reads safetensors files and folders of them: maps each file and gives tensors as views of the mapping.
 
 Headers and indices are JSON of a fixed, flat shape. They are scanned piece by piece instead of parsed as JSON at large:
-what does not fit is refused where it starts, before anything is built of it, so no header costs more than its valid part.
+what does not fit is refused where it starts, before anything is built of it: a header costs what its valid part does.
 The rules are those of the format (https://huggingface.co/docs/safetensors, "Format"). Knows nothing of quantization.
 """
 
@@ -63,7 +63,8 @@ _FIELD = re.compile(
 )
 _TEXT_PAIR = re.compile(rf"{_WS}{_STRING % MAX_NAME}{_WS}:{_WS}{_STRING % (1 << 20)}{_WS}([,}}])".encode())
 _SCALAR_PAIR = re.compile(
-    rf"{_WS}{_STRING % MAX_NAME}{_WS}:{_WS}(?:{_STRING % MAX_NAME}|[-+.0-9eE]{{1,40}}|true|false|null){_WS}([,}}])".encode()
+    rf"{_WS}{_STRING % MAX_NAME}{_WS}:{_WS}"
+    rf"(?:{_STRING % MAX_NAME}|[-+.0-9eE]{{1,40}}|true|false|null){_WS}([,}}])".encode()
 )
 _OPEN, _EMPTY = re.compile(rf"{_WS}\{{".encode()), re.compile(rf"{_WS}\}}".encode())
 _NEXT = re.compile(rf"{_WS}([,}}])".encode())
@@ -163,9 +164,8 @@ class _Scanner:
         """The pattern here; an error that says what was expected where it is not."""
         found = pattern.match(self._text, self.position, self._end)
         if found is None:
-            raise WeightFileError(
-                f"{self._path}: header byte {self.position}", self._text[self.position :][:40], f"must be {expected}"
-            )
+            excerpt = self._text[self.position : min(self.position + 40, self._end)]
+            raise WeightFileError(f"{self._path}: header byte {self.position}", excerpt, f"must be {expected}")
         self.position = found.end()
         return found
 

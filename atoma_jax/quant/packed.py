@@ -1,7 +1,7 @@
 """Codes of a few bits packed into wider words, as checkpoints in HF layout store them, taken apart with numpy.
 
-Owns the order of fields in a word. Which tensor is packed how, scales and zero points are the readers' of `loading`. All
-functions take any rows of the logical matrix [N, K] and read no others; results own their memory.
+Owns the order of fields in a word. Which tensor is packed how, scales and zero points are the readers' of `loading`.
+Functions take any rows of the logical matrix [N, K] and read no others; results own their memory.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
-"""Tiny GGUF files with one thing changed, written by the `gguf` package."""
+"""Tiny models: GGUF files with one thing changed, written by the `gguf` package, and folders in HF layout."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import safetensors.numpy
 
 Q = gguf.GGMLQuantizationType
 
@@ -87,3 +89,18 @@ def random_rows(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType, rng: np
 @pytest.fixture
 def tiny_model() -> type[TinyModel]:
     return TinyModel
+
+
+@pytest.fixture
+def hf_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a folder in HF layout, weights by the `safetensors` package: its path."""
+
+    def write(tensors: Mapping[str, np.ndarray], quantization: object = None, **config: object) -> Path:
+        if quantization is not None:
+            config["quantization_config"] = quantization
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+        contiguous = {name: np.asarray(values, order="C") for name, values in tensors.items()}
+        safetensors.numpy.save_file(contiguous, tmp_path / "model.safetensors")
+        return tmp_path
+
+    return write

@@ -21,6 +21,14 @@ from tests.quant.ggml_samples import (
     reference,
 )
 
+# What libgguf quantizes to: Q2_0 is newer. Some types make it search neighbours of a large grid first, for 5 to 20 s.
+SEARCHING = {GGMLType.IQ1_S, GGMLType.IQ1_M, GGMLType.IQ2_XS, GGMLType.IQ2_S}
+QUANTIZABLE = [
+    pytest.param(kind, marks=[pytest.mark.slow] if kind in SEARCHING else [])
+    for kind in GROUPED
+    if kind is not GGMLType.Q2_0
+]
+
 
 def named(ggml_type: GGMLType) -> str:
     return ggml_type.name
@@ -51,11 +59,11 @@ def test_dequantize_equals_the_golden_vectors_of_ggml(ggml_type: GGMLType) -> No
     assert_same_bits(dequantize(raw, ggml_type), expected)
 
 
-@pytest.mark.parametrize("ggml_type", sorted(set(GROUPED) - {GGMLType.Q2_0}), ids=named)  # newer than libgguf
+@pytest.mark.parametrize("ggml_type", QUANTIZABLE, ids=named)
 def test_weights_that_ggml_quantized_decode_as_it_decodes_them(ggml_type: GGMLType) -> None:
     libgguf = pytest.importorskip("libgguf", reason="libgguf has wheels for Linux on x86-64 only")
     rng = np.random.default_rng(5)
-    N, K = 3, 512  # quantizing to IQ1_S takes a second a block
+    N, K = 3, 512
     weights = rng.standard_normal((N, K)) * rng.lognormal(-4, 0.5, (N, 1))  # rows of unlike size
     weights[:, rng.choice(K, 8, replace=False)] *= 8  # some columns stand out
     importance = rng.lognormal(0, 1, K).astype(np.float32)
