@@ -20,6 +20,7 @@ from atoma_jax.engine.host import free_host_bytes, usable_cores
 from atoma_jax.engine.limits import EngineLimits
 from atoma_jax.engine.memory import DeviceMemory, kv_cache_dtype, plan_pages
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
+from atoma_jax.engine.model_tokenizer import load_tokenizer
 from atoma_jax.engine.pages import PagePool
 from atoma_jax.engine.prefix_cache import PrefixCache
 from atoma_jax.engine.runner import Runner
@@ -30,7 +31,6 @@ from atoma_jax.errors import ConfigError, UnsupportedModelError
 from atoma_jax.loading.hub import resolve
 from atoma_jax.loading.model_files import open_model
 from atoma_jax.model_spec import KVDtype, ModelSpec
-from atoma_jax.tokenizer import load_gguf_tokenizer
 
 CPU_SEQS, CPU_TOKENS, CPU_GROWTH = 16, 512, 16  # few programs: each takes a CPU seconds to compile
 GPU_SEQS, GPU_TOKENS, GPU_GROWTH = 64, 2048, 2
@@ -98,9 +98,9 @@ def start_engine(
             runner = _runner(config, plan, setup, limits)
             pool = runner.compile(setup.abstract(), threads=plan.threads)
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error nothing more compiles
-            tokenizer = load_gguf_tokenizer(files.checkpoint.metadata, source=str(found.path))
+            tokenizer = load_tokenizer(files)
             _check_vocabulary(tokenizer.vocab_size, setup.spec, found.path)
-        with phases.phase("weights"):
+        with phases.phase("restore" if found.kind == "orbax" else "weights"):
             weights = setup.load(threads=plan.threads)
             jax.block_until_ready(weights)
         with phases.phase("compile"):

@@ -69,6 +69,7 @@ class Header:
 
     metadata: Metadata
     tensors: tuple[TensorInfo, ...]  # in the file's order
+    entries: Mapping[str, slice]  # bytes of the file that hold each key with its type and value
 
 
 def parse_header(buffer: mmap.mmap, path: Path) -> Header:
@@ -96,15 +97,18 @@ class _Parser:
         n_tensors = self._count("n_tensors", _MIN_TENSOR_BYTES, _MAX_TENSORS)
         n_kv = self._count("n_kv", _MIN_KEY_BYTES, _MAX_KEYS)
         values: dict[str, MetadataValue | StringArray] = {}
+        entries: dict[str, slice] = {}
         for index in range(n_kv):
+            start = self._position
             field = f"metadata key {index} of {n_kv}"
             key = self._text(field, _MAX_KEY_BYTES)
             if key in values:
                 raise self._error(field, key, "is a duplicate; every key may appear once")
             field = f"metadata {key!r}"
             values[key] = self._value(self._unsigned(_U32, f"{field} type"), field)
+            entries[key] = slice(start, self._position)
         metadata = Metadata(self._path, values)
-        return Header(metadata, self._tensors(n_tensors, _alignment(metadata)))
+        return Header(metadata, self._tensors(n_tensors, _alignment(metadata)), entries)
 
     def _check_identity(self) -> None:
         magic = self._take(4, "magic")

@@ -9,6 +9,7 @@ from atoma_jax.loading.gguf import GGUFFile
 from atoma_jax.loading.gguf_names import gguf_sources
 from atoma_jax.loading.gguf_spec import read_spec
 from atoma_jax.loading.hub import ResolvedModel
+from atoma_jax.loading.orbax_checkpoint import OrbaxModel
 from atoma_jax.loading.weight_sources import WeightSource
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.params import ParamSpec
@@ -32,7 +33,7 @@ class ModelFiles:
 
 
 @contextmanager
-def open_model(found: ResolvedModel, *, max_model_len: int | None = None) -> Generator[ModelFiles]:
+def open_model(found: ResolvedModel, *, max_model_len: int | None = None) -> Generator[ModelFiles | OrbaxModel]:
     """Opens what `hub.resolve` found; closed again at the end.
 
     Args:
@@ -42,6 +43,9 @@ def open_model(found: ResolvedModel, *, max_model_len: int | None = None) -> Gen
     Raises:
         UserError: the files are damaged or hold a model that is not implemented; see the subclasses.
     """
+    if found.kind == "orbax":
+        yield OrbaxModel.open(found.path)
+        return
     if found.kind != "gguf":
         raise UnsupportedModelError(
             "model",
