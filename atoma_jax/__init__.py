@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from atoma_jax.engine.export import export_gguf
     from atoma_jax.engine.llm import LLM
     from atoma_jax.engine.model_plan import ModelPlan, plan_model
+    from atoma_jax.engine.scorer import ModelPair, Scorer
     from atoma_jax.errors import AtomaError, EngineDeadError, Overloaded, UserError
-    from atoma_jax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from atoma_jax.outputs import ComparedTokens, CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from atoma_jax.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
@@ -20,17 +21,20 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "AtomaError",
+    "ComparedTokens",
     "CompletionOutput",
     "Conversion",
     "EngineConfig",
     "EngineDeadError",
     "Logprob",
+    "ModelPair",
     "ModelPlan",
     "Overloaded",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "Scorer",
     "UserError",
     "convert_model",
     "export_gguf",
@@ -44,8 +48,9 @@ _HOMES = {
     "atoma_jax.engine.export": ("export_gguf",),
     "atoma_jax.engine.llm": ("LLM",),
     "atoma_jax.engine.model_plan": ("ModelPlan", "plan_model"),
+    "atoma_jax.engine.scorer": ("ModelPair", "Scorer"),
     "atoma_jax.errors": ("AtomaError", "EngineDeadError", "Overloaded", "UserError"),
-    "atoma_jax.outputs": ("CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput"),
+    "atoma_jax.outputs": ("ComparedTokens", "CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput"),
     "atoma_jax.sampling_params": ("RequestOutputKind", "SamplingParams"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -1,4 +1,5 @@
-"""Perplexity of a text under a model, by teacher forcing: every token scored given those before it.
+"""Perplexity of a text, and a model's divergence from a base over it, by teacher forcing: every token scored given
+those before it.
 
 A text longer than the model is cut into windows. Consecutive windows overlap by `context - stride` tokens (one at
 least), and a token is scored once: in the first window that holds it behind another token. So all tokens but the text's
@@ -6,12 +7,15 @@ first count, and that one too where the model wants a token before every prompt 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float64
 
 from atoma_jax.errors import ParameterError
-from atoma_jax.outputs import RequestOutput
+from atoma_jax.outputs import ComparedTokens, RequestOutput
 from atoma_jax.sampling_params import SamplingParams
 
 
@@ -35,6 +39,15 @@ class ScoringEngine(Protocol):
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Finished outputs, in the order of the prompts."""
+        ...
+
+
+@runtime_checkable
+class ComparingPair(Protocol):
+    """The part of `ModelPair` that compares."""
+
+    def compare(self, token_ids: Sequence[int], *, first: int, context: int) -> Iterator[ComparedTokens]:
+        """Scores of all tokens from `first` on, in pieces; no sequence will be longer than `context`."""
         ...
 
 
@@ -136,22 +149,32 @@ def score(
     Raises:
         ParameterError: the text has no token to score, or context and stride do not fit together.
     """
+    cut = _cut(len(token_ids), before, context, stride)
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    nll: list[float] = []
+    for window in cut:
+        ids, first = _prompt(window, token_ids, before)
+        output = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)[0]
+        nll += _nll(output, ids, first)
+        on_window(window.end - window.scored)
+    return Perplexity(token_ids=tuple(token_ids[cut[0].scored :]), nll=tuple(nll), num_windows=len(cut))
+
+
+def _cut(num_tokens: int, before: Sequence[int], context: int, stride: int) -> list[Window]:
     room = context - len(before)
     if room < 2:
         raise ParameterError("context", context, f"context must be at least {len(before) + 2}, got {context}.")
     if not 1 <= stride < room:
         raise ParameterError("stride", stride, f"stride must be at least 1 and at most {room - 1}, got {stride}.")
-    cut = windows(len(token_ids), context=room, stride=stride, first_scored=0 if before else 1)
+    cut = windows(num_tokens, context=room, stride=stride, first_scored=0 if before else 1)
     if not cut:
-        raise ParameterError("text", len(token_ids), f"The text has {len(token_ids)} tokens: none can be scored.")
-    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    nll: list[float] = []
-    for window in cut:
-        ids = [*before, *token_ids[window.start : window.end]]
-        output = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)[0]
-        nll += _nll(output, ids, len(before) + window.scored - window.start)
-        on_window(window.end - window.scored)
-    return Perplexity(token_ids=tuple(token_ids[cut[0].scored :]), nll=tuple(nll), num_windows=len(cut))
+        raise ParameterError("text", num_tokens, f"The text has {num_tokens} tokens: none can be scored.")
+    return cut
+
+
+def _prompt(window: Window, token_ids: Sequence[int], before: Sequence[int]) -> tuple[list[int], int]:
+    """What goes through the model for a window, and where in it the tokens that count begin."""
+    return [*before, *token_ids[window.start : window.end]], len(before) + window.scored - window.start
 
 
 def _nll(output: RequestOutput, ids: Sequence[int], first: int) -> list[float]:
@@ -164,3 +187,130 @@ def _nll(output: RequestOutput, ids: Sequence[int], first: int) -> list[float]:
         assert entry is not None, "only a prompt's first token has no score"
         found.append(-entry[token_id].logprob)
     return found
+
+
+class Estimate(NamedTuple):
+    """A mean over tokens, or a function of one."""
+
+    value: float
+    standard_error: float | None  # takes tokens for independent; None for a single one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Divergence:
+    """How far a model is from a base over a text. Statistics are defined as in llama.cpp's `llama-perplexity
+    --kl-divergence`; those of scores that are NaN are NaN.
+
+    Attributes:
+        base_nll: negative log-likelihoods of the tokens that count under the base, in nats; infinity is possible.
+        nll: under the model.
+        kld: divergences D(base‖model) of the distributions of each of them, in nats.
+        same_top: whether both hold the same token for the likeliest; false where one is NaN.
+        num_windows: how many the text was cut into.
+    """
+
+    base_nll: Float64[np.ndarray, " T"]
+    nll: Float64[np.ndarray, " T"]
+    kld: Float64[np.ndarray, " T"]
+    same_top: Bool[np.ndarray, " T"]
+    num_windows: int
+
+    @property
+    def num_nan(self) -> int:
+        """Tokens at which a model's logits were not finite."""
+        return int(np.isnan(self.kld).sum())
+
+    @property
+    def estimates(self) -> dict[str, Estimate]:
+        """By name: negative log-likelihoods and divergences in nats, probabilities as fractions of 1.
+
+        dp is the probability of the text's own token under the model less that under the base.
+        """
+        with np.errstate(invalid="ignore", over="ignore"):
+            mean_nll, base_mean_nll = _mean(self.nll), _mean(self.base_nll)
+            dp = np.exp(-self.nll) - np.exp(-self.base_nll)
+            same = float(self.same_top.mean())
+            n = len(self.same_top)
+            return {
+                "perplexity": _exponential(mean_nll),
+                "base_perplexity": _exponential(base_mean_nll),
+                "mean_nll": mean_nll,
+                "base_mean_nll": base_mean_nll,
+                "log_perplexity_ratio": _mean(self.nll - self.base_nll),
+                "mean_kld": _mean(self.kld),
+                "same_top": Estimate(same, math.sqrt(same * (1 - same) / (n - 1)) if n > 1 else None),
+                "mean_dp": _mean(dp),
+                "rms_dp": _root(_mean(dp**2)),
+            }
+
+    @property
+    def kld_quantiles(self) -> dict[str, float]:
+        """Of `kld`, by name. Between two tokens they are interpolated linearly."""
+        levels = {"median_kld": 0.5, "p99_kld": 0.99, "max_kld": 1.0}
+        if not np.isfinite(self.kld).all():  # nothing lies between two infinities
+            return {name: float(np.quantile(self.kld, level, method="higher")) for name, level in levels.items()}
+        return {name: float(np.quantile(self.kld, level)) for name, level in levels.items()}
+
+    def summary(self) -> dict[str, float | int | None]:
+        """All numbers: `estimates` with their standard errors as NAME_se, quantiles, counts."""
+        numbers: dict[str, float | int | None] = {"tokens": len(self.kld), "nan_tokens": self.num_nan}
+        for name, estimate in self.estimates.items():
+            numbers |= {name: estimate.value, f"{name}_se": estimate.standard_error}
+        return numbers | self.kld_quantiles
+
+
+def diverge(
+    pair: ComparingPair,
+    token_ids: Sequence[int],
+    *,
+    before: Sequence[int],
+    context: int,
+    stride: int,
+    on_tokens: Callable[[int], object],
+) -> Divergence:
+    """Compares two models over a text.
+
+    Args:
+        pair: the models.
+        token_ids: of the text, without special tokens.
+        before: put before every window, BOS as a rule.
+        context: tokens of a window, `before` included.
+        stride: new tokens of each further window.
+        on_tokens: told how many tokens were scored, piece by piece.
+
+    Raises:
+        ParameterError: the text has no token to score, or context and stride do not fit together.
+    """
+    cut = _cut(len(token_ids), before, context, stride)
+    longest = len(before) + max(window.end - window.start for window in cut)
+    parts: list[ComparedTokens] = []
+    for window in cut:
+        ids, first = _prompt(window, token_ids, before)
+        for part in pair.compare(ids, first=first, context=longest):
+            parts.append(part)
+            on_tokens(len(part.nll))
+    return Divergence(
+        base_nll=np.concatenate([part.base_nll for part in parts]).astype(np.float64),
+        nll=np.concatenate([part.nll for part in parts]).astype(np.float64),
+        kld=np.concatenate([part.kld for part in parts]).astype(np.float64),
+        same_top=np.concatenate([part.same_top for part in parts]),
+        num_windows=len(cut),
+    )
+
+
+def _mean(values: Float64[np.ndarray, " T"]) -> Estimate:
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Estimate(float(values.mean()), error)
+
+
+def _exponential(mean: Estimate) -> Estimate:
+    """exp of a mean; its error by the first derivative, as below."""
+    value = float(np.exp(mean.value))
+    return Estimate(value, None if mean.standard_error is None else value * mean.standard_error)
+
+
+def _root(mean: Estimate) -> Estimate:
+    value = math.sqrt(mean.value)
+    if not value or mean.standard_error is None:
+        return Estimate(value, mean.standard_error)
+    return Estimate(value, mean.standard_error / (2 * value))

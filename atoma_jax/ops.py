@@ -5,6 +5,7 @@ Today every platform runs the XLA routes of `pallas_kernels`. Models call these 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, no_type_check
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from atoma_jax.quant.qtensor import Layout, QTensor
+from atoma_jax.quant.qtensor import LayerVariants, Layout, QTensor
 from pallas_kernels import grouped_matmul as grouped_kernels
 from pallas_kernels import kv_pages
 from pallas_kernels import paged_attention as attention_kernels
@@ -66,22 +67,54 @@ class AttentionBatch:
 
 
 def linear(
-    x: Float[Array, "T K"], weight: QTensor | Array, backend: Backend, *, int8_activations: bool = False
+    x: Float[Array, "T K"],
+    weight: QTensor | LayerVariants | Array,
+    backend: Backend,
+    *,
+    layer: Int32[Array, ""] | None = None,
+    int8_activations: bool = False,
 ) -> Float32[Array, "T N"]:
     """x · Wᵀ for a weight `[N, K]`, summed in float32. Dense weights are multiplied in the type they have.
 
     Args:
         x: activations.
-        weight: of one layer.
+        weight: of one layer, or variants of all layers.
         backend: where it runs.
+        layer: whose of the variants; None where there are none.
         int8_activations: each token of `x` is rounded to int8 first, because the model was trained so; products with
             integer weights are then exact integer sums.
     """
+    if isinstance(weight, LayerVariants):
+        assert layer is not None, "variants are of several layers"
+
+        def product(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "T N"]:
+            return linear(x, _picked(stack, place), backend, int8_activations=int8_activations)
+
+        return _in_variant(weight, layer, product)
     if isinstance(weight, QTensor):
         return _quantized_linear(x, weight, backend, int8_activations=int8_activations)
     if int8_activations:
         x = _rounded(x)
     return matmul_kernels.dot(x.astype(weight.dtype), weight)
+
+
+def _in_variant(
+    weight: LayerVariants, layer: Int32[Array, ""], use: Callable[[QTensor | Array, Array], Array]
+) -> Array:
+    """`use(stack, place)` of the stack that holds a layer; it is compiled once for each stack."""
+    which, place = jnp.asarray(weight.which)[layer], jnp.asarray(weight.place)[layer]
+    return lax.switch(which, [partial(use, stack) for stack in weight.stacks], place)
+
+
+def _picked(weight: QTensor | Array, *index: Int32[Array, ""]) -> QTensor | Array:
+    """The part of a weight at an index of its leading axes."""
+
+    def pick(leaf: Array) -> Array:
+        rest = leaf.shape[len(index) :]
+        start = (*index, *(jnp.int32(0) for _ in rest))
+        return lax.dynamic_slice(leaf, start, (*(1 for _ in index), *rest)).reshape(rest)
+
+    return jax.tree.map(pick, weight)
 
 
 def _quantized_linear(
@@ -122,8 +155,8 @@ def grouped_feed_forward(
     x: Float[Array, "T D"],
     experts: Int32[Array, "T k"],
     weights: Float32[Array, "T k"],
-    gate_up: QTensor | Array,
-    down: QTensor | Array,
+    gate_up: QTensor | LayerVariants | Array,
+    down: QTensor | LayerVariants | Array,
     activate: Callable[[Array], Array],
     backend: Backend,
     *,
@@ -144,16 +177,14 @@ def grouped_feed_forward(
     E = jax.tree.leaves(gate_up)[0].shape[1]
     blocks = grouped_kernels.expert_blocks(experts, E)
 
-    def grouped(rows: Float[Array, "padded K"], weight: QTensor | Array) -> Float32[Array, "padded N"]:
-        def product(block: Float[Array, "M K"], expert: Int32[Array, ""]) -> Float32[Array, "M N"]:
-            def pick(leaf: Array) -> Array:
-                start = (layer, expert, *(jnp.int32(0) for _ in leaf.shape[2:]))
-                return lax.dynamic_slice(leaf, start, (1, 1, *leaf.shape[2:]))[0, 0]
+    def grouped(rows: Float[Array, "padded K"], weight: QTensor | LayerVariants | Array) -> Float32[Array, "padded N"]:
+        def product(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "padded N"]:
+            N = stack.shape[0] if isinstance(stack, QTensor) else stack.shape[2]
+            return grouped_kernels.grouped_product(
+                rows, blocks, lambda block, expert: linear(block, _picked(stack, place, expert), backend), N
+            )
 
-            return linear(block, jax.tree.map(pick, weight), backend)
-
-        N = weight.shape[0] if isinstance(weight, QTensor) else weight.shape[2]
-        return grouped_kernels.grouped_product(rows, blocks, product, N)
+        return _in_variant(weight, layer, product) if isinstance(weight, LayerVariants) else product(weight, layer)
 
     hidden = activate(grouped(grouped_kernels.sorted_rows(x, blocks, E), gate_up))
     return grouped_kernels.combine(grouped(hidden, down), blocks, weights)

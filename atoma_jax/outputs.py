@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+from jaxtyping import Bool, Float32
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -157,3 +160,20 @@ def position_logprobs(
 
 def _span(start: float | None, end: float | None) -> float | None:
     return None if start is None or end is None else end - start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ComparedTokens:
+    """What two models say of the same tokens, each given those before it. NaN where a model's logits were not finite.
+
+    Attributes:
+        base_nll: negative log-likelihoods under the base, in nats.
+        nll: under the other model.
+        kld: Kullback-Leibler divergences D(base‖model) of the distributions of the next token, in nats.
+        same_top: whether both hold the same token for the likeliest.
+    """
+
+    base_nll: Float32[np.ndarray, " T"]
+    nll: Float32[np.ndarray, " T"]
+    kld: Float32[np.ndarray, " T"]
+    same_top: Bool[np.ndarray, " T"]

@@ -92,6 +92,7 @@ def main(model: str = "smollm2-135m-instruct", rows: int = 64, steps: int = 300,
         ),
         pipelined=True,
         seed=0,
+        default_params=SamplingParams(),
     )
     random = np.random.default_rng(1)
     # As a server asks: what is new in each step.

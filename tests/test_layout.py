@@ -24,9 +24,10 @@ PARSERS = tuple(
         *("safetensors", "json_file", "name_patterns"),
         *("hf_checkpoint", "hf_tensors", "hf_gptq", "hf_compressed", "hf_fp8", "hf_bitnet"),
         *("hub", "catalog", "sources", "snapshots"),
+        *("gguf_writer", "mixtures", "requantize"),
     )
 )
-HOST_QUANT = ("groups", "ggml", "ggml_types", "ggml_blocks", "packed")  # of quant, what decodes with numpy
+HOST_QUANT = ("groups", "ggml", "ggml_types", "ggml_blocks", "packed", "quantizers")  # of quant, what works with numpy
 # The engine's books: no arrays of a device. What they import joins them here.
 HOST_MODULES = ("scheduler", "admission", "plan", "waiting", "residency", "pages", "prefix_cache", "sequence")
 ON_THE_HOST = tuple(f"atoma_jax.engine.{name}" for name in HOST_MODULES)
@@ -66,6 +67,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "atoma_jax.benchmarks",
         "atoma_jax.evaluation",
         "atoma_jax.loading.hub",
+        "atoma_jax.loading.mixtures",
+        "atoma_jax.loading.requantize",
         *PUBLIC,
     ),
     **dict.fromkeys(

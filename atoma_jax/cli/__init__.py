@@ -2,7 +2,7 @@
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done; 1 the engine or a download failed;
 2 the caller asked for something that cannot be; 130 interrupted. One module a command; none of them imports JAX before
-an engine is built, so that help, `pull` and a mistyped option answer at once.
+an engine is built, so that help, `pull`, `quantize` and a mistyped option answer at once.
 """
 
 import errno
@@ -20,6 +20,7 @@ from atoma_jax.cli.evaluate import evaluate
 from atoma_jax.cli.generate import generate
 from atoma_jax.cli.plan import plan
 from atoma_jax.cli.pull import pull
+from atoma_jax.cli.quantize import quantize
 from atoma_jax.errors import AtomaError, UserError
 
 EXIT_FAILED = 1
@@ -79,7 +80,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _command in (generate, chat, pull, plan, convert):
+for _command in (generate, chat, pull, plan, convert, quantize):
     app.command()(_command)
 app.add_typer(bench)
 app.add_typer(evaluate)

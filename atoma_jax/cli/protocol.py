@@ -4,6 +4,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from atoma_jax.benchmarks.protocol import BenchEngine
+from atoma_jax.evaluation import ComparingPair, TextEncoder
 from atoma_jax.outputs import RequestOutput
 from atoma_jax.sampling_params import SamplingParams
 
@@ -52,4 +53,29 @@ class ChatEngine(BenchEngine, Protocol):
 
     def shutdown(self) -> None:
         """Frees the engine."""
+        ...
+
+
+@runtime_checkable
+class LoadedModel(Protocol):
+    """One model of a pair."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def tokenizer(self) -> TextEncoder: ...
+
+
+@runtime_checkable
+class LoadedPair(ComparingPair, Protocol):
+    """A model beside its base: `ModelPair`'s public face."""
+
+    @property
+    def base(self) -> LoadedModel: ...
+    @property
+    def model(self) -> LoadedModel: ...
+    @property
+    def max_model_len(self) -> int: ...
+    def get_tokenizer(self) -> TextEncoder:
+        """The base's."""
         ...

@@ -20,7 +20,7 @@ from atoma_jax import __version__
 from atoma_jax.config import ModelConfig
 from atoma_jax.engine.host import usable_cores
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
-from atoma_jax.engine.model_tokenizer import load_tokenizer
+from atoma_jax.engine.startup import tokenizer_of
 from atoma_jax.errors import ConfigError, UserError
 from atoma_jax.loading import orbax_weights
 from atoma_jax.loading.gguf import GGUFFile, first_shard
@@ -30,7 +30,7 @@ from atoma_jax.loading.gguf_writer import GGUFWriter, TensorEntry
 from atoma_jax.loading.hub import ResolvedModel, resolve
 from atoma_jax.loading.model_files import open_model
 from atoma_jax.loading.orbax_checkpoint import GGUF_METADATA, WEIGHTS, OrbaxModel
-from atoma_jax.loading.orbax_manifest import FILE_NAME, Manifest, StoredFile
+from atoma_jax.loading.orbax_manifest import FILE_NAME, Manifest, StoredFile, stored_form
 from atoma_jax.loading.weight_forms import form_of
 
 MAX_THREADS = 256
@@ -92,7 +92,7 @@ def convert_model(
             problem = f"was converted already, from {files.manifest.source}: convert that one, or add --to gguf"
             raise ConfigError("model", config.model, problem)
         setup = set_up_model(config, files)
-        load_tokenizer(files)  # a folder without one would be of no use
+        tokenizer_of(files)  # a folder without one would be of no use
         begin = time.perf_counter()
         weights = setup.load_values(threads=threads, on_bytes=lambda _: None)
         loaded = time.perf_counter()
@@ -183,7 +183,8 @@ def _manifest(config: ModelConfig, found: ResolvedModel, setup: ModelSetup, weig
         layout=setup.backend.weight_layout,
         operands=setup.backend.operands,
         forms={
-            path: form_of(checkpoint, setup.sources[path], want, setup.backend) for path, want in setup.wanted.items()
+            path: stored_form(form_of(checkpoint, setup.sources[path], want, setup.backend))
+            for path, want in setup.wanted.items()
         },
         tensors={name: tensor.shape for name, tensor in checkpoint.tensors.items()} if is_gguf else {},
         files={name: StoredFile(nbytes=(weights / name).stat().st_size, crc32=sums[name]) for name in names},

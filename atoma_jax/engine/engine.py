@@ -49,8 +49,10 @@ class Engine:
         *,
         pipelined: bool,
         seed: int,
+        default_params: SamplingParams,
     ):
-        self.tokenizer, self.model_config = tokenizer, model_config
+        """`default_params` are what the model's makers recommend, for requests that say nothing."""
+        self.tokenizer, self.model_config, self.default_params = tokenizer, model_config, default_params
         self._scheduler, self._runner, self._sampler = scheduler, runner, sampler
         self._depth = 1 if pipelined else 0
         self._seed = seed

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,11 +26,12 @@ from atoma_jax.loading.gguf_writer import GGUFWriter, TensorEntry, encode_u32
 from atoma_jax.loading.hub import resolve
 from atoma_jax.loading.model_files import open_model
 from atoma_jax.loading.orbax_checkpoint import GGUF_METADATA, OrbaxModel
+from atoma_jax.loading.orbax_weights import Weight
 from atoma_jax.loading.weight_sources import Part
 from atoma_jax.quant.dequantized import dequantized
 from atoma_jax.quant.ggml_types import GGMLType
 from atoma_jax.quant.groups import GroupCodes
-from atoma_jax.quant.qtensor import QTensor
+from atoma_jax.quant.qtensor import LayerVariants, QTensor
 
 _ALL_F32 = 0  # llama.cpp's number of the file type
 
@@ -65,6 +66,15 @@ class _Names:
 
     path: Path
     tensors: Mapping[str, _NamedShape]
+
+
+class _Place(NamedTuple):
+    """Rows of a tensor in a block of a weight, one of several on its flattened leading axes."""
+
+    path: str
+    block: int
+    blocks: int
+    part: Part
 
 
 def export_gguf(config: ModelConfig, out: Path, *, force: bool = False, threads: int | None = None) -> Conversion:
@@ -118,22 +128,22 @@ def _check_exportable(model: OrbaxModel) -> None:
         raise UnsupportedModelError(f"{field}: quantization", stored.quantization, problem)
 
 
-def _places(model: OrbaxModel, wanted: Any) -> dict[str, list[tuple[str, int, Part]]]:
-    """For each tensor, the weights that hold its rows: path, index on the flattened leading axes, and which rows."""
+def _places(model: OrbaxModel, wanted: Any) -> dict[str, list[_Place]]:
+    """For each tensor, where its rows are."""
     tensors = {name: _NamedShape(name, shape) for name, shape in model.manifest.tensors.items() if name not in SPARE}
     sources = gguf_sources(_Names(model.path, tensors), model.spec, wanted)
-    places: dict[str, list[tuple[str, int, Part]]] = defaultdict(list)
+    places: dict[str, list[_Place]] = defaultdict(list)
     for path, source in sources.items():
         for index, parts in enumerate(source.blocks):
             for part in parts:
-                places[part.tensor].append((path, index, part))
+                places[part.tensor].append(_Place(path, index, len(source.blocks), part))
     return places
 
 
 def _write(
     model: OrbaxModel,
-    weights: Mapping[str, jax.Array | QTensor],
-    places: Mapping[str, list[tuple[str, int, Part]]],
+    weights: Mapping[str, Weight],
+    places: Mapping[str, list[_Place]],
     out: Path,
 ) -> int:
     header = model.path / GGUF_METADATA
@@ -150,14 +160,17 @@ def _write(
     return writer.file_size
 
 
-def _tensor(
-    shape: tuple[int, ...], weights: Mapping[str, jax.Array | QTensor], parts: list[tuple[str, int, Part]]
-) -> Floats:
+def _tensor(shape: tuple[int, ...], weights: Mapping[str, Weight], parts: list[_Place]) -> Floats:
     """One tensor's values, as they lay in the file."""
     rows = shape if len(shape) == 1 else (prod(shape[:-1]), shape[-1])
     values = np.empty(rows, np.float32)
-    for path, index, part in parts:
-        values[part.rows] = _block(weights[path], index, vector=len(shape) == 1)[part.to]
+    for place in parts:
+        weight, index = weights[place.path], place.block
+        if isinstance(weight, LayerVariants):  # a block is a layer's, or one of its experts'
+            experts = place.blocks // len(weight.which)
+            layer, expert = divmod(index, experts)
+            weight, index = weight.stacks[weight.which[layer]], weight.place[layer] * experts + expert
+        values[place.part.rows] = _block(weight, index, vector=len(shape) == 1)[place.part.to]
     return values.reshape(-1)
 
 

@@ -63,6 +63,10 @@ class LLM:
         """The model's tokenizer."""
         return self.llm_engine.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What requests without parameters get: what the model's makers recommend (generation_config.json)."""
+        return self.llm_engine.default_params
+
     def stats(self) -> EngineStats:
         """Times and counters since the start or `reset_stats`."""
         return self.llm_engine.stats()
@@ -91,7 +95,7 @@ class LLM:
 
         Args:
             prompts: one prompt or a list; a prompt is text, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or ids.
-            sampling_params: for all, or one for each; None: the defaults.
+            sampling_params: for all, or one for each; None: what the model's makers recommend.
             use_tqdm: show progress on standard error.
             priority: of each prompt; smaller goes first, under the priority policy.
 
@@ -102,7 +106,7 @@ class LLM:
             ParameterError: a prompt or a parameter is outside the limits. Nothing is run then.
         """
         listed = _as_prompts(prompts)
-        params = _as_params(sampling_params, len(listed))
+        params = _as_params(self.llm_engine.default_params if sampling_params is None else sampling_params, len(listed))
         if priority is not None and len(priority) != len(listed):
             raise ParameterError(
                 "priority", len(priority), f"priority must have one entry for each of the {len(listed)} prompts."
@@ -193,7 +197,7 @@ class LLM:
             sampling_params: its `output_kind` says whether outputs hold everything so far or what is new.
         """
         request_id = self._next_id()
-        self.llm_engine.add_request(request_id, prompt, sampling_params or SamplingParams())
+        self.llm_engine.add_request(request_id, prompt, sampling_params or self.llm_engine.default_params)
         mailbox = self._mailboxes[request_id] = deque[RequestOutput]()
         try:
             finished = False
@@ -246,9 +250,7 @@ def _as_prompts(prompts: Prompt | ListLike[Prompt]) -> list[Prompt]:
     return listed
 
 
-def _as_params(params: SamplingParams | ListLike[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None:
-        return [SamplingParams()] * count
+def _as_params(params: SamplingParams | ListLike[SamplingParams], count: int) -> list[SamplingParams]:
     if isinstance(params, SamplingParams):
         return [params] * count
     if len(params) != count:

@@ -18,13 +18,14 @@ from atoma_jax.loading.checkpoint import Checkpoint
 from atoma_jax.loading.model_files import ModelFiles
 from atoma_jax.loading.online import quantized_on_load
 from atoma_jax.loading.orbax_checkpoint import OrbaxModel
+from atoma_jax.loading.orbax_weights import Weight
 from atoma_jax.loading.weight_sources import WeightSource
 from atoma_jax.loading.weights import abstract_weights, load_weights
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.decoder import Decoder
 from atoma_jax.models.params import ParamSpec, fill, specs_of
 from atoma_jax.ops import Backend
-from atoma_jax.quant.qtensor import QTensor
+from atoma_jax.quant.qtensor import LayerVariants, QTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +46,7 @@ class ModelSetup:
     checkpoint: Checkpoint | OrbaxModel
     wanted: Mapping[str, ParamSpec]
     sources: Mapping[str, WeightSource]
-    planned: Mapping[str, jax.ShapeDtypeStruct | QTensor]
+    planned: Mapping[str, jax.ShapeDtypeStruct | QTensor | LayerVariants]
 
     @property
     def weight_bytes(self) -> int:
@@ -64,7 +65,7 @@ class ModelSetup:
         """The model's state on the device. Arguments and errors as in `load_weights`."""
         return nnx.state(self._decoder(self.load_values(threads=threads, on_bytes=on_bytes)))
 
-    def load_values(self, *, threads: int, on_bytes: Callable[[int], None]) -> dict[str, jax.Array | QTensor]:
+    def load_values(self, *, threads: int, on_bytes: Callable[[int], None]) -> dict[str, Weight]:
         """The weights on the device by path. Arguments and errors as in `load_weights`."""
         if isinstance(self.checkpoint, OrbaxModel):
             return self.checkpoint.load(threads=threads, on_bytes=on_bytes)

@@ -3,11 +3,13 @@
 Everything is checked from the file's header before anything large is allocated.
 """
 
+import logging
 import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -20,7 +22,6 @@ from atoma_jax.engine.host import free_host_bytes, usable_cores
 from atoma_jax.engine.limits import EngineLimits
 from atoma_jax.engine.memory import DeviceMemory, kv_cache_dtype, plan_pages
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
-from atoma_jax.engine.model_tokenizer import load_tokenizer
 from atoma_jax.engine.pages import PagePool
 from atoma_jax.engine.prefix_cache import PrefixCache
 from atoma_jax.engine.runner import Runner
@@ -28,14 +29,21 @@ from atoma_jax.engine.sampler_state import SamplerShape
 from atoma_jax.engine.scheduler import Scheduler
 from atoma_jax.engine.step import StepSizes
 from atoma_jax.errors import ConfigError, UnsupportedModelError
+from atoma_jax.loading.generation_defaults import GenerationDefaults
+from atoma_jax.loading.hf_checkpoint import HFCheckpoint
 from atoma_jax.loading.hub import resolve
-from atoma_jax.loading.model_files import open_model
+from atoma_jax.loading.model_files import ModelFiles, open_model
+from atoma_jax.loading.orbax_checkpoint import OrbaxModel
 from atoma_jax.model_spec import KVDtype, ModelSpec
+from atoma_jax.sampling_params import SamplingParams
+from atoma_jax.tokenizer import Tokenizer, load_folder_tokenizer, load_gguf_tokenizer
 
 CPU_SEQS, CPU_TOKENS, CPU_GROWTH = 16, 512, 16  # few programs: each takes a CPU seconds to compile
 GPU_SEQS, GPU_TOKENS, GPU_GROWTH = 64, 2048, 2
 
 OnPhase = Callable[[str, float], None]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -85,7 +93,7 @@ def start_engine(
     """
     phases = _Phases(on_phase)
     hits, misses = COMPILATIONS.cache_hits, COMPILATIONS.cache_misses
-    _use_compile_cache(config.compile.compile_cache_dir)
+    use_compile_cache(config.compile.compile_cache_dir)
     with phases.phase("resolve"):
         found = resolve(config.model.model, revision=config.model.revision, progress=progress)
     with ExitStack() as stack:
@@ -98,8 +106,8 @@ def start_engine(
             runner = _runner(config, plan, setup, limits)
             pool = runner.compile(setup.abstract(), threads=plan.threads)
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error nothing more compiles
-            tokenizer = load_tokenizer(files)
-            _check_vocabulary(tokenizer.vocab_size, setup.spec, found.path)
+            tokenizer = tokenizer_of(files)
+            default_params = _default_params(files.generation_defaults)
         with phases.phase("restore" if found.kind == "orbax" else "weights"):
             weights = setup.load(threads=plan.threads)
             jax.block_until_ready(weights)
@@ -115,6 +123,7 @@ def start_engine(
         limits,
         pipelined=config.scheduler.async_scheduling,
         seed=config.model.seed,
+        default_params=default_params,
     )
     phases.report.compile_cache_hits = COMPILATIONS.cache_hits - hits
     phases.report.compile_cache_misses = COMPILATIONS.cache_misses - misses
@@ -220,7 +229,44 @@ def _scheduler_limits(config: EngineConfig, plan: _Plan, limits: EngineLimits) -
     )
 
 
-def _use_compile_cache(folder: str | None) -> None:
+def tokenizer_of(files: ModelFiles | OrbaxModel) -> Tokenizer:
+    """The tokenizer of an open model.
+
+    Raises:
+        WeightFileError: it is damaged.
+        UnsupportedModelError: it is of a kind that is not implemented, or does not fit the model.
+    """
+    checkpoint = files if isinstance(files, OrbaxModel) else files.checkpoint
+    metadata = None if isinstance(checkpoint, HFCheckpoint) else checkpoint.metadata
+    if metadata is None:
+        return load_folder_tokenizer(checkpoint.path, rows=files.spec.vocab_size)
+    tokenizer = load_gguf_tokenizer(metadata, source=str(checkpoint.path))
+    _check_vocabulary(tokenizer.vocab_size, files.spec, checkpoint.path)
+    return tokenizer
+
+
+def _default_params(defaults: GenerationDefaults) -> SamplingParams:
+    """What the model's makers recommend; what they leave open is as in `SamplingParams`."""
+    given = {
+        "temperature": defaults.temperature,
+        "top_p": defaults.top_p,
+        "top_k": defaults.top_k,
+        "min_p": defaults.min_p,
+        "repetition_penalty": defaults.repetition_penalty,
+        "max_tokens": defaults.max_new_tokens,
+    }
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if chosen:
+        _log.info("default sampling parameters of the model: %s", chosen)
+    return SamplingParams(**chosen)
+
+
+def use_compile_cache(folder: str | None) -> None:
+    """Keeps the programs that this process compiles in a folder, if one is given.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
     if folder is None:
         return
     try:

@@ -7,6 +7,7 @@ import numpy as np
 from atoma_jax.errors import UnsupportedModelError, WeightFileError
 from atoma_jax.loading import rope
 from atoma_jax.loading.gguf import GGUFFile
+from atoma_jax.loading.spec_limits import MAX_DIM, MAX_EXPERTS, MAX_HEAD_DIM, MAX_LAYERS
 from atoma_jax.model_spec import Activation, ExpertSpec, Family, ModelSpec, RopeSpec
 
 FAMILIES: dict[str, Family] = {
@@ -27,10 +28,6 @@ _ACTIVATIONS: dict[str, Activation] = {
     "bitnet-b1.58": "relu_squared",  # as Microsoft's models; llama.cpp's own `bitnet` graph has silu
 }
 
-MAX_LAYERS = 1024
-MAX_DIM = 1 << 20
-MAX_HEAD_DIM = 1024
-MAX_EXPERTS = 4096
 GEMMA_LOCAL_THETA = 10_000.0  # not in the metadata of most files
 GEMMA_WINDOWS = {"gemma2": 4096, "gemma3": 512}  # likewise
 GEMMA_PATTERNS = {"gemma2": 2, "gemma3": 6}  # likewise: every second or sixth layer sees everything

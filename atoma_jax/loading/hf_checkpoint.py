@@ -72,7 +72,8 @@ class HFCheckpoint:
         folder = Path(path)
         config = read_json(folder / "config.json")
         root = Section(f"{folder / 'config.json'}: config", config)
-        root.refuse("auto_map", "code that comes with a model is never run, and trust_remote_code cannot help")
+        if not _names_only_its_own(root):
+            root.refuse("auto_map", "code that comes with a model is never run, and trust_remote_code cannot help")
         scheme = _scheme(root)
         generation = folder / "generation_config.json"
         generation_config = read_json(generation) if generation.exists() else {}
@@ -92,6 +93,21 @@ class HFCheckpoint:
     ) -> None:
         """Closes."""
         self.close()
+
+
+def _names_only_its_own(config: Section) -> bool:
+    """Whether auto_map names nothing but the model's architecture, which then is implemented here or refused by name.
+
+    Checkpoints of architectures that were new once, such as Phi-3, still carry the code of that time. It is not run.
+    """
+    named, architectures = config.values.get("auto_map"), config.values.get("architectures")
+    if not isinstance(named, dict) or not isinstance(architectures, list):
+        return False
+    own = {f"{str(name).removesuffix('ForCausalLM')}{end}" for name in architectures for end in _ENDINGS}
+    return all(isinstance(value, str) and value.rpartition(".")[2] in own for value in named.values())
+
+
+_ENDINGS = ("ForCausalLM", "Model", "Config")
 
 
 def _scheme(config: Section) -> Scheme | None:

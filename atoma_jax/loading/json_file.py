@@ -53,12 +53,32 @@ class Section:
         """The name of a value, for errors."""
         return f"{self.where}.{key}"
 
+    def __contains__(self, key: object) -> bool:
+        """Whether there is a value."""
+        return self.values.get(key) is not None  # type: ignore[arg-type]
+
     def integer(self, key: str, default: int | None = None, *, minimum: int = 0, maximum: int = 2**31 - 1) -> int:
         """A whole number in the limits, both included."""
         value = self._get(key, default)
         if type(value) is not int or not minimum <= value <= maximum:
             raise WeightFileError(self.field(key), value, f"must be a whole number in [{minimum}, {maximum}]")
         return value
+
+    def number(self, key: str, default: float | None = None, *, minimum: float = -1e30, maximum: float = 1e30) -> float:
+        """A number in the limits, both included."""
+        value = self._get(key, default)
+        if type(value) not in (int, float) or not minimum <= value <= maximum:  # not met by NaN
+            raise WeightFileError(self.field(key), value, f"must be a number in [{minimum:g}, {maximum:g}]")
+        return float(value)
+
+    def numbers(self, key: str, count: int, *, minimum: float = -1e30, maximum: float = 1e30) -> tuple[float, ...]:
+        """A list of so many numbers in the limits."""
+        value = self._get(key, None)
+        fits = isinstance(value, list) and len(value) == count
+        if not fits or not all(type(item) in (int, float) and minimum <= item <= maximum for item in value):
+            limits = f"must be a list of {count} numbers in [{minimum:g}, {maximum:g}]"
+            raise WeightFileError(self.field(key), value, limits)
+        return tuple(float(item) for item in value)
 
     def boolean(self, key: str, default: bool | None = None) -> bool:
         """True or false."""

@@ -1,6 +1,5 @@
 """Checked access to the kinds of values that `model.json` has and a model's published JSON files have not."""
 
-import math
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
@@ -25,17 +24,12 @@ def choice(section: Section, key: str, choices: Collection[str]) -> Any:
     return value
 
 
-def number(section: Section, key: str, *, above: float | None = None, minimum: float | None = None) -> float:
-    """A finite float within limits."""
-    return _number(section.field(key), section.values.get(key), above=above, minimum=minimum)
-
-
 def numbers(section: Section, key: str, *, longest: int) -> tuple[float, ...]:
-    """A list of 1 to `longest` finite floats, none below zero."""
+    """A list of 1 to `longest` numbers, none below zero."""
     values = _list(section, key, longest)
     if not values:
         raise WeightFileError(section.field(key), values, "must not be empty")
-    return tuple(_number(f"{section.field(key)}[{index}]", value, minimum=0.0) for index, value in enumerate(values))
+    return section.numbers(key, len(values), minimum=0.0)
 
 
 def integers(section: Section, key: str, *, longest: int, minimum: int, maximum: int) -> tuple[int, ...]:
@@ -56,14 +50,4 @@ def _list(section: Section, key: str, longest: int) -> list[Any]:
     value = section.values.get(key)
     if not isinstance(value, list) or len(value) > longest:
         raise WeightFileError(section.field(key), value, f"must be a list of at most {longest}")
-    return value
-
-
-def _number(field: str, value: Any, *, above: float | None = None, minimum: float | None = None) -> float:
-    if type(value) is not float or not math.isfinite(value):
-        raise WeightFileError(field, value, "must be a finite number with a decimal point")
-    if (above is not None and value <= above) or (minimum is not None and value < minimum):
-        raise WeightFileError(
-            field, value, f"must be {f'above {above}' if above is not None else f'at least {minimum}'}"
-        )
     return value

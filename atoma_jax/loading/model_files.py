@@ -4,11 +4,15 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from atoma_jax.errors import UnsupportedModelError
+from atoma_jax.loading.generation_defaults import GenerationDefaults, read_generation_defaults
 from atoma_jax.loading.gguf import GGUFFile
 from atoma_jax.loading.gguf_names import gguf_sources
 from atoma_jax.loading.gguf_spec import read_spec
+from atoma_jax.loading.hf_checkpoint import HFCheckpoint
+from atoma_jax.loading.hf_names import hf_sources
+from atoma_jax.loading.hf_spec import read_hf_spec
 from atoma_jax.loading.hub import ResolvedModel
+from atoma_jax.loading.json_file import Section
 from atoma_jax.loading.orbax_checkpoint import OrbaxModel
 from atoma_jax.loading.weight_sources import WeightSource
 from atoma_jax.model_spec import ModelSpec
@@ -19,8 +23,9 @@ from atoma_jax.models.params import ParamSpec
 class ModelFiles:
     """An open checkpoint and the model that it holds."""
 
-    checkpoint: GGUFFile
+    checkpoint: GGUFFile | HFCheckpoint
     spec: ModelSpec
+    generation_defaults: GenerationDefaults
 
     def sources(self, wanted: Mapping[str, ParamSpec]) -> dict[str, WeightSource]:
         """Where every weight of the model is.
@@ -29,7 +34,8 @@ class ModelFiles:
             WeightFileError: a tensor is missing or misshapen.
             UnsupportedModelError: a tensor has no place in the model.
         """
-        return gguf_sources(self.checkpoint, self.spec, wanted)
+        names = gguf_sources if isinstance(self.checkpoint, GGUFFile) else hf_sources
+        return names(self.checkpoint, self.spec, wanted)
 
 
 @contextmanager
@@ -37,7 +43,7 @@ def open_model(found: ResolvedModel, *, max_model_len: int | None = None) -> Gen
     """Opens what `hub.resolve` found; closed again at the end.
 
     Args:
-        found: a GGUF file or a folder.
+        found: a GGUF file, or a folder in HF layout or of `atoma-jax convert`.
         max_model_len: tokens that will be served, where that decides how positions are rotated.
 
     Raises:
@@ -46,11 +52,23 @@ def open_model(found: ResolvedModel, *, max_model_len: int | None = None) -> Gen
     if found.kind == "orbax":
         yield OrbaxModel.open(found.path)
         return
-    if found.kind != "gguf":
-        raise UnsupportedModelError(
-            "model",
-            str(found.path),
-            "must be a GGUF file or a folder with one: safetensors folders are not implemented",
-        )
-    with GGUFFile.open(found.path) as file:
-        yield ModelFiles(checkpoint=file, spec=read_spec(file, max_model_len=max_model_len))
+    if found.kind == "gguf":
+        with GGUFFile.open(found.path) as file:
+            spec = read_spec(file, max_model_len=max_model_len)
+            yield ModelFiles(checkpoint=file, spec=spec, generation_defaults=GenerationDefaults())
+        return
+    with HFCheckpoint.open(found.path) as folder:
+        yield _from_folder(folder, max_model_len)
+
+
+def _from_folder(folder: HFCheckpoint, max_model_len: int | None) -> ModelFiles:
+    generation = Section(f"{folder.path / 'generation_config.json'}: generation_config", folder.generation_config)
+    return ModelFiles(
+        checkpoint=folder,
+        spec=read_hf_spec(
+            Section(f"{folder.path / 'config.json'}: config", folder.config),
+            int8_activations=folder.activation_scheme == "int8_token",
+            max_model_len=max_model_len,
+        ),
+        generation_defaults=read_generation_defaults(generation),
+    )

@@ -14,15 +14,17 @@ import jax
 
 from atoma_jax.config import ModelConfig
 from atoma_jax.errors import ConfigError, WeightFileError
+from atoma_jax.loading.generation_defaults import GenerationDefaults, read_generation_defaults
 from atoma_jax.loading.gguf import GGUFFile
 from atoma_jax.loading.gguf_metadata import Metadata
-from atoma_jax.loading.orbax_manifest import Manifest, read_manifest
-from atoma_jax.loading.orbax_weights import CHILDREN, ShardingOf, checksums, restore
-from atoma_jax.loading.weight_forms import DenseForm, QuantizedForm
+from atoma_jax.loading.json_file import Section, read_json
+from atoma_jax.loading.orbax_manifest import Manifest, StackForms, StoredForm, read_manifest
+from atoma_jax.loading.orbax_weights import ShardingOf, Weight, checksums, restore
+from atoma_jax.loading.weight_forms import DenseForm, Form, QuantizedForm
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.params import ParamSpec
 from atoma_jax.ops import Backend
-from atoma_jax.quant.qtensor import QTensor
+from atoma_jax.quant.qtensor import LayerVariants, QTensor
 
 WEIGHTS = "weights"  # the Orbax checkpoint
 GGUF_METADATA = "metadata.gguf"  # a GGUF file's own keys, and the tensors that are no weights
@@ -64,13 +66,23 @@ class OrbaxModel:
         return self.manifest.spec
 
     @cached_property
-    def metadata(self) -> Metadata:
-        """Keys of the GGUF file that was converted, its tokenizer's among them.
+    def generation_defaults(self) -> GenerationDefaults:
+        """What the model's makers recommend, where it came from a folder that says so. Errors as of the reader."""
+        path = self.path / "generation_config.json"
+        if self.manifest.source_kind != "folder" or not path.exists():
+            return GenerationDefaults()
+        return read_generation_defaults(Section(f"{path}: generation_config", read_json(path)))
+
+    @cached_property
+    def metadata(self) -> Metadata | None:
+        """Keys of the GGUF file that was converted, its tokenizer's among them; None where it came from a folder.
 
         Raises:
             WeightFileError: the file with them is damaged.
             ModelNotFoundError: it is missing.
         """
+        if self.manifest.source_kind != "gguf":
+            return None
         with GGUFFile.open(self.path / GGUF_METADATA) as file:
             return file.metadata
 
@@ -99,7 +111,8 @@ class OrbaxModel:
             problem = f"is what is wanted here, and the weights were written in layout {stored.layout}"
             self._refuse("weight_layout", preferred.weight_layout, problem)
         backend = replace(preferred, weight_layout=stored.layout)
-        narrow = {str(form.dtype) for form in stored.forms.values() if isinstance(form, DenseForm)} - {"float32"}
+        every = [one for form in stored.forms.values() for one in _stacks(form)]
+        narrow = {str(form.dtype) for form in every if isinstance(form, DenseForm)} - {"float32"}
         if backend.platform == "cpu":  # which widens such weights in every step
             if narrow:
                 self._refuse("dtype", preferred.operands, "is what a CPU wants, and dense weights were stored narrower")
@@ -113,7 +126,7 @@ class OrbaxModel:
             raise ConfigError("max_model_len", context, f"{problem}; or convert {stored.source} again")
         return backend
 
-    def abstract(self, wanted: Mapping[str, ParamSpec]) -> dict[str, jax.ShapeDtypeStruct | QTensor]:
+    def abstract(self, wanted: Mapping[str, ParamSpec]) -> dict[str, jax.ShapeDtypeStruct | QTensor | LayerVariants]:
         """What `load` will return, with `ShapeDtypeStruct`s for arrays.
 
         Raises:
@@ -130,7 +143,7 @@ class OrbaxModel:
 
     def load(
         self, *, threads: int, on_bytes: Callable[[int], None], sharding_of: ShardingOf | None = None
-    ) -> dict[str, jax.Array | QTensor]:
+    ) -> dict[str, Weight]:
         """The weights on their devices, nothing repacked. Every byte is checked before it is used.
 
         Args:
@@ -150,7 +163,8 @@ class OrbaxModel:
         if sharding_of is None:
             here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             sharding_of = lambda path, child: here  # noqa: E731, ARG005
-        weights = restore(self.path / WEIGHTS, self.manifest.forms, sharding_of)
+        planned = {path: form.abstract() for path, form in self.manifest.forms.items()}
+        weights = restore(self.path / WEIGHTS, planned, sharding_of)
         on_bytes(sum(weight.nbytes for weight in self.tensors.values()))
         return weights
 
@@ -173,18 +187,22 @@ class OrbaxModel:
         if there < needed:  # they are not compressed
             raise WeightFileError(f"{folder}: size", there, f"must be at least the {needed} bytes of all weights")
 
-    def _check_form(self, path: str, form: DenseForm | QuantizedForm, want: ParamSpec) -> None:
-        field = f"{self.path / 'model.json'}: forms.{path}"
-        shape = ((self.spec.num_layers,) if want.stacked else ()) + want.shape
-        found = _shape(form)
-        if found != shape:
-            raise WeightFileError(f"{field}.shape", found, f"must be {shape}")
-        if want.quantizable:
-            if isinstance(form, QuantizedForm) and form.permuted and not want.stacked:
+    def _check_form(self, path: str, form: StoredForm, want: ParamSpec) -> None:
+        field, layers = f"{self.path / 'model.json'}: forms.{path}", self.spec.num_layers
+        counts = [layers]
+        if isinstance(form, StackForms):
+            counts = [form.which.count(stack) for stack in range(len(form.stacks))]
+            if not want.quantizable or not want.stacked or sum(counts) != layers or 0 in counts:
+                raise WeightFileError(f"{field}.which", form.which, f"must share the {layers} layers out to all stacks")
+        for count, stack in zip(counts, _stacks(form), strict=True):
+            shape = ((count,) if want.stacked else ()) + want.shape
+            found = _shape(stack)
+            if found != shape:
+                raise WeightFileError(f"{field}.shape", found, f"must be {shape}")
+            if isinstance(stack, QuantizedForm) and stack.permuted and not want.stacked:
                 raise WeightFileError(f"{field}.permuted", True, "must be false: rows of a vocabulary have one order")
-            return
-        if isinstance(form, QuantizedForm) or form.dtype != "float32":
-            raise WeightFileError(field, "narrower", "must be dense and float32")
+            if not want.quantizable and (isinstance(stack, QuantizedForm) or stack.dtype != "float32"):
+                raise WeightFileError(field, "narrower", "must be dense and float32")
 
     def _refuse(self, field: Literal["quantization", "weight_layout", "dtype"], value: str, problem: str) -> None:
         flag = f"--{field.replace('_', '-')} {value}"
@@ -192,14 +210,24 @@ class OrbaxModel:
         raise ConfigError(field, value, f"{problem} ({self.path}); leave it out where you can, or run `{command}`")
 
 
-def _shape(form: DenseForm | QuantizedForm) -> tuple[int, ...]:
+def _stacks(form: StoredForm) -> tuple[Form, ...]:
+    return form.stacks if isinstance(form, StackForms) else (form,)
+
+
+def _shape(form: Form) -> tuple[int, ...]:
     return form.shape if isinstance(form, DenseForm) else (*form.lead, *form.shape)
 
 
-def _stored(path: str, form: DenseForm | QuantizedForm) -> StoredWeight:
-    if isinstance(form, DenseForm):
-        name, arrays = str(form.dtype), [form.abstract()]
-    else:
-        name = f"{form.layout}, {8 if form.layout == 'rows' else form.format.bits} bits"
-        arrays = [array for child in CHILDREN if (array := form.children().get(child)) is not None]
-    return StoredWeight(path, _shape(form), name, sum(array.size * array.dtype.itemsize for array in arrays))
+def _stored(path: str, form: StoredForm) -> StoredWeight:
+    stacks = _stacks(form)
+    names = [
+        str(one.dtype)
+        if isinstance(one, DenseForm)
+        else f"{one.layout}, {8 if one.layout == 'rows' else one.format.bits} bits"
+        for one in stacks
+    ]
+    shape = _shape(stacks[0])
+    if isinstance(form, StackForms):
+        shape = (len(form.which), *shape[1:])
+    nbytes = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(form.abstract()))
+    return StoredWeight(path, shape, " and ".join(dict.fromkeys(names)), nbytes)

@@ -9,16 +9,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from atoma_jax.errors import UnsupportedModelError, WeightFileError
 from atoma_jax.loading.json_file import Json, Section, read_json
 from atoma_jax.loading.manifest_values import choice, integers, known_keys, optional
 from atoma_jax.loading.spec_json import read_spec
-from atoma_jax.loading.weight_forms import DenseForm, QuantizedForm, Shape
+from atoma_jax.loading.spec_limits import MAX_LAYERS
+from atoma_jax.loading.weight_forms import DenseForm, Form, QuantizedForm, Shape, VariantsForm
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.quant.groups import BF16, F16, F32, I8, GroupFormat
-from atoma_jax.quant.qtensor import Layout
+from atoma_jax.quant.qtensor import LayerVariants, Layout
 
 FILE_NAME = "model.json"
 FORMAT = "atoma-jax weights"
@@ -41,6 +42,30 @@ class StoredFile:
 
     nbytes: int
     crc32: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackForms:
+    """A weight whose layers have several forms: a `VariantsForm` that has forgotten where it came from."""
+
+    stacks: tuple[Form, ...]
+    which: tuple[int, ...]  # stack of each layer
+
+    def abstract(self) -> LayerVariants:
+        """The weight without its values."""
+        stacks: Any = tuple(form.abstract() for form in self.stacks)
+        place = tuple(self.which[:layer].count(stack) for layer, stack in enumerate(self.which))
+        return LayerVariants(stacks=stacks, which=self.which, place=place)
+
+
+StoredForm: TypeAlias = Form | StackForms
+
+
+def stored_form(form: Form | VariantsForm) -> StoredForm:
+    """What the folder keeps of a form."""
+    if not isinstance(form, VariantsForm):
+        return form
+    return StackForms(stacks=tuple(stack for stack, _ in form.stacks), which=form.which)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +96,7 @@ class Manifest:
     rope_tokens: int | None
     layout: Layout
     operands: Literal["float32", "bfloat16"]
-    forms: Mapping[str, DenseForm | QuantizedForm]
+    forms: Mapping[str, StoredForm]
     tensors: Mapping[str, Shape]
     files: Mapping[str, StoredFile]
 
@@ -149,7 +174,9 @@ def _read_files(section: Section) -> dict[str, StoredFile]:
 # Forms of weights
 
 
-def _encode_form(form: DenseForm | QuantizedForm) -> Json:
+def _encode_form(form: StoredForm) -> Json:
+    if isinstance(form, StackForms):
+        return {"kind": "stacks", "stacks": [_encode_form(stack) for stack in form.stacks], "which": form.which}
     if isinstance(form, DenseForm):
         return {"kind": "dense", "shape": form.shape, "dtype": str(form.dtype)}
     kind = form.format
@@ -160,7 +187,27 @@ def _encode_form(form: DenseForm | QuantizedForm) -> Json:
     return {"kind": "quantized", **asdict(form), "format": asdict(kind) | dtypes}
 
 
-def _read_form(section: Section) -> DenseForm | QuantizedForm:
+def _read_form(section: Section) -> StoredForm:
+    return _read_stacks(section) if section.text("kind") == "stacks" else _read_one_form(section)
+
+
+def _read_stacks(section: Section) -> StackForms:
+    """Checks of the layers that a model has are `orbax_checkpoint.py`'s."""
+    known_keys(section, ("kind", *(entry.name for entry in fields(StackForms))))
+    values = section.values.get("stacks")
+    if not isinstance(values, list) or not 1 <= len(values) <= MAX_LAYERS:
+        raise WeightFileError(section.field("stacks"), values, f"must be a list of 1 to {MAX_LAYERS}")
+    stacks = [Section(f"{section.field('stacks')}[{index}]", value) for index, value in enumerate(values)]
+    for stack in stacks:
+        if not isinstance(stack.values, dict):
+            raise WeightFileError(stack.where, stack.values, "must be an object")
+    return StackForms(
+        stacks=tuple(_read_one_form(stack) for stack in stacks),
+        which=integers(section, "which", longest=MAX_LAYERS, minimum=0, maximum=len(stacks) - 1),
+    )
+
+
+def _read_one_form(section: Section) -> Form:
     if choice(section, "kind", ("dense", "quantized")) == "dense":
         known_keys(section, ("kind", *(entry.name for entry in fields(DenseForm))))
         shape = integers(section, "shape", longest=5, minimum=1, maximum=MAX_DIMENSION)

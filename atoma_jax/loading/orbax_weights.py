@@ -9,26 +9,33 @@ import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
 from atoma_jax.errors import UserError, WeightFileError
-from atoma_jax.loading.weight_forms import DenseForm, QuantizedForm
-from atoma_jax.quant.qtensor import QTensor
+from atoma_jax.quant.qtensor import LayerVariants, QTensor
 
 CHUNK_BYTES = 8 << 20  # of a stored array: what one thread reads at once
-CHILDREN = ("codes", "scales", "mins", "scale_supers", "min_supers", "permutation")  # arrays of a `QTensor`
+CHILDREN = (  # arrays of a `QTensor`
+    "codes",
+    "scales",
+    "mins",
+    "scale_supers",
+    "min_supers",
+    "permutation",
+)
 
-Weights: TypeAlias = Mapping[str, jax.Array | QTensor]
-ShardingOf: TypeAlias = Callable[[str, str | None], jax.sharding.Sharding]  # of a weight's path and a `QTensor`'s child
+Weight: TypeAlias = jax.Array | QTensor | LayerVariants
+# Of a weight's path and the field of its `QTensor`, None for a dense one. Stacks of layers are sharded alike.
+ShardingOf: TypeAlias = Callable[[str, str | None], jax.sharding.Sharding]
 
 _GIGABYTE = 10**9
 _MOST_IN_FLIGHT = 4  # gigabytes read at once, beside what is restored already; more where one array is larger
 _READ = 1 << 22  # bytes of a file that are summed at once
 
 
-def save(folder: Path, weights: Weights) -> None:
+def save(folder: Path, weights: Mapping[str, Weight]) -> None:
     """Writes every weight; `folder` must not exist.
 
     Raises:
@@ -36,8 +43,8 @@ def save(folder: Path, weights: Weights) -> None:
     """
     import orbax.checkpoint as ocp  # a second that nobody else waits for
 
-    tree = {path: _children(weight) for path, weight in weights.items()}
-    chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    tree = {array.name: array.value for path, weight in weights.items() for array in _arrays(path, weight)}
+    chunked = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in tree}
     with ocp.Checkpointer(_handler(tree)) as checkpointer:
         try:
             checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree, save_args=chunked))
@@ -45,37 +52,37 @@ def save(folder: Path, weights: Weights) -> None:
             raise UserError("out", _reason(error), f"{folder} cannot be written; choose another place") from error
 
 
-def restore(
-    folder: Path, forms: Mapping[str, DenseForm | QuantizedForm], sharding_of: ShardingOf
-) -> dict[str, jax.Array | QTensor]:
-    """Reads every weight onto the devices that `sharding_of` names; what is stored must be what `forms` say.
+def restore(folder: Path, planned: Mapping[str, Any], sharding_of: ShardingOf) -> dict[str, Weight]:
+    """Reads every weight onto the devices that `sharding_of` names.
+
+    Args:
+        folder: that `save` wrote.
+        planned: the weights with `ShapeDtypeStruct`s for arrays; what is stored must be what they say.
+        sharding_of: as in `ShardingOf`.
 
     Raises:
         WeightFileError: an array is missing, misshapen or cannot be read.
     """
     import orbax.checkpoint as ocp
 
-    abstract = {path: _children(form.abstract()) for path, form in forms.items()}
+    named = {path: _arrays(path, weight) for path, weight in planned.items()}
     placed = {
-        path: (
-            {child: _placed(array, sharding_of(path, child)) for child, array in arrays.items()}
-            if isinstance(arrays, dict)
-            else _placed(arrays, sharding_of(path, None))
-        )
-        for path, arrays in abstract.items()
+        array.name: jax.ShapeDtypeStruct(array.value.shape, array.value.dtype, sharding=sharding_of(path, array.child))
+        for path, arrays in named.items()
+        for array in arrays
     }
     with ocp.Checkpointer(_handler(placed)) as checkpointer:
-        _check_stored(folder, _stored(checkpointer, folder), abstract)
+        _check_stored(folder, _stored(checkpointer, folder), placed)
         try:
             arguments = ocp.args.PyTreeRestore(
                 item=placed, restore_args=ocp.checkpoint_utils.construct_restore_args(placed)
             )
-            arrays: dict[str, Any] = checkpointer.restore(folder.absolute(), args=arguments)
+            values: dict[str, Any] = checkpointer.restore(folder.absolute(), args=arguments)
         except Exception as error:  # what Orbax and TensorStore raise is not one class
             raise _unreadable(folder, error) from error
     return {
-        path: form.qtensor(arrays[path]) if isinstance(form, QuantizedForm) else arrays[path]
-        for path, form in forms.items()
+        path: jax.tree.unflatten(jax.tree.structure(planned[path]), [values[array.name] for array in arrays])
+        for path, arrays in named.items()
     }
 
 
@@ -93,15 +100,22 @@ def _crc32(path: Path) -> int:
     return value
 
 
-def _children(weight: Any) -> Any:
-    """A weight as Orbax sees it: an array, or a dict of arrays. `Any`: with values or without."""
-    if not isinstance(weight, QTensor):
-        return weight
-    return {name: array for name in CHILDREN if (array := getattr(weight, name)) is not None}
+class _Array(NamedTuple):
+    """One array of a weight. `value` is `Any`: with values or without."""
+
+    name: str
+    child: str | None
+    value: Any
 
 
-def _placed(array: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+def _arrays(path: str, weight: Any) -> list[_Array]:
+    """The arrays of a weight in the order of its leaves, under the names that they are stored by."""
+    arrays: list[_Array] = []
+    for keys, value in jax.tree_util.tree_leaves_with_path(weight):
+        parts = [key.name if isinstance(key, jax.tree_util.GetAttrKey) else str(key.idx) for key in keys]
+        child = parts[-1] if parts and parts[-1] in CHILDREN else None
+        arrays.append(_Array(".".join([path, *parts]), child, value))
+    return arrays
 
 
 def _handler(tree: Any) -> Any:
@@ -125,25 +139,20 @@ def _stored(checkpointer: Any, folder: Path) -> Any:
         raise _unreadable(folder, error) from error
 
 
-def _check_stored(folder: Path, stored: Any, wanted: Mapping[str, Any]) -> None:
+def _check_stored(folder: Path, stored: Any, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     """Orbax would cast types and say nothing, and would leave a failed read's threads behind."""
-    for path, arrays in wanted.items():
-        for child, array in arrays.items() if isinstance(arrays, dict) else [(None, arrays)]:
-            field = f"{folder}: weight {path if child is None else f'{path}.{child}'!r}"
-            there = stored.get(path) if isinstance(stored, dict) else None
-            if child is not None:
-                there = there.get(child) if isinstance(there, dict) else None
-            found = getattr(there, "shape", None), getattr(there, "dtype", None)
-            if found != (array.shape, array.dtype):
-                raise WeightFileError(field, found, f"must be an array {array.shape} of {array.dtype}")
-            chunk = getattr(getattr(there, "storage", None), "chunk_shape", None) or array.shape
-            if math.prod(chunk) > array.size:
-                raise WeightFileError(f"{field} chunks", chunk, f"must be no larger than the array, {array.shape}")
-    names = {path: set(arrays) if isinstance(arrays, dict) else None for path, arrays in wanted.items()}
-    found = {path: set(arrays) if isinstance(arrays, dict) else None for path, arrays in dict(stored).items()}
-    if found != names:
-        spare = sorted(path for path in found if found[path] != names.get(path, ...))
-        raise WeightFileError(f"{folder}: weights", spare[:3], "are no weights of the model that model.json describes")
+    there = stored if isinstance(stored, dict) else {}
+    for name, array in wanted.items():
+        field = f"{folder}: array {name!r}"
+        found = getattr(there.get(name), "shape", None), getattr(there.get(name), "dtype", None)
+        if found != (array.shape, array.dtype):
+            raise WeightFileError(field, found, f"must be an array {array.shape} of {array.dtype}")
+        chunk = getattr(getattr(there[name], "storage", None), "chunk_shape", None) or array.shape
+        if math.prod(chunk) > array.size:
+            raise WeightFileError(f"{field} chunks", chunk, f"must be no larger than the array, {array.shape}")
+    spare = sorted(set(there) - set(wanted))
+    if spare:
+        raise WeightFileError(f"{folder}: arrays", spare[:3], "are in no weight of the model that model.json describes")
 
 
 def _unreadable(folder: Path, error: Exception) -> WeightFileError:

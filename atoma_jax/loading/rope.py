@@ -66,9 +66,9 @@ def yarn(
     return frequencies * (1 - ramp) + frequencies / factor * ramp
 
 
-def yarn_magnitude(factor: float) -> float:
-    """What YaRN multiplies cosines and sines by, unless the model says otherwise."""
-    return 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
+def yarn_magnitude(factor: float, slope: float = 1.0) -> float:
+    """What YaRN multiplies cosines and sines by, unless the model says otherwise; `slope` is the paper's for 1."""
+    return 1.0 if factor <= 1 else 0.1 * slope * math.log(factor) + 1.0
 
 
 def longrope_magnitude(factor: float, original: int) -> float:

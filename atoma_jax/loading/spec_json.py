@@ -5,12 +5,12 @@ from dataclasses import fields
 from typing import get_args
 
 from atoma_jax.errors import WeightFileError
-from atoma_jax.loading.gguf_spec import MAX_DIM, MAX_EXPERTS, MAX_HEAD_DIM, MAX_LAYERS
 from atoma_jax.loading.json_file import Section
-from atoma_jax.loading.manifest_values import choice, known_keys, number, numbers, optional
+from atoma_jax.loading.manifest_values import choice, known_keys, numbers, optional
+from atoma_jax.loading.spec_limits import MAX_DIM, MAX_EXPERTS, MAX_HEAD_DIM, MAX_LAYERS, MAX_POSITIONS
 from atoma_jax.model_spec import Activation, ExpertSpec, Family, ModelSpec, RopeSpec
 
-MAX_TOKENS = 2**31 - 1  # of a vocabulary, of a context
+_TINY = 1e-30  # what has to be above zero
 
 
 def read_spec(section: Section) -> ModelSpec:
@@ -41,21 +41,21 @@ def read_spec(section: Section) -> ModelSpec:
     return ModelSpec(
         architecture=section.text("architecture"),
         family=family,
-        vocab_size=section.integer("vocab_size", minimum=1, maximum=MAX_TOKENS),
+        vocab_size=section.integer("vocab_size", minimum=1),
         dim=section.integer("dim", minimum=1, maximum=MAX_DIM),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         ffn_dim=ffn_dim,
-        context_length=section.integer("context_length", minimum=1, maximum=MAX_TOKENS),
-        norm_eps=number(section, "norm_eps", minimum=0.0),
+        context_length=section.integer("context_length", minimum=1, maximum=MAX_POSITIONS),
+        norm_eps=section.number("norm_eps", minimum=0.0),
         rope=_read_rope(section.section("rope"), head_dim),
         windows=_read_windows(section, layers),
-        attention_scale=number(section, "attention_scale", above=0.0),
-        attention_softcap=optional(section, "attention_softcap", lambda key: number(section, key, above=0.0)),
-        final_softcap=optional(section, "final_softcap", lambda key: number(section, key, above=0.0)),
-        embedding_scale=number(section, "embedding_scale", above=0.0),
+        attention_scale=section.number("attention_scale", minimum=_TINY),
+        attention_softcap=optional(section, "attention_softcap", lambda key: section.number(key, minimum=_TINY)),
+        final_softcap=optional(section, "final_softcap", lambda key: section.number(key, minimum=_TINY)),
+        embedding_scale=section.number("embedding_scale", minimum=_TINY),
         activation=choice(section, "activation", get_args(Activation)),
         tied_embeddings=section.boolean("tied_embeddings"),
         qkv_bias=section.boolean("qkv_bias"),
@@ -77,7 +77,9 @@ def _read_rope(section: Section, head_dim: int) -> RopeSpec:
     if local is not None and len(local) != len(frequencies):
         problem = f"must be as many as the {len(frequencies)} of other layers"
         raise WeightFileError(section.field("local_frequencies"), len(local), problem)
-    return RopeSpec(frequencies=frequencies, local_frequencies=local, magnitude=number(section, "magnitude", above=0.0))
+    return RopeSpec(
+        frequencies=frequencies, local_frequencies=local, magnitude=section.number("magnitude", minimum=_TINY)
+    )
 
 
 def _read_windows(section: Section, layers: int) -> tuple[int | None, ...]:
@@ -85,8 +87,8 @@ def _read_windows(section: Section, layers: int) -> tuple[int | None, ...]:
     if not isinstance(values, list) or len(values) not in (0, layers):
         raise WeightFileError(section.field("windows"), values, f"must be a list of {layers}, or empty")
     for value in values:
-        if value is not None and (type(value) is not int or not 1 <= value <= MAX_TOKENS):
-            raise WeightFileError(section.field("windows"), value, f"must be null or in [1, {MAX_TOKENS}]")
+        if value is not None and (type(value) is not int or not 1 <= value <= MAX_POSITIONS):
+            raise WeightFileError(section.field("windows"), value, f"must be null or in [1, {MAX_POSITIONS}]")
     return tuple(values)
 
 

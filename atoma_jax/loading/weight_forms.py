@@ -1,11 +1,13 @@
 """How each weight of a model lies on the device, from a checkpoint's headers alone: types, shapes, layout.
 
 Layers are stacked, so all tensors of one weight share a form. Where a file mixes types, they meet in a format that
-holds each exactly (`quant/merging.py`). Reads no weights.
+holds each exactly (`quant/merging.py`), or, in the packed layout, layers of different formats are stacked apart. Reads
+no weights.
 """
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,12 +17,12 @@ from jax import numpy as jnp
 
 from atoma_jax.errors import UnsupportedModelError
 from atoma_jax.loading.checkpoint import Checkpoint, StoredTensor
-from atoma_jax.loading.weight_sources import WeightSource
+from atoma_jax.loading.weight_sources import WeightSource, layer_source, stacked_source
 from atoma_jax.models.params import ParamSpec
 from atoma_jax.ops import Backend
 from atoma_jax.quant.groups import FLOAT8, GroupFormat
 from atoma_jax.quant.merging import merged_format, widened
-from atoma_jax.quant.qtensor import Layout, QTensor, planar_plane
+from atoma_jax.quant.qtensor import LayerVariants, Layout, QTensor, planar_plane
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -137,14 +139,59 @@ class QuantizedForm:
         return self.qtensor(dict(self.children()))
 
 
-def form_of(
-    checkpoint: Checkpoint, source: WeightSource, want: ParamSpec, backend: Backend
-) -> DenseForm | QuantizedForm:
+Form: TypeAlias = DenseForm | QuantizedForm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VariantsForm:
+    """A weight whose layers have several forms.
+
+    Attributes:
+        stacks: for each form, where its layers are in the checkpoint.
+        which: stack of each layer.
+        place: and where it is in there.
+    """
+
+    stacks: tuple[tuple[Form, WeightSource], ...]
+    which: tuple[int, ...]
+    place: tuple[int, ...]
+
+    def variants(self, stacks: Sequence[Any]) -> LayerVariants:
+        """The weight of its stacks, filled or abstract."""
+        return LayerVariants(stacks=tuple(stacks), which=self.which, place=self.place)
+
+    def abstract(self) -> LayerVariants:
+        """The weight without its values."""
+        return self.variants([form.abstract() for form, _ in self.stacks])
+
+
+def form_of(checkpoint: Checkpoint, source: WeightSource, want: ParamSpec, backend: Backend) -> Form | VariantsForm:
     """How a weight lies on the device.
 
     Raises:
         UnsupportedModelError: the backend's layout cannot hold it.
     """
+    # A code takes a byte in rows whatever its format: there, one stack costs little and programs stay small.
+    if not want.quantizable or not want.stacked or backend.weight_layout == "rows":
+        return _one_form(checkpoint, source, want, backend)
+    layers = [layer_source(source, layer) for layer in range(source.lead[0])]
+    kinds = [_common_format(checkpoint, layer) for layer in layers]
+    distinct = list(dict.fromkeys(kinds))
+    if len(distinct) == 1:
+        return _one_form(checkpoint, source, want, backend)
+    which = tuple(distinct.index(kind) for kind in kinds)
+    stacks = [
+        stacked_source([layer for layer, number in zip(layers, which, strict=True) if number == own])
+        for own in range(len(distinct))
+    ]
+    return VariantsForm(
+        stacks=tuple((_one_form(checkpoint, stack, want, backend), stack) for stack in stacks),
+        which=which,
+        place=tuple(which[:layer].count(number) for layer, number in enumerate(which)),
+    )
+
+
+def _one_form(checkpoint: Checkpoint, source: WeightSource, want: ParamSpec, backend: Backend) -> Form:
     kind = _common_format(checkpoint, source) if want.quantizable else None
     if kind is None:
         # Norms and biases are small, and XLA:CPU would widen a bfloat16 weight again in every step.

@@ -3,7 +3,7 @@
 Owns the description and its check. What tensors are called is `gguf_names.py`'s and `hf_names.py`'s.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +32,18 @@ class WeightSource:
 
     lead: tuple[int, ...]
     blocks: tuple[tuple[Part, ...], ...]  # as many as the product of `lead`
+
+
+def layer_source(source: WeightSource, layer: int) -> WeightSource:
+    """One layer of a weight, as if there were no others."""
+    size = len(source.blocks) // source.lead[0]
+    return WeightSource((1, *source.lead[1:]), source.blocks[layer * size : (layer + 1) * size])
+
+
+def stacked_source(layers: Sequence[WeightSource]) -> WeightSource:
+    """Some layers of a weight on each other."""
+    blocks = tuple(parts for layer in layers for parts in layer.blocks)
+    return WeightSource((len(layers), *layers[0].lead[1:]), blocks)
 
 
 def qkv_places(spec: ModelSpec) -> dict[str, Rows]:

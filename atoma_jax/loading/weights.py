@@ -13,13 +13,13 @@ import jax
 import numpy as np
 
 from atoma_jax.loading.checkpoint import Checkpoint, Rows
-from atoma_jax.loading.weight_forms import DenseForm, QuantizedForm, form_of
+from atoma_jax.loading.weight_forms import DenseForm, Form, QuantizedForm, VariantsForm, form_of
 from atoma_jax.loading.weight_sources import Part, WeightSource
 from atoma_jax.models.params import ParamSpec
 from atoma_jax.ops import Backend, pack_planar
 from atoma_jax.quant.groups import Factors
 from atoma_jax.quant.merging import recast
-from atoma_jax.quant.qtensor import QTensor
+from atoma_jax.quant.qtensor import LayerVariants, QTensor
 
 DECODED_AT_ONCE = 1 << 22  # elements: bounds the temporary memory of a thread
 XLA_ALIGNMENT = 64  # bytes
@@ -35,7 +35,7 @@ def load_weights(
     *,
     threads: int,
     on_bytes: Callable[[int], None],
-) -> dict[str, jax.Array | QTensor]:
+) -> dict[str, jax.Array | QTensor | LayerVariants]:
     """Reads every weight that the model wants. Nothing is allocated before all of them are known to have a form.
 
     Args:
@@ -47,19 +47,28 @@ def load_weights(
         on_bytes: called with the file's bytes as they are decoded, from any thread.
 
     Returns:
-        Arrays and `QTensor`s on the device, by path.
+        Arrays, `QTensor`s and `LayerVariants` on the device, by path.
 
     Raises:
         UnsupportedModelError: a tensor cannot be laid out.
     """
     forms = {path: form_of(checkpoint, sources[path], want, backend) for path, want in wanted.items()}
     with ThreadPoolExecutor(threads, thread_name_prefix="load") as pool:
-        return {path: _Reader(checkpoint, sources[path], pool, on_bytes).read(form) for path, form in forms.items()}
+
+        def read(form: Form, source: WeightSource) -> jax.Array | QTensor:
+            return _Reader(checkpoint, source, pool, on_bytes).read(form)
+
+        return {
+            path: form.variants([read(one, where) for one, where in form.stacks])
+            if isinstance(form, VariantsForm)
+            else read(form, sources[path])
+            for path, form in forms.items()
+        }
 
 
 def abstract_weights(
     checkpoint: Checkpoint, sources: Mapping[str, WeightSource], wanted: Mapping[str, ParamSpec], backend: Backend
-) -> dict[str, jax.ShapeDtypeStruct | QTensor]:
+) -> dict[str, jax.ShapeDtypeStruct | QTensor | LayerVariants]:
     """What `load_weights` will return, with `ShapeDtypeStruct`s for arrays: programs compile from it during loading.
 
     Reads no weights. Raises what `load_weights` raises.

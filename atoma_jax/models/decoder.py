@@ -10,7 +10,7 @@ from jaxtyping import Array, Float32, Int32
 from atoma_jax import ops
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.layers import rms_norm, rope_tables, softcapped, window_sizes
-from atoma_jax.models.params import ExpertParam, matrix, vector
+from atoma_jax.models.params import indexed, matrix, vector
 from atoma_jax.models.registry import LAYERS
 
 
@@ -43,13 +43,13 @@ class Decoder(nnx.Module):
             x = ops.embed(tokens, self.embed.get_value()) * spec.embedding_scale
         rope = rope_tables(positions, spec.rope)
         windows = window_sizes(spec)
-        graph, experts, weights = nnx.split(self.layers, ExpertParam, ...)
+        graph, whole, weights = nnx.split(self.layers, indexed, ...)
 
         def layer(
             carry: tuple[Array, ops.KVPages], inputs: tuple[Array, Array, Array, Any]
         ) -> tuple[tuple[Array, ops.KVPages], None]:
             index, window, windowed, state = inputs
-            module = nnx.merge(graph, experts, state)
+            module = nnx.merge(graph, whole, state)
             with jax.named_scope("layer"):
                 return module(*carry, rope, batch, layer=index, window=window, windowed=windowed), None
 

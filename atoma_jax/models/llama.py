@@ -76,7 +76,7 @@ class LlamaLayer(nnx.Module):
         """Projections, rotation, paged attention, output projection."""
         spec = self.spec
         T, N, K, H = x.shape[0], spec.num_heads, spec.num_kv_heads, spec.head_dim
-        qkv = self.linear(x, self.qkv)
+        qkv = self.linear(x, self.qkv, layer)
         if spec.qkv_bias:
             qkv = qkv + self.qkv_bias[...]
         qkv = qkv.reshape(T, K, N // K + 2, H)
@@ -98,20 +98,21 @@ class LlamaLayer(nnx.Module):
         out = out.reshape(T, N * H)
         if spec.sub_norms:
             out = rms_norm(out, self.attn_sub_norm[...], spec.norm_eps)
-        return self.linear(out, self.attn_out), pages
+        return self.linear(out, self.attn_out, layer), pages
 
     def feed_forward(self, x: Float32[Array, "T D"], layer: Int32[Array, ""]) -> Float32[Array, "T D"]:
-        """down(activation(gate · x) · (up · x)). A mixture's needs to know which `layer` it is."""
-        del layer
-        return self.gated_net(x, self.gate_up, self.down)
+        """down(activation(gate · x) · (up · x))."""
+        return self.gated_net(x, self.gate_up, self.down, layer)
 
-    def gated_net(self, x: Float32[Array, "T D"], gate_up: Any, down: Any) -> Float32[Array, "T D"]:
+    def gated_net(
+        self, x: Float32[Array, "T D"], gate_up: Any, down: Any, layer: Int32[Array, ""]
+    ) -> Float32[Array, "T D"]:
         """The same with the weights given."""
-        h = gated(self.linear(x, gate_up), self.spec.activation)
+        h = gated(self.linear(x, gate_up, layer), self.spec.activation)
         if self.spec.sub_norms:
             h = rms_norm(h, self.ffn_sub_norm[...], self.spec.norm_eps)
-        return self.linear(h, down)
+        return self.linear(h, down, layer)
 
-    def linear(self, x: Float32[Array, "T K"], weight: Any) -> Float32[Array, "T N"]:
+    def linear(self, x: Float32[Array, "T K"], weight: Any, layer: Int32[Array, ""]) -> Float32[Array, "T N"]:
         """A projection as this model was trained; `weight` is a parameter of this layer."""
-        return ops.linear(x, weight.get_value(), self.backend, int8_activations=self.spec.int8_activations)
+        return ops.linear(x, weight.get_value(), self.backend, layer=layer, int8_activations=self.spec.int8_activations)

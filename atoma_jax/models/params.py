@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from atoma_jax.quant.qtensor import QTensor
+from atoma_jax.quant.qtensor import LayerVariants, QTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,18 @@ def specs_of(model: nnx.Module) -> dict[str, ParamSpec]:
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
 
 
+def indexed(_path: Any, parameter: Any) -> bool:
+    """A filter for `nnx.split`: parameters that a layer gets whole, of all layers, and looks its own part up in."""
+    return isinstance(parameter, ExpertParam) or isinstance(parameter.get_value(), LayerVariants)
+
+
 def fill(model: nnx.Module, values: Mapping[str, Any]) -> None:
-    """Puts arrays and `QTensor`s in the places that `specs_of` lists."""
+    """Puts arrays, `QTensor`s and `LayerVariants` in the places that `specs_of` lists."""
     for path, leaf in nnx.iter_graph(model):
         if isinstance(leaf, nnx.Param):
             name = ".".join(map(str, path))
-            value = values[name]
-            spec: ParamSpec = leaf.get_value()
-            shape = (*value.lead, *value.shape) if isinstance(value, QTensor) else value.shape
-            assert tuple(shape[1 if spec.stacked else 0 :]) == spec.shape, (name, shape, spec.shape)
+            value, spec = values[name], leaf.get_value()
+            for stack in value.stacks if isinstance(value, LayerVariants) else (value,):
+                shape = (*stack.lead, *stack.shape) if isinstance(stack, QTensor) else stack.shape
+                assert tuple(shape[1 if spec.stacked else 0 :]) == spec.shape, (name, shape, spec.shape)
             leaf.set_value(value)

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from atoma_jax.quant.ggml_iq_blocks import IQ4_TABLE
 from atoma_jax.quant.scale_search import (
     SymmetricFit,
     affine_fit,
@@ -22,7 +23,6 @@ _Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 _F = np.float32
 _BLOCK = 256
-_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 def columns(x: _Floats, group: int) -> _Floats:
@@ -197,6 +197,6 @@ def q6_k(blocks: _Floats) -> _Bytes:
 
 def iq4_nl(blocks: _Floats) -> _Bytes:
     """One f16 scale for 32 elements, and codes that stand for sixteen numbers, closer around zero."""
-    fit = codebook_fit(columns(blocks, 32), _IQ4_NL, tries=7)
+    fit = codebook_fit(columns(blocks, 32), IQ4_TABLE, tries=7)
     codes = fit.codes.astype(np.uint8).T
     return np.concatenate([half_bytes(fit.scales), nibbles(codes[:, :16], codes[:, 16:])], axis=1)

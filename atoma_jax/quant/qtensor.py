@@ -1,4 +1,4 @@
-"""`QTensor`: a quantized weight on the device. Owns its fields and layouts; products with it are in `ops.py`."""
+"""Quantized weights on the device: `QTensor`, and `LayerVariants` where layers differ. Products are in `ops.py`."""
 
 from dataclasses import dataclass, field
 from typing import Literal, no_type_check
@@ -38,6 +38,25 @@ class QTensor:
     def lead(self) -> tuple[int, ...]:
         """Axes before a child's own."""
         return self.codes.shape[: -3 if self.layout == "rows" else -2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on all devices together."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
+@no_type_check  # JAX also fills it with abstract values
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerVariants:
+    """A weight of all layers whose formats differ: the layers of each format are a stack of their own.
+
+    So that a file that mixes types, as most of llama.cpp's do, takes no more room than its types ask for.
+    """
+
+    stacks: tuple[QTensor | Array, ...]  # each with an axis of its layers first
+    which: tuple[int, ...] = field(metadata={"static": True})  # stack of each layer
+    place: tuple[int, ...] = field(metadata={"static": True})  # and where it is in there
 
     @property
     def nbytes(self) -> int:

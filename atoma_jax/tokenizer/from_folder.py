@@ -4,7 +4,7 @@ Owns which files say what, and the limits of their sizes. Nothing in a folder is
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,13 @@ _MAX_VOCABULARY = 1 << 22
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
-def load_folder_tokenizer(folder: Path) -> Tokenizer:
+def load_folder_tokenizer(folder: Path, *, rows: int | None = None) -> Tokenizer:
     """The tokenizer of a model folder; `tokenizer.json` wins over `tokenizer.model`.
+
+    Args:
+        folder: in HF layout.
+        rows: of the model's embedding, which many models pad: ids behind the last token are unused. None: as many as
+            there are tokens.
 
     Raises:
         ModelNotFoundError: neither file is there.
@@ -40,9 +45,9 @@ def load_folder_tokenizer(folder: Path) -> Tokenizer:
     """
     config = _Config.read(folder)
     if (folder / "tokenizer.json").is_file():
-        return _from_json(folder / "tokenizer.json", config)
+        return _from_json(folder / "tokenizer.json", config, rows)
     if (folder / "tokenizer.model").is_file():
-        return _from_sentencepiece(folder / "tokenizer.model", config)
+        return _from_sentencepiece(folder / "tokenizer.model", config, rows)
     raise ModelNotFoundError("tokenizer", str(folder), "the folder must hold tokenizer.json or tokenizer.model")
 
 
@@ -186,7 +191,20 @@ def _special_tokens(
     )
 
 
-def _from_json(path: Path, config: _Config) -> Tokenizer:
+def _vocabulary(
+    path: Path, texts: Sequence[str], kinds: Sequence[int], spelling: Spelling, rows: int | None
+) -> Vocabulary:
+    """The tokens, and unused ones for the rows behind them."""
+    missing = 0 if rows is None else rows - len(texts)
+    if missing < 0:
+        problem = f"must have at most {rows} tokens, as the model's embedding has rows; fetch the model again"
+        raise UnsupportedModelError(f"{path}: vocabulary", len(texts), problem)
+    padding = [f"[PAD{i}]" for i in range(len(texts), len(texts) + missing)]
+    all_kinds = np.asarray([*kinds, *[TokenKind.UNUSED] * missing], np.uint8)
+    return Vocabulary([*texts, *padding], all_kinds, spelling)
+
+
+def _from_json(path: Path, config: _Config, rows: int | None) -> Tokenizer:
     """A tokenizer of the `tokenizers` library."""
     try:
         core = tokenizers.Tokenizer.from_str(_read_text(path))
@@ -209,7 +227,7 @@ def _from_json(path: Path, config: _Config) -> Tokenizer:
     kinds: list[int] = [TokenKind.BYTE if bytes_are_spelled and is_byte_text(t) else TokenKind.NORMAL for t in texts]
     for i, token in added:
         kinds[i] = TokenKind.CONTROL if token.special else TokenKind.USER_DEFINED
-    vocabulary = Vocabulary(texts, np.asarray(kinds, np.uint8), spelling)
+    vocabulary = _vocabulary(path, texts, kinds, spelling, rows)
     prefix, suffix = _surroundings(core)
     return Tokenizer(
         vocabulary,
@@ -245,7 +263,7 @@ def _surroundings(core: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[in
     return (), ()
 
 
-def _from_sentencepiece(path: Path, config: _Config) -> Tokenizer:
+def _from_sentencepiece(path: Path, config: _Config, rows: int | None) -> Tokenizer:
     """A sentencepiece model, with the tokens that `tokenizer_config.json` adds to it."""
     processor = sentencepiece.SentencePieceProcessor()
     try:
@@ -266,7 +284,7 @@ def _from_sentencepiece(path: Path, config: _Config) -> Tokenizer:
         texts.append(token.content)
         kinds.append(TokenKind.CONTROL if token.special else TokenKind.USER_DEFINED)
         (control if token.special else always)[token.content] = i
-    vocabulary = Vocabulary(texts, np.asarray(kinds, np.uint8), Spelling.METASPACE)
+    vocabulary = _vocabulary(path, texts, kinds, Spelling.METASPACE, rows)
     roles = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "pad_token": processor.pad_id()}
     names = {role: texts[i] for role, i in roles.items() if i >= 0} | config.names()
     bos = vocabulary.id_of(names["bos_token"]) if "bos_token" in names else None

@@ -22,7 +22,7 @@ def test_version(run: Run) -> None:
     assert (result.exit_code, result.stdout) == (0, f"atoma-jax {atoma_jax.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "pull", "convert", "bench", "eval"])
+@pytest.mark.parametrize("command", ["generate", "chat", "pull", "convert", "quantize", "bench", "eval"])
 def test_help_names_every_command(run: Run, command: str) -> None:
     assert f"\n  {command} " in run("--help").stdout
     assert run(command, "--help").exit_code == 0
@@ -80,7 +80,9 @@ def test_a_reader_that_goes_away_is_no_error_to_talk_about() -> None:
     assert "error" not in messages.lower()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["bench", "throughput", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["generate", "--help"], ["quantize", "--help"], ["bench", "throughput", "--help"]]
+)
 def test_help_does_not_wait_for_jax(arguments: list[str]) -> None:
     code = (
         "import sys; from atoma_jax.cli import app\n"

@@ -67,7 +67,16 @@ def make_engine() -> Callable[..., Engine]:
         of = llm.llm_engine
         pool = PagePool(num_pages or of.model_config.num_pages, PrefixCache(of.model_config.page_size))
         scheduler = Scheduler(pool, dataclasses.replace(of._scheduler.limits, **limits))
-        return Engine(of.tokenizer, scheduler, of._runner, of._sampler, of.model_config, pipelined=pipelined, seed=0)
+        return Engine(
+            of.tokenizer,
+            scheduler,
+            of._runner,
+            of._sampler,
+            of.model_config,
+            pipelined=pipelined,
+            seed=0,
+            default_params=of.default_params,
+        )
 
     return make
 

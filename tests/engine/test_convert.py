@@ -38,6 +38,8 @@ MIXES: dict[str, Callable[[str], Q]] = {
     "Q4_1": lambda name: Q.Q4_1,
     "Q4_K": lambda name: Q.Q4_K,
     "a mix as of Q4_K_M": lambda name: INSIDE.get(name.split(".")[-2], Q.Q8_0),
+    "layers in turn": lambda name: Q.Q6_K if "blk.0" in name else Q.Q4_K,
+    "dense layers beside quantized ones": lambda name: Q.F16 if "blk.1" in name else Q.Q4_0,
     "F32": lambda name: Q.F32,
     "F16 and Q6_K": lambda name: Q.F16 if "token_embd" in name else Q.Q6_K,
 }
@@ -61,7 +63,7 @@ EXPERTS: dict[str, Any] = {
 @pytest.fixture
 def any_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of `TinyModel` have none."""
-    monkeypatch.setattr("atoma_jax.engine.convert.load_tokenizer", lambda files: None)
+    monkeypatch.setattr("atoma_jax.engine.convert.tokenizer_of", lambda files: None)
 
 
 def load(model: Path, **settings: Any) -> Loaded:

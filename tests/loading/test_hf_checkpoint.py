@@ -6,6 +6,7 @@ product, which is exact. compressed-tensors has a file of its own.
 
 import json
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,13 +86,32 @@ def test_a_tensor_by_itself_must_be_floats(hf_folder: Write, dtype: object) -> N
 
 
 def test_code_that_comes_with_a_model_is_refused_and_not_imported(hf_folder: Write) -> None:
-    folder = hf_folder({"t": np.ones(1, np.float32)}, auto_map={"AutoModelForCausalLM": "evil_model.Evil"})
+    folder = hf_folder(
+        {"t": np.ones(1, np.float32)},
+        architectures=["LlamaForCausalLM"],
+        auto_map={"AutoConfig": "code.LlamaConfig", "AutoModelForCausalLM": "evil_model.Evil"},
+    )
     (folder / "evil_model.py").write_text("raise SystemExit('imported')")
     with pytest.raises(
         UnsupportedModelError, match="auto_map: code that comes with a model is never run, and trust_re"
     ):
         HFCheckpoint.open(folder)
     assert "evil_model" not in sys.modules
+
+
+def test_the_code_that_an_architecture_once_came_with_is_left_alone(hf_folder: Write) -> None:
+    folder = hf_folder(
+        {"t": np.ones(1, np.float32)},
+        architectures=["Phi3ForCausalLM"],
+        auto_map={
+            "AutoConfig": "configuration_phi3.Phi3Config",
+            "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+        },
+    )
+    (folder / "modeling_phi3.py").write_text("raise SystemExit('imported')")
+    with HFCheckpoint.open(folder) as checkpoint:
+        assert list(checkpoint.tensors) == ["t"]
+    assert "modeling_phi3" not in sys.modules
 
 
 @pytest.mark.parametrize(
@@ -117,6 +137,19 @@ def test_a_broken_config_is_refused(hf_folder: Write, content: bytes, message: s
         HFCheckpoint.open(folder)
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"{folder / 'config.json'}: ")
+
+
+@pytest.mark.parametrize("item", ["{}", "[]", "[[]]", '{"":{}}', "1e9"])
+def test_the_largest_config_costs_less_than_50_megabytes(hf_folder: Write, item: str) -> None:
+    folder = hf_folder({"t": np.ones(1, np.float32)})
+    count = ((1 << 20) - 10) // (len(item) + 1)
+    (folder / "config.json").write_text('{"a":[' + ",".join([item] * count) + "]}")
+    tracemalloc.start()
+    try:
+        assert len(HFCheckpoint.open(folder).config["a"]) == count
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_folder_without_config_is_refused(hf_folder: Write) -> None:

@@ -8,12 +8,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from atoma_jax.errors import UnsupportedModelError, WeightFileError
 from atoma_jax.loading.orbax_checkpoint import OrbaxModel
-from atoma_jax.loading.orbax_manifest import Manifest, StoredFile, read_manifest
+from atoma_jax.loading.orbax_manifest import Manifest, StackForms, StoredFile, StoredForm, read_manifest
 from atoma_jax.loading.weight_forms import DenseForm, QuantizedForm
 from atoma_jax.model_spec import ExpertSpec, ModelSpec, RopeSpec
 from atoma_jax.models.decoder import Decoder
@@ -63,11 +64,16 @@ EXPERTS = ExpertSpec(count=8, used=2, ffn_dim=F, normalized=True, shared_ffn_dim
 
 def manifest_of(model: ModelSpec, kind: GroupFormat, layout: Any = "planar") -> Manifest:
     """Every weight that may be quantized is, in one format."""
-    forms: dict[str, DenseForm | QuantizedForm] = {}
+    forms: dict[str, StoredForm] = {}
     for path, want in specs_of(
         Decoder(model, Backend(platform="cpu", operands="float32", weight_layout=layout))
     ).items():
         lead = (L,) if want.stacked else ()
+        if path == "layers.down" and layout == "planar":  # a layer in each of two formats
+            one = DenseForm(shape=(1, *want.shape), dtype=np.dtype(ml_dtypes.bfloat16))
+            two = DenseForm(shape=(1, *want.shape), dtype=np.dtype(np.float32))
+            forms[path] = StackForms(stacks=(one, two), which=(1, 0))
+            continue
         if not want.quantizable:
             forms[path] = DenseForm(shape=(*lead, *want.shape), dtype=np.dtype(np.float32))
             continue
@@ -231,14 +237,14 @@ REFUSED: dict[str, tuple[tuple[Any, ...], Any]] = {
     "format_version": (("format_version",), 2),
     "a key that means something to others": (("spec", "clip"), 1.0),
     "rope.frequencies": (("spec", "rope", "frequencies"), [1.0] * 33),
-    "rope.frequencies[0]": (("spec", "rope", "frequencies"), [float("nan")]),
+    "rope": (("spec", "rope", "frequencies"), [float("nan")]),
     "num_layers": (("spec", "num_layers"), 1025),
     "num_kv_heads": (("spec", "num_kv_heads"), 3),
     "num_heads": (("spec", "num_heads"), 2**20),
     "windows": (("spec", "windows"), [1]),
     "family": (("spec", "family"), "mamba"),
     "experts": (("spec", "experts"), asdict(EXPERTS)),
-    "norm_eps": (("spec", "norm_eps"), 1),
+    "norm_eps": (("spec", "norm_eps"), -1),
     "forms.embed": (("forms", "embed"), []),
     "bits": (("forms", "embed", "format", "bits"), 5),
     "group": (("forms", "embed", "format", "group"), 33),
@@ -247,6 +253,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], Any]] = {
     "min_dtype": (("forms", "embed", "format", "min_dtype"), "float64"),
     "plane": (("forms", "embed", "plane"), 64),
     "layout": (("layout",), "columns"),
+    "which": (("forms", "layers.down", "which"), [0, 2]),
+    "stacks": (("forms", "layers.down", "stacks"), [1, 2]),
     "files": (("files",), {}),
     "files above the folder": (("files", "../x"), {"nbytes": 1, "crc32": 1}),
     "hidden files": (("files", ".x"), {"nbytes": 1, "crc32": 1}),
@@ -286,6 +294,10 @@ def test_what_is_no_small_json_object(read: Any, content: bytes) -> None:
         (lambda forms: forms.update({"layers.attn_norm": forms["layers.qkv"]}), "layers.attn_norm"),
         (lambda forms: forms["layers.attn_norm"].update(dtype="bfloat16"), "layers.attn_norm"),
         (lambda forms: forms["final_norm"].update(shape=[D + 1]), "final_norm.shape"),
+        (lambda forms: forms["layers.down"].update(which=[0, 0]), "layers.down.which"),
+        (lambda forms: forms["layers.down"].update(which=[0]), "layers.down.which"),
+        (lambda forms: forms["layers.down"]["stacks"][0].update(shape=[2, D, F]), "layers.down.shape"),
+        (lambda forms: forms.update(embed=forms["layers.down"]), "embed.which"),
     ],
 )
 def test_weights_that_the_model_does_not_have(read: Any, tmp_path: Path, change: Any, field: str) -> None:

@@ -18,7 +18,7 @@ from atoma_jax.loading.weights import abstract_weights, load_weights
 from atoma_jax.models.decoder import Decoder
 from atoma_jax.models.params import fill, specs_of
 from atoma_jax.ops import Backend
-from atoma_jax.quant.qtensor import QTensor
+from atoma_jax.quant.qtensor import LayerVariants, QTensor
 
 Q = gguf.GGMLQuantizationType
 N, K, H, L = 4, 2, 64, 2
@@ -64,6 +64,9 @@ def factors_of(values, supers) -> np.ndarray:
 
 def values_of(weight) -> np.ndarray:
     """float32 values of a weight, whatever its form."""
+    if isinstance(weight, LayerVariants):
+        stacks = [values_of(stack) for stack in weight.stacks]
+        return np.stack([stacks[which][place] for which, place in zip(weight.which, weight.place, strict=True)])
     if not isinstance(weight, QTensor):
         return np.asarray(weight, np.float32)
     codes, scales = np.asarray(weight.codes), factors_of(weight.scales, weight.scale_supers)
@@ -140,6 +143,15 @@ def test_quantized_weights_stay_as_narrow_as_their_type(load):
     assert planar.codes.nbytes == L * 256 * 512 // 2
     rows = load(layout="rows", types=MIXES["Q4_1"]).values["layers.down"]
     assert rows.codes.dtype == jnp.int8
+
+
+def test_layers_of_different_types_are_packed_each_to_its_own_bits(load):
+    down = load(layout="planar", types=MIXES["over layers"]).values["layers.down"]
+    assert isinstance(down, LayerVariants)
+    assert (down.which, down.place) == ((0, 1), (0, 0))
+    assert [(stack.bits, stack.group) for stack in down.stacks] == [(8, 16), (4, 32)]  # Q6_K, then Q4_K
+    apart = [load(layout="planar", types=MIXES[kind]).values["layers.down"].nbytes // L for kind in ("Q6_K", "Q4_K")]
+    assert down.nbytes == sum(apart)
 
 
 def test_biases_move_with_the_rows_they_belong_to(load):

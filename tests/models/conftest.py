@@ -54,14 +54,14 @@ def save(tmp_path: Path) -> Callable[[Any, Recipe], Path]:
         rng = np.random.default_rng(7)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
-                name = names.get_name(key, try_suffixes=(".weight", ".bias"))
-                assert name is not None, key
-                values = _to_file(name, parameter.numpy(), model.config, how.arch)
-                kind = how.types(name) if values.ndim == 2 else F32
-                raw = _quantize(values, kind, rng)
-                writer.add_tensor(name, raw, raw_dtype=kind)
-                exact = gguf.quants.dequantize(raw, kind).reshape(values.shape)
-                parameter.copy_(torch.from_numpy(_from_file(name, exact, model.config, how.arch)))
+                for name, part in _parts_in_file(key, parameter, names):
+                    values = _to_file(name, part.numpy(), model.config, how.arch)
+                    kind = how.types(name) if values.ndim == 2 else F32
+                    raw = _quantize(values, kind, rng)
+                    writer.add_tensor(name, raw, raw_dtype=kind)
+                    exact = gguf.quants.dequantize(raw, kind).reshape(values.shape)
+                    exact = _from_file(name, exact, model.config, how.arch).reshape(part.shape)
+                    part.copy_(torch.from_numpy(exact))
         for name, values in how.extra.items():
             writer.add_tensor(name, values)
         writer.write_header_to_file()
@@ -71,6 +71,19 @@ def save(tmp_path: Path) -> Callable[[Any, Recipe], Path]:
         return path
 
     return save
+
+
+def _parts_in_file(key: str, parameter: Any, names: gguf.TensorNameMap) -> list[tuple[str, Any]]:
+    """A parameter's tensors by their names in the file: `transformers` fuses the two projections of experts."""
+    if key.endswith("experts.gate_up_proj"):
+        gate, up = parameter.chunk(2, dim=1)
+        prefix = key.removesuffix("gate_up_proj")
+        return [
+            (f"{names.get_name(prefix + part)}.weight", half) for part, half in (("gate_proj", gate), ("up_proj", up))
+        ]
+    name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+    assert name is not None, key
+    return [(f"{name}.weight" if key.endswith("experts.down_proj") else name, parameter)]
 
 
 def _arch_enum(arch: str) -> gguf.MODEL_ARCH:
@@ -104,8 +117,10 @@ def _to_file(name: str, values: np.ndarray, config: Any, arch: str) -> np.ndarra
     if heads := _permuted_heads(name, config, arch):
         half = values.shape[0] // heads // 2
         values = values.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(values.shape)
-    if arch == "gemma3" and "norm" in name:
+    if arch.startswith("gemma") and "norm" in name:
         values = values + np.float32(1)
+    if "ffn_gate_inp_shexp" in name:
+        values = values[0]
     return np.ascontiguousarray(values, np.float32)
 
 
@@ -113,7 +128,7 @@ def _from_file(name: str, values: np.ndarray, config: Any, arch: str) -> np.ndar
     if heads := _permuted_heads(name, config, arch):
         half = values.shape[0] // heads // 2
         values = values.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(values.shape)
-    if arch == "gemma3" and "norm" in name:
+    if arch.startswith("gemma") and "norm" in name:
         values = values - np.float32(1)
     return np.ascontiguousarray(values)
 
@@ -156,12 +171,13 @@ class Paged:
         layout: str = "rows",
         operands: str = "float32",
         kv_dtype: str = "float32",
+        max_model_len: int | None = None,
         S: int = 32,
         B: int = 3,
         W: int = 3,
     ):
         self._S, self._B, self._W, self._kv_dtype = S, B, W, kv_dtype
-        with open_model(resolve(str(path))) as files:
+        with open_model(resolve(str(path)), max_model_len=max_model_len) as files:
             self.spec = spec = files.spec
             backend = ops.Backend(platform="cpu", operands=operands, weight_layout=layout)  # type: ignore[arg-type]
             model = Decoder(spec, backend)
