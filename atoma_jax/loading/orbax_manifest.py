@@ -197,10 +197,9 @@ def _read_stacks(section: Section) -> StackForms:
     values = section.values.get("stacks")
     if not isinstance(values, list) or not 1 <= len(values) <= MAX_LAYERS:
         raise WeightFileError(section.field("stacks"), values, f"must be a list of 1 to {MAX_LAYERS}")
+    if not all(isinstance(value, dict) for value in values):
+        raise WeightFileError(section.field("stacks"), values, "must be a list of objects")
     stacks = [Section(f"{section.field('stacks')}[{index}]", value) for index, value in enumerate(values)]
-    for stack in stacks:
-        if not isinstance(stack.values, dict):
-            raise WeightFileError(stack.where, stack.values, "must be an object")
     return StackForms(
         stacks=tuple(_read_one_form(stack) for stack in stacks),
         which=integers(section, "which", longest=MAX_LAYERS, minimum=0, maximum=len(stacks) - 1),

@@ -18,6 +18,7 @@ from atoma_jax.config import ModelConfig
 from atoma_jax.engine.convert import convert_model
 from atoma_jax.engine.export import export_gguf
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
+from atoma_jax.engine.startup import tokenizer_of
 from atoma_jax.errors import ConfigError, UnsupportedModelError, UserError, WeightFileError
 from atoma_jax.loading.hub import resolve
 from atoma_jax.loading.model_files import open_model
@@ -121,6 +122,20 @@ class TestTheWeights:
         )
         assert done.weight_bytes == before.weight_bytes == after.weight_bytes
         assert done.file_bytes == sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file())
+
+    def test_of_a_folder_in_hf_layout_come_with_its_tokenizer_and_sampling_defaults(self, tmp_path: Path) -> None:
+        source = ROOT / "tests" / "data" / "ternary" / "hf"
+        convert_model(ModelConfig(model=str(source)), tmp_path / "out")
+        before, weights = load(source)
+        after, restored = load(tmp_path / "out")
+        assert_same_bits(weights, restored)
+        assert after.spec == before.spec
+        with open_model(resolve(str(source))) as there, open_model(resolve(str(tmp_path / "out"))) as here:
+            text = "It was the best of times"
+            assert tokenizer_of(here).encode(text) == tokenizer_of(there).encode(text)
+            assert here.generation_defaults == there.generation_defaults
+        with pytest.raises(UnsupportedModelError, match="source_kind"):
+            export_gguf(ModelConfig(model=str(tmp_path / "out")), tmp_path / "back.gguf")
 
     @pytest.mark.parametrize("quantization", [None, "int4", "fp8"])
     @pytest.mark.usefixtures("any_tokenizer")
