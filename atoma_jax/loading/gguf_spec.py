@@ -28,6 +28,13 @@ _ACTIVATIONS: dict[str, Activation] = {
     "bitnet-b1.58": "relu_squared",  # as Microsoft's models; llama.cpp's own `bitnet` graph has silu
 }
 
+_ACTIVATION_NAMES: dict[str, Activation] = {
+    "silu": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu_squared",
+    "relu_squared": "relu_squared",
+}
+
 GEMMA_LOCAL_THETA = 10_000.0  # not in the metadata of most files
 GEMMA_WINDOWS = {"gemma2": 4096, "gemma3": 512}  # likewise
 GEMMA_PATTERNS = {"gemma2": 2, "gemma3": 6}  # likewise: every second or sixth layer sees everything
@@ -85,7 +92,7 @@ def read_spec(file: GGUFFile, *, max_model_len: int | None = None) -> ModelSpec:
         attention_softcap=meta.get_float(f"{arch}.attn_logit_softcapping", None, above=0.0),
         final_softcap=meta.get_float(f"{arch}.final_logit_softcapping", None, above=0.0),
         embedding_scale=math.sqrt(dim) if FAMILIES[arch] == "gemma" else 1.0,
-        activation=_ACTIVATIONS.get(arch, "silu"),
+        activation=_activation(file, arch),
         tied_embeddings="output.weight" not in file.tensors,
         qkv_bias="blk.0.attn_q.bias" in file.tensors or "blk.0.attn_qkv.bias" in file.tensors,
         qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
@@ -93,6 +100,18 @@ def read_spec(file: GGUFFile, *, max_model_len: int | None = None) -> ModelSpec:
         int8_activations=arch.startswith("bitnet"),
         experts=experts,
     )
+
+
+def _activation(file: GGUFFile, arch: str) -> Activation:
+    """The architecture's own; files of llama.cpp's `bitnet` may name another."""
+    key, own = f"{arch}.hidden_activation", _ACTIVATIONS.get(arch, "silu")
+    named = file.metadata.get_str(key, "")
+    if not named:
+        return own
+    if named not in _ACTIVATION_NAMES:
+        known = ", ".join(_ACTIVATION_NAMES)
+        raise UnsupportedModelError(file.metadata.field(key), named, f"must be one of {known}")
+    return _ACTIVATION_NAMES[named]
 
 
 def _refuse_features(file: GGUFFile, arch: str) -> None:

@@ -34,14 +34,21 @@ _MIXTRAL_EXPERTS = {"gate": "w1", "up": "w3", "down": "w2"}
 def hf_sources(checkpoint: Checkpoint, spec: ModelSpec, wanted: Mapping[str, ParamSpec]) -> dict[str, WeightSource]:
     """For every weight that the model wants, by path, where it is in the folder. Raises what `check_sources` raises."""
     sources = {path: _source(path, checkpoint, spec, want) for path, want in wanted.items()}
-    check_sources(checkpoint, spec, sources, _spare(checkpoint, spec))
+    used = {part.tensor for source in sources.values() for parts in source.blocks for part in parts}
+    spare = {name for name in checkpoint.tensors if name not in used and _says_nothing(name, checkpoint, spec)}
+    check_sources(checkpoint, spec, sources, spare)
     return sources
 
 
-def _spare(checkpoint: Checkpoint, spec: ModelSpec) -> set[str]:
-    """Tensors that say nothing: rotary frequencies, which the config says, and the head of tied embeddings."""
-    spare = {name for name in checkpoint.tensors if name.endswith("rotary_emb.inv_freq")}
-    return spare | {_OUTSIDE_LAYERS["head"]} if spec.tied_embeddings else spare
+def _says_nothing(name: str, checkpoint: Checkpoint, spec: ModelSpec) -> bool:
+    """Whether a tensor may be left out: rotary frequencies, which the config says, the head of tied embeddings, and
+    the biases of zeros that quantizers add to every layer."""
+    if name.endswith("rotary_emb.inv_freq") or (spec.tied_embeddings and name == _OUTSIDE_LAYERS["head"]):
+        return True
+    weight = checkpoint.tensors.get(f"{name.removesuffix('.bias')}.weight")
+    if not name.endswith(".bias") or weight is None or weight.format is None:
+        return False
+    return not checkpoint.tensors[name].dequantize(ALL).any()
 
 
 def _source(path: str, checkpoint: Checkpoint, spec: ModelSpec, want: ParamSpec) -> WeightSource:

@@ -21,7 +21,7 @@ _ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
 )
 _LAYER_TYPES: Mapping[str, bool] = MappingProxyType({"sliding_attention": True, "full_attention": False})
 _MAX_SOFTCAP = 1e6
-_MAX_QUERY_SCALAR = 1 << 20
+_MAX_QUERY_SCALAR = 1e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,9 +148,9 @@ def read_hf_spec(config: Section, *, int8_activations: bool = False, max_model_l
         raise WeightFileError(config.field("num_key_value_heads"), kv_heads, f"must divide the {heads} heads")
     experts = _experts(config, arch) if arch.family == "mixture" else None
     context = trained_positions(config)
-    scalar = head_dim
+    scalar = float(head_dim)
     if arch.query_scalar is not None:
-        scalar = config.number("query_pre_attn_scalar", arch.query_scalar, minimum=1, maximum=_MAX_QUERY_SCALAR)
+        scalar = config.number("query_pre_attn_scalar", arch.query_scalar, minimum=1.0, maximum=_MAX_QUERY_SCALAR)
     ffn_dim = config.integer("intermediate_size", minimum=1, maximum=MAX_DIM) if experts is None else experts.ffn_dim
     return ModelSpec(
         architecture=name,
@@ -204,8 +204,8 @@ def _refuse_features(config: Section, arch: Architecture) -> None:
 
 
 def _head_dim(config: Section, arch: Architecture, dim: int, heads: int) -> int:
-    head_dim = config.integer("head_dim", arch.head_dim or dim // heads, maximum=MAX_HEAD_DIM)
-    if head_dim < 2 or head_dim % 2 or head_dim > MAX_HEAD_DIM:  # may be a quotient
+    head_dim = config.integer("head_dim", arch.head_dim or dim // heads)
+    if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:  # may be a quotient
         limit = f"must be even and in [2, {MAX_HEAD_DIM}]"
         raise WeightFileError(config.field("head_dim"), head_dim, limit)
     if heads * head_dim > MAX_DIM:

@@ -99,6 +99,19 @@ def test_divisors_of_frequencies_must_be_positive_and_one_for_each_pair(spec_of,
         spec_of(tensors={"rope_freqs.weight": (pairs,)})
 
 
+@pytest.mark.parametrize(
+    ("arch", "named", "activation"),
+    [
+        ("bitnet", None, "silu"),
+        ("bitnet", "relu2", "relu_squared"),
+        ("bitnet-b1.58", None, "relu_squared"),
+        ("llama", None, "silu"),
+    ],
+)
+def test_activations(spec_of, arch, named, activation):
+    assert spec_of(arch=arch, metadata={"hidden_activation": named}).activation == activation
+
+
 def test_softcaps(spec_of):
     spec = spec_of(arch="gemma3", metadata={"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0})
     assert (spec.attention_softcap, spec.final_softcap) == (50.0, 30.0)
@@ -131,6 +144,7 @@ UNSUPPORTED = {
     "expert_gating_func": 2,
     "expert_weights_scale": 2.5,
     "rope.scaling.type": "ntk",
+    "hidden_activation": "mish",
     "attention.value_length": 32,
     "rope.dimension_count": 32,
     "attention.head_count": [4, 8],

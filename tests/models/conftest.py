@@ -18,6 +18,7 @@ from atoma_jax import ops
 from atoma_jax.loading.hub import resolve
 from atoma_jax.loading.model_files import open_model
 from atoma_jax.loading.weights import load_weights
+from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.decoder import Decoder
 from atoma_jax.models.params import fill, specs_of
 from tests.kv_cache import poisoned_pages
@@ -172,13 +173,14 @@ class Paged:
         operands: str = "float32",
         kv_dtype: str = "float32",
         max_model_len: int | None = None,
+        change: Callable[[ModelSpec], ModelSpec] = lambda spec: spec,
         S: int = 32,
         B: int = 3,
         W: int = 3,
     ):
         self._S, self._B, self._W, self._kv_dtype = S, B, W, kv_dtype
         with open_model(resolve(str(path)), max_model_len=max_model_len) as files:
-            self.spec = spec = files.spec
+            self.spec = spec = change(files.spec)
             backend = ops.Backend(platform="cpu", operands=operands, weight_layout=layout)  # type: ignore[arg-type]
             model = Decoder(spec, backend)
             wanted = specs_of(model)
@@ -188,6 +190,10 @@ class Paged:
         self._mixed = jax.jit(self._step, donate_argnums=1)
         self._decode = jax.jit(lambda *inputs: self._step(*inputs, blocks=False), donate_argnums=1)
         self.reset()
+
+    def weight(self, path: str) -> Any:
+        """A weight by its path, as it lies on the device."""
+        return dict(nnx.to_flat_state(self._weights))[tuple(path.split("."))].get_value()
 
     def reset(self) -> None:
         """Forgets all sequences."""

@@ -105,8 +105,7 @@ def test_the_windows_of_these_models_bite(name):
     model, ids = built(name), sequences()
     narrow = reference(model, ids)[0]
     wide = copy.deepcopy(model.config)
-    wide.use_sliding_window, wide.layer_types = False, ["full_attention"] * wide.num_hidden_layers
-    wide.sliding_window = None
+    wide.sliding_window = 200
     other = type(model)(wide).eval()
     other.load_state_dict(model.state_dict())
     assert np.abs(narrow[20:] - reference(other, ids)[0][20:]).max() > 0.1
@@ -164,7 +163,7 @@ def test_a_token_goes_to_the_experts_that_transformers_chooses(name, tmp_path, p
 def test_nearly_tied_experts_are_chosen_by_float32_logits():
     """Logits lie so close that products of bfloat16 or TF32 operands would choose others."""
     D, k = COMMON["hidden_size"], 2
-    config = {"architectures": ["MixtralForCausalLM"], **mixtral().config.to_dict()}
+    config = {**mixtral().config.to_dict(), "architectures": ["MixtralForCausalLM"]}
     layer = MixtureLayer(
         read_hf_spec(Section("config", config)),
         ops.Backend(platform="cpu", operands="bfloat16", weight_layout="rows"),
