@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from atoma_jax.config import EngineConfig
     from atoma_jax.engine.async_engine import AsyncLLM
+    from atoma_jax.engine.convert import Conversion, convert_model
+    from atoma_jax.engine.export import export_gguf
     from atoma_jax.engine.llm import LLM
     from atoma_jax.engine.model_plan import ModelPlan, plan_model
     from atoma_jax.engine.scorer import ModelPair, Scorer
@@ -21,6 +23,7 @@ __all__ = [
     "AtomaError",
     "ComparedTokens",
     "CompletionOutput",
+    "Conversion",
     "EngineConfig",
     "EngineDeadError",
     "Logprob",
@@ -33,12 +36,16 @@ __all__ = [
     "SamplingParams",
     "Scorer",
     "UserError",
+    "convert_model",
+    "export_gguf",
     "plan_model",
 ]
 
 _HOMES = {
     "atoma_jax.config": ("EngineConfig",),
     "atoma_jax.engine.async_engine": ("AsyncLLM",),
+    "atoma_jax.engine.convert": ("Conversion", "convert_model"),
+    "atoma_jax.engine.export": ("export_gguf",),
     "atoma_jax.engine.llm": ("LLM",),
     "atoma_jax.engine.model_plan": ("ModelPlan", "plan_model"),
     "atoma_jax.engine.scorer": ("ModelPair", "Scorer"),

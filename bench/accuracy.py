@@ -22,11 +22,10 @@ from atoma_jax import EngineConfig, ModelPair, Scorer, UserError, plan_model
 from atoma_jax.benchmarks.machine import describe_machine
 from atoma_jax.evaluation import diverge, split_special
 from atoma_jax.loading.hub import resolve
-from bench.accuracy_report import plot, render
+from bench.accuracy_report import BASE, plot, render
 from bench.ggml_files import rewrite
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = "F32"  # the row that all others are compared with
 TAIL = 800  # characters of a failed program's messages
 Maker = Literal["quantize", "libgguf", "source", "base"]
 

@@ -12,6 +12,7 @@ _HEAD = (
     *("row", "file", "packed", "rows", "perplexity", "ln ratio to base", "KLD", "99 % KLD", "RMS Δp", "same top"),
     *("load", "prefill", "decode"),
 )
+BASE = "F32"  # the row that all others are compared with
 _PEER_HEAD = ("row", "ln ratio to base", "llama.cpp", "KLD", "llama.cpp", "same top", "llama.cpp")
 
 _INTRODUCTION = """
@@ -56,7 +57,7 @@ def render(results: Mapping[str, Any], order: Sequence[str], peers: Mapping[str,
     Args:
         results: of `bench/accuracy.py`.
         order: of the rows.
-        peers: llama.cpp's numbers by row: "ppl", "kld", "same_top".
+        peers: llama.cpp's numbers by row, "ppl", "kld" and "same_top", those of the base among them; or none.
     """
     rows: Mapping[str, Mapping[str, Any]] = results["rows"]
     tokens = max((row.get("tokens", 0) for row in rows.values()), default=0)
@@ -64,7 +65,7 @@ def render(results: Mapping[str, Any], order: Sequence[str], peers: Mapping[str,
     lines += _table(_HEAD, (_cells(name, rows[name]) for name in order))
     both = [name for name in order if name in peers and "perplexity" in rows[name]]
     if both:
-        base_ppl = peers[both[0]]["ppl"]
+        base_ppl = peers[BASE]["ppl"]
         lines += ["", _PEERS.strip(), ""]
         lines += _table(_PEER_HEAD, (_peer_cells(name, rows[name], peers[name], base_ppl) for name in both))
     for key, what in (("machine", "Accuracy"), ("speed_machine", "Times")):

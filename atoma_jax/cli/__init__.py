@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from atoma_jax import __version__
 from atoma_jax.cli.bench import bench
 from atoma_jax.cli.chat import chat
+from atoma_jax.cli.convert import convert
 from atoma_jax.cli.evaluate import evaluate
 from atoma_jax.cli.generate import generate
 from atoma_jax.cli.plan import plan
@@ -79,7 +80,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _command in (generate, chat, pull, plan, quantize):
+for _command in (generate, chat, pull, plan, convert, quantize):
     app.command()(_command)
 app.add_typer(bench)
 app.add_typer(evaluate)

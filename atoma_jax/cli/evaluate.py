@@ -188,7 +188,7 @@ def _as_text(result: Divergence) -> str:
     return "\n".join([*lines, f"{len(result.kld)} tokens in {result.num_windows} windows{nan}"])
 
 
-def _finite(value: float | None) -> float | None:
+def _finite(value: float | int | None) -> float | int | None:
     """JSON has no infinity: null stands for the score of a token that the model holds impossible."""
     return value if value is not None and math.isfinite(value) else None
 

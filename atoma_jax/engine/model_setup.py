@@ -17,6 +17,8 @@ from atoma_jax.errors import ConfigError
 from atoma_jax.loading.checkpoint import Checkpoint
 from atoma_jax.loading.model_files import ModelFiles
 from atoma_jax.loading.online import quantized_on_load
+from atoma_jax.loading.orbax_checkpoint import OrbaxModel
+from atoma_jax.loading.orbax_weights import Weight
 from atoma_jax.loading.weight_sources import WeightSource
 from atoma_jax.loading.weights import abstract_weights, load_weights
 from atoma_jax.model_spec import ModelSpec
@@ -35,13 +37,13 @@ class ModelSetup:
         backend: where and in which arithmetic it runs.
         checkpoint: where its weights come from, as they will be read.
         wanted: every weight, by path.
-        sources: where each is in the checkpoint.
+        sources: where each is in the checkpoint; of weights in the engine's own layout there are none.
         planned: what `load` puts on the device, without values.
     """
 
     spec: ModelSpec
     backend: Backend
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | OrbaxModel
     wanted: Mapping[str, ParamSpec]
     sources: Mapping[str, WeightSource]
     planned: Mapping[str, jax.ShapeDtypeStruct | QTensor | LayerVariants]
@@ -61,12 +63,14 @@ class ModelSetup:
 
     def load(self, *, threads: int, on_bytes: Callable[[int], None] = lambda _: None) -> Weights:
         """The model's state on the device. Arguments and errors as in `load_weights`."""
-        return nnx.state(
-            self._decoder(
-                load_weights(
-                    self.checkpoint, self.sources, self.wanted, self.backend, threads=threads, on_bytes=on_bytes
-                )
-            )
+        return nnx.state(self._decoder(self.load_values(threads=threads, on_bytes=on_bytes)))
+
+    def load_values(self, *, threads: int, on_bytes: Callable[[int], None]) -> dict[str, Weight]:
+        """The weights on the device by path. Arguments and errors as in `load_weights`."""
+        if isinstance(self.checkpoint, OrbaxModel):
+            return self.checkpoint.load(threads=threads, on_bytes=on_bytes)
+        return load_weights(
+            self.checkpoint, self.sources, self.wanted, self.backend, threads=threads, on_bytes=on_bytes
         )
 
     def _decoder(self, values: Mapping[str, Any]) -> Decoder:
@@ -75,7 +79,7 @@ class ModelSetup:
         return model
 
 
-def set_up_model(config: ModelConfig, files: ModelFiles) -> ModelSetup:
+def set_up_model(config: ModelConfig, files: ModelFiles | OrbaxModel) -> ModelSetup:
     """What `config` makes of an open model on this process's devices.
 
     Raises:
@@ -84,6 +88,12 @@ def set_up_model(config: ModelConfig, files: ModelFiles) -> ModelSetup:
         UnsupportedModelError: a tensor has no place in the model, or cannot be laid out.
     """
     backend, spec = _backend(config), files.spec
+    if isinstance(files, OrbaxModel):
+        backend = files.backend(config, backend)
+        wanted = specs_of(Decoder(spec, backend))
+        return ModelSetup(
+            spec=spec, backend=backend, checkpoint=files, wanted=wanted, sources={}, planned=files.abstract(wanted)
+        )
     if config.quantization == "w8a8":
         spec = replace(spec, int8_activations=True)
     wanted = specs_of(Decoder(spec, backend))

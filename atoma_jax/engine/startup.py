@@ -30,9 +30,10 @@ from atoma_jax.engine.scheduler import Scheduler
 from atoma_jax.engine.step import StepSizes
 from atoma_jax.errors import ConfigError, UnsupportedModelError
 from atoma_jax.loading.generation_defaults import GenerationDefaults
-from atoma_jax.loading.gguf import GGUFFile
+from atoma_jax.loading.hf_checkpoint import HFCheckpoint
 from atoma_jax.loading.hub import resolve
 from atoma_jax.loading.model_files import ModelFiles, open_model
+from atoma_jax.loading.orbax_checkpoint import OrbaxModel
 from atoma_jax.model_spec import KVDtype, ModelSpec
 from atoma_jax.sampling_params import SamplingParams
 from atoma_jax.tokenizer import Tokenizer, load_folder_tokenizer, load_gguf_tokenizer
@@ -107,7 +108,7 @@ def start_engine(
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error nothing more compiles
             tokenizer = tokenizer_of(files)
             default_params = _default_params(files.generation_defaults)
-        with phases.phase("weights"):
+        with phases.phase("restore" if found.kind == "orbax" else "weights"):
             weights = setup.load(threads=plan.threads)
             jax.block_until_ready(weights)
         with phases.phase("compile"):
@@ -228,17 +229,18 @@ def _scheduler_limits(config: EngineConfig, plan: _Plan, limits: EngineLimits) -
     )
 
 
-def tokenizer_of(files: ModelFiles) -> Tokenizer:
+def tokenizer_of(files: ModelFiles | OrbaxModel) -> Tokenizer:
     """The tokenizer of an open model.
 
     Raises:
         WeightFileError: it is damaged.
         UnsupportedModelError: it is of a kind that is not implemented, or does not fit the model.
     """
-    checkpoint = files.checkpoint
-    if not isinstance(checkpoint, GGUFFile):
+    checkpoint = files if isinstance(files, OrbaxModel) else files.checkpoint
+    metadata = None if isinstance(checkpoint, HFCheckpoint) else checkpoint.metadata
+    if metadata is None:
         return load_folder_tokenizer(checkpoint.path, rows=files.spec.vocab_size)
-    tokenizer = load_gguf_tokenizer(checkpoint.metadata, source=str(checkpoint.path))
+    tokenizer = load_gguf_tokenizer(metadata, source=str(checkpoint.path))
     _check_vocabulary(tokenizer.vocab_size, files.spec, checkpoint.path)
     return tokenizer
 

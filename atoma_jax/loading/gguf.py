@@ -112,6 +112,15 @@ class GGUFFile:
         self.close()
 
 
+def first_shard(file: GGUFFile) -> Path:
+    """The file that holds the model's metadata."""
+    count = file.metadata.get_int("split.count", 1)
+    name = _SHARD_NAME.fullmatch(file.path.name)
+    if count <= 1 or name is None:
+        return file.path
+    return file.path.with_name(f"{name['prefix']}-00001-of-{count:05}.gguf")
+
+
 @dataclass(frozen=True, slots=True)
 class _Shard:
     """One file."""

@@ -26,14 +26,14 @@ _IN_LAYERS = {  # behind "blk.0."
     "shared_gate": "ffn_gate_inp_shexp.weight",
 }
 # Frequencies of rotary positions, which `gguf_spec.py` reads.
-_SPARE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+SPARE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _INTERLEAVED = ("llama",)  # architectures whose files interleave the two halves of each query and key head
 
 
 def gguf_sources(checkpoint: Checkpoint, spec: ModelSpec, wanted: Mapping[str, ParamSpec]) -> dict[str, WeightSource]:
     """For every weight that the model wants, by path, where it is in the file. Raises what `check_sources` raises."""
     sources = {path: _source(path, checkpoint, spec, want) for path, want in wanted.items()}
-    check_sources(checkpoint, spec, sources, _SPARE)
+    check_sources(checkpoint, spec, sources, SPARE)
     return sources
 
 

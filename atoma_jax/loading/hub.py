@@ -33,8 +33,8 @@ class ResolvedModel:
     """A model that is on this machine."""
 
     name: str  # as the user called it
-    path: Path  # a .gguf file (the first part of a split one), or a folder in HF layout
-    kind: Literal["gguf", "folder"]
+    path: Path  # a .gguf file (the first part of a split one), or a folder in HF layout or of `atoma-jax convert`
+    kind: Literal["gguf", "folder", "orbax"]
 
 
 def resolve(
@@ -49,8 +49,8 @@ def resolve(
     """Finds a model, fetching it where need be.
 
     Args:
-        model: a .gguf file; a folder with one, or in HF layout; a name of configs/models; a hub id `org/name`,
-            `org/name:file.gguf` or `org/name/file.gguf`.
+        model: a .gguf file; a folder with one, in HF layout, or of `atoma-jax convert`; a name of configs/models; a hub
+            id `org/name`, `org/name:file.gguf` or `org/name/file.gguf`.
         revision: branch, tag or commit, for hub ids alone.
         cache_dir: where fetched models are kept; None for the user's cache folder (XDG), and for hub ids the hub's own.
         download: False uses only what is on this machine.
@@ -119,7 +119,7 @@ def _as_file(model: str, path: Path) -> ResolvedModel:
 
 
 def _in_folder(model: str, folder: Path) -> ResolvedModel:
-    """The one model of a folder: in HF layout, or its only GGUF file."""
+    """The one model of a folder: in HF layout, as `atoma-jax convert` writes it, or its only GGUF file."""
     _refuse_world_writable(folder, sticky_is_safe=False)
     try:
         files = sorted(path for path in folder.iterdir() if path.suffix in _MODEL_SUFFIXES)
@@ -130,10 +130,16 @@ def _in_folder(model: str, folder: Path) -> ResolvedModel:
     names = [path.name for path in files]
     if "config.json" in names and any(name.endswith(".safetensors") for name in names):
         return ResolvedModel(name=model, path=folder, kind="folder")
+    if "model.json" in names and (folder / "weights").is_dir():
+        _refuse_escape(folder / "weights", folder)
+        return ResolvedModel(name=model, path=folder, kind="orbax")
     ggufs = first_of_split([name for name in names if name.endswith(".gguf")])
     if len(ggufs) == 1:
         return ResolvedModel(name=model, path=folder / ggufs[0], kind="gguf")
-    looked = "config.json with *.safetensors, or exactly one *.gguf (or one split as *-00001-of-*.gguf)"
+    looked = (
+        "config.json with *.safetensors, model.json with weights/ (of `atoma-jax convert`), or exactly one *.gguf "
+        "(or one split as *-00001-of-*.gguf)"
+    )
     if ggufs:
         raise ModelNotFoundError(
             "model",

@@ -13,6 +13,7 @@ from atoma_jax.loading.hf_names import hf_sources
 from atoma_jax.loading.hf_spec import read_hf_spec
 from atoma_jax.loading.hub import ResolvedModel
 from atoma_jax.loading.json_file import Section
+from atoma_jax.loading.orbax_checkpoint import OrbaxModel
 from atoma_jax.loading.weight_sources import WeightSource
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.params import ParamSpec
@@ -38,16 +39,19 @@ class ModelFiles:
 
 
 @contextmanager
-def open_model(found: ResolvedModel, *, max_model_len: int | None = None) -> Generator[ModelFiles]:
+def open_model(found: ResolvedModel, *, max_model_len: int | None = None) -> Generator[ModelFiles | OrbaxModel]:
     """Opens what `hub.resolve` found; closed again at the end.
 
     Args:
-        found: a GGUF file, or a folder in HF layout.
+        found: a GGUF file, or a folder in HF layout or of `atoma-jax convert`.
         max_model_len: tokens that will be served, where that decides how positions are rotated.
 
     Raises:
         UserError: the files are damaged or hold a model that is not implemented; see the subclasses.
     """
+    if found.kind == "orbax":
+        yield OrbaxModel.open(found.path)
+        return
     if found.kind == "gguf":
         with GGUFFile.open(found.path) as file:
             spec = read_spec(file, max_model_len=max_model_len)

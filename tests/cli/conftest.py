@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from atoma_jax.cli import app
-from tests.cli.fake_engine import FakeLLM
+from tests.cli.fake_engine import FakeLLM, FakePair
 from tests.tiny_model import write_tiny_llama
 
 
@@ -33,3 +33,11 @@ def fake_llm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
     monkeypatch.setattr("atoma_jax.LLM", FakeLLM)
     monkeypatch.setattr(FakeLLM, "built", [])
     return FakeLLM
+
+
+@pytest.fixture
+def fake_pair(monkeypatch: pytest.MonkeyPatch) -> type[FakePair]:
+    """Puts the fake in place of two models; `fake_pair.built` lists the pairs of this test."""
+    monkeypatch.setattr("atoma_jax.ModelPair", FakePair)
+    monkeypatch.setattr(FakePair, "built", [])
+    return FakePair

@@ -5,18 +5,21 @@ fetched. A prompt of 200 tokens or more is too long. A token of a prompt is a ch
 """
 
 import dataclasses
+import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
+
+import numpy as np
 
 import atoma_jax
 from atoma_jax import EngineConfig, RequestOutputKind, SamplingParams
 from atoma_jax.cli import main
 from atoma_jax.errors import DownloadError, EngineDeadError
-from atoma_jax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from atoma_jax.outputs import ComparedTokens, CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from atoma_jax.sampling_params import validate_prompt
 
 MAX_MODEL_LEN = 200
@@ -133,6 +136,53 @@ class FakeLLM:
 
     def shutdown(self) -> None:
         self.is_shut_down = True
+
+
+class OtherTokenizer(FakeTokenizer):
+    """Reads every text otherwise."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [token + 1 for token in super().encode(text, add_special_tokens=add_special_tokens)]
+
+
+class FakePair:
+    """`ModelPair`'s public face. The model "other" has a tokenizer of its own, "nan" scores a token with NaN."""
+
+    built: ClassVar[list["FakePair"]] = []
+    max_model_len = MAX_MODEL_LEN
+
+    def __init__(self, base: EngineConfig, model: EngineConfig):
+        self.configs = base, model
+        self.base, self.model = (
+            SimpleNamespace(
+                model=config.model.model,
+                tokenizer=OtherTokenizer() if config.model.model == "other" else FakeTokenizer(),
+            )
+            for config in self.configs
+        )
+        self.asked: list[tuple[list[int], int]] = []
+        FakePair.built.append(self)
+
+    @classmethod
+    def load(
+        cls, base: EngineConfig, model: EngineConfig, *, on_loaded: Callable[[str], object], progress: bool = True
+    ) -> "FakePair":
+        pair = cls(base, model)
+        on_loaded("base")
+        on_loaded("model")
+        return pair
+
+    def get_tokenizer(self) -> FakeTokenizer:
+        return self.base.tokenizer
+
+    def compare(self, token_ids: Sequence[int], *, first: int, context: int) -> Iterator[ComparedTokens]:
+        self.asked.append((list(token_ids), first))
+        ids = np.array(token_ids[first:])
+        base_nll = (ids % 10 / np.float32(4)).astype(np.float32)
+        nll = base_nll + np.float32(0.5)
+        if self.model.model == "nan":
+            nll[0] = math.nan
+        yield ComparedTokens(base_nll=base_nll, nll=nll, kld=nll / 8, same_top=ids % 2 == 0)
 
 
 def render(messages: Sequence[Mapping[str, Any]]) -> str:

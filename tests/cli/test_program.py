@@ -22,7 +22,7 @@ def test_version(run: Run) -> None:
     assert (result.exit_code, result.stdout) == (0, f"atoma-jax {atoma_jax.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "pull", "quantize", "bench", "eval"])
+@pytest.mark.parametrize("command", ["generate", "chat", "pull", "convert", "quantize", "bench", "eval"])
 def test_help_names_every_command(run: Run, command: str) -> None:
     assert f"\n  {command} " in run("--help").stdout
     assert run(command, "--help").exit_code == 0

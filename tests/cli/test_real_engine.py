@@ -80,6 +80,20 @@ def test_scores_do_not_depend_on_how_a_text_is_cut(run: Run, engine: list[str], 
     assert cut[:15] == pytest.approx(whole[:15], abs=1e-4)  # the first window sees all that the whole does
 
 
+def test_divergence_finds_the_perplexity_that_the_engine_finds(run: Run, engine: list[str], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("in the hat a cat sat on the mat and ate")
+    flags = ("--text", str(text), "--context", "16", "--stride", "8", "--json")
+    alone = json.loads(run("eval", "perplexity", *engine, *flags).stdout)
+    result = run("eval", "kld", *engine, "--base", engine[1], *flags)
+    assert result.exit_code == 0, result.stderr
+    value = json.loads(result.stdout)
+    assert value["mean_nll"] == value["base_mean_nll"] == pytest.approx(alone["mean_nll"], abs=1e-4)
+    assert value["mean_nll_se"] == pytest.approx(alone["standard_error"], abs=1e-4)
+    assert (value["mean_kld"], value["same_top"]) == (0, 1)
+    assert all(value[name] == alone[name] for name in ("tokens", "context", "stride", "windows"))
+
+
 def test_bench_throughput_runs_more_sequences_than_fit_at_once(run: Run, engine: list[str]) -> None:
     sizes = ("--num-seqs", "3", "--prompt-tokens", "20", "--output-tokens", "6", "--repeats", "1")
     result = run("bench", "throughput", *engine, *sizes, "--json")

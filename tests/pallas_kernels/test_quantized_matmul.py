@@ -104,3 +104,49 @@ def test_bfloat16_operands_are_rounded_and_sums_are_not():
     want = x.astype(BF16).astype(np.float64) @ rounded.T
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+def test_numbers_of_a_table_and_integer_scales():
+    """W4 codebook: codes index a table; scales are int8 times a float of their supergroup."""
+    N, K, g, supergroup = 16, 512, 32, 256
+    rng = np.random.default_rng(7)
+    table = tuple(int(value) for value in rng.integers(-127, 128, 16))
+    codes = rng.integers(0, 16, (N, K)).astype(np.uint8)
+    scales = rng.integers(-32, 32, (K // g, N)).astype(np.int8)
+    supers = rng.uniform(1e-3, 1e-2, (K // supergroup, N)).astype(np.float32)
+    flat = np.asarray(kernel.flat_factors(jnp.asarray(scales), jnp.asarray(supers)))
+    np.testing.assert_array_equal(flat, scales.astype(np.float32) * np.repeat(supers, supergroup // g, axis=0))
+    exact = np.asarray(table, np.float64)[codes] * np.repeat(flat.T.astype(np.float64), g, axis=1)
+    x = rng.standard_normal((6, K)).astype(np.float32)
+    run = jax.jit(partial(kernel.matmul_planar, bits=4, plane=32, zero=0, table=table, operands=F32))
+    got = run(x, kernel.pack_planar(codes, 4, 32), flat, None)
+    np.testing.assert_allclose(got, x @ exact.T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("mins", [False, True])
+def test_integer_products_are_exact_sums(groups, mins):
+    N, K = 24, 512
+    codes, scales, offsets, exact = weight(N, K, K // groups, mins=mins, low=-128, high=128)
+    x = np.random.default_rng(8).standard_normal((5, K)).astype(np.float32)
+    tokens, factor = (np.asarray(part) for part in kernel.quantize_tokens(jnp.asarray(x)))
+    largest = np.abs(x).max(axis=1, keepdims=True)
+    np.testing.assert_array_equal(tokens, np.clip(np.rint(x * (np.float32(127) / largest)), -128, 127))
+    got = jax.jit(kernel.matmul_int8)(x, codes, scales, offsets)
+    want = (tokens.astype(np.float64) @ exact.T) * factor
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
+
+
+def test_a_token_that_holds_nan_or_infinity_shows_it_in_its_own_row_alone():
+    codes, scales, offsets, _ = weight(8, 256, 256, mins=False)
+    x = np.random.default_rng(9).standard_normal((4, 256)).astype(np.float32)
+    x[1, 3], x[2, 7] = np.nan, np.inf
+    got = np.asarray(kernel.matmul_int8(jnp.asarray(x), jnp.asarray(codes), jnp.asarray(scales), offsets))
+    assert np.isnan(got[[1, 2]]).all()
+    assert np.isfinite(got[[0, 3]]).all()
+
+
+def test_a_token_of_zeros_gives_zeros():
+    codes, scales, offsets, _ = weight(8, 256, 256, mins=False)
+    got = kernel.matmul_int8(jnp.zeros((1, 256)), jnp.asarray(codes), jnp.asarray(scales), offsets)
+    np.testing.assert_array_equal(got, np.zeros((1, 8)))

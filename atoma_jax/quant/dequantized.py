@@ -1,0 +1,50 @@
+"""Exact float32 values of a `QTensor`'s numbers on the host, by numpy: what an export writes.
+
+Owns the reverse of both layouts. Products with a `QTensor` on a device are `ops.py`'s.
+"""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from atoma_jax.quant.qtensor import QTensor
+
+_Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+_Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@np.errstate(invalid="ignore", over="ignore")  # as in `GroupCodes.values`, whose order of roundings this has
+def dequantized(weight: QTensor) -> _Floats:
+    """The values `[N, K]` of a weight without leading axes, whose children are numpy's; inputs in their own order."""
+    N, K = weight.shape
+    codes, scales = np.asarray(weight.codes), _flat(weight.scales, weight.scale_supers)
+    mins = None if weight.mins is None else _flat(weight.mins, weight.min_supers)
+    if weight.layout == "planar":
+        codes, scales = _unpacked(codes, weight.bits, weight.plane), scales.T
+        mins = None if mins is None else mins.T
+    numbers = codes.astype(np.float32) if weight.table is None else np.asarray(weight.table, np.float32)[codes]
+    values = (numbers - np.float32(weight.zero)).reshape(N, K // weight.group, weight.group)
+    values *= scales[..., None]
+    if mins is not None:
+        values -= mins[..., None]
+    values = values.reshape(N, K)
+    if weight.permutation is None:
+        return values
+    ordered = np.empty_like(values)
+    ordered[:, np.asarray(weight.permutation)] = values
+    return ordered
+
+
+def _flat(factors: Any, supers: Any) -> _Floats:
+    """Scales or mins as float32; integers times the float of their supergroup, groups on the first axis then."""
+    values = np.asarray(factors).astype(np.float32)
+    if supers is None:
+        return values
+    return values * np.repeat(np.asarray(supers), values.shape[0] // supers.shape[0], axis=0)
+
+
+def _unpacked(words: _Array, bits: int, plane: int) -> _Array:
+    """Codes `[N, K]` from `pack_planar`'s words."""
+    fields = np.arange(0, 16, bits, dtype=np.uint16)[:, None]
+    codes = words.reshape(len(words), -1, 1, plane) >> fields & np.uint16(2**bits - 1)
+    return codes.reshape(len(words), -1)
