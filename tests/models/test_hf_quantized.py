@@ -149,9 +149,7 @@ def wide_llama() -> Any:
     return llama(num_key_value_heads=2, intermediate_size=128)
 
 
-@pytest.mark.parametrize(
-    ("how", "layout"), [(how, "rows") for how in FORMATS] + [("GPTQ", "planar")]
-)
+@pytest.mark.parametrize(("how", "layout"), [(how, "rows") for how in FORMATS] + [("GPTQ", "planar")])
 def test_the_logits_are_those_of_the_exact_weights(how, layout, tmp_path, paged, work):
     model, ids = randomized(wide_llama), sequences()
     before = reference(model, ids)
