@@ -161,6 +161,7 @@ def grouped_feed_forward(
     backend: Backend,
     *,
     layer: Int32[Array, ""],
+    int8_activations: bool,
 ) -> Float32[Array, "T D"]:
     """The weighted sum of each token's experts: down(activate(gate_up · x)). Only experts that are chosen are read.
 
@@ -173,6 +174,7 @@ def grouped_feed_forward(
         activate: `[rows, 2F]` to `[rows, F]`.
         backend: where it runs.
         layer: which layer's weights.
+        int8_activations: as in `linear`.
     """
     E = jax.tree.leaves(gate_up)[0].shape[1]
     blocks = grouped_kernels.expert_blocks(experts, E)
@@ -180,9 +182,11 @@ def grouped_feed_forward(
     def grouped(rows: Float[Array, "padded K"], weight: QTensor | LayerVariants | Array) -> Float32[Array, "padded N"]:
         def product(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "padded N"]:
             N = stack.shape[0] if isinstance(stack, QTensor) else stack.shape[2]
-            return grouped_kernels.grouped_product(
-                rows, blocks, lambda block, expert: linear(block, _picked(stack, place, expert), backend), N
-            )
+
+            def of_expert(block: Float[Array, "M K"], expert: Int32[Array, ""]) -> Float32[Array, "M N"]:
+                return linear(block, _picked(stack, place, expert), backend, int8_activations=int8_activations)
+
+            return grouped_kernels.grouped_product(rows, blocks, of_expert, N)
 
         return _in_variant(weight, layer, product) if isinstance(weight, LayerVariants) else product(weight, layer)
 

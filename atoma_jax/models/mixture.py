@@ -40,6 +40,7 @@ class MixtureLayer(LlamaLayer):
             partial(gated, activation=self.spec.activation),
             self.backend,
             layer=layer,
+            int8_activations=self.spec.int8_activations,
         )
         if self.spec.experts.shared_ffn_dim:
             gate = jax.nn.sigmoid(jnp.sum(x * self.shared_gate[...], axis=-1, keepdims=True))
