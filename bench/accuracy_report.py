@@ -24,7 +24,8 @@ errors and quantiles, are in [accuracy.json](accuracy.json).
 ![KL divergence over bits a weight](accuracy.png)
 
 Model: `{model}`, decoded to F32: that is the base, the row F32. It is no original: its weights come out of a file in
-Q4_1, so a type that can hold Q4_1's numbers looks better here than on weights as they were trained. Text:
+Q4_1, so a type that can hold Q4_1's numbers looks better here than on weights as they were trained; Q4_1 and load:int4
+hold them exactly, and their zeros say nothing about other models. Ternary types are for models trained so. Text:
 `{text}`, {tokens} tokens scored, each given all before it. Products are computed in {dtype}, so that the types alone
 show. The model has 135 million parameters, 21 % of them in the embedding, and suffers more than large ones.
 
@@ -40,7 +41,8 @@ show. The model has 135 million parameters, 21 % of them in the embedding, and s
   embedding stays dense); `KV:` rows are the base with another type of KV cache (`--kv-cache-dtype`).
 - Names such as Q4_K_M are llama.cpp's mixtures. Rows of this model have 576 and 1,536 inputs; types with blocks of 256
   do not fit the former, where llama.cpp and `atoma-jax quantize` fall back to Q4_0, Q5_0, Q5_1, Q8_0 or IQ4_NL: of such
-  types only the down projections are what the name says. IQ types are made without a real importance matrix.
+  types only the down projections are what the name says. IQ types but IQ4_NL, NVFP4 and Q1_0 are written with libgguf's
+  blocks, the embedding in Q8_0, and without a real importance matrix, which the smallest of them need.
 """
 
 _PEERS = """
@@ -155,7 +157,8 @@ def plot(results: Mapping[str, Any], order: Sequence[str], path: Path) -> None:
             axes.plot(x, y, "s" if name.startswith("load:") else "o", color="C1" if ":" in name else "C0")
             axes.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
         axes.set(yscale="log", xscale="log", xlabel=f"bits a parameter {title}")
-        axes.set_xticks([3, 4, 5, 6, 8, 12, 16, 32], labels=["3", "4", "5", "6", "8", "12", "16", "32"])
+        axes.set_xticks([5, 6, 8, 12, 16, 32], labels=["5", "6", "8", "12", "16", "32"])
+        axes.set_xlim(4.4, 45)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     left.set_ylabel("mean KL divergence from the base, nats")
