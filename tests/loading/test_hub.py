@@ -586,9 +586,9 @@ def test_demo_model_comes_from_its_wheel(smollm2_path: Path) -> None:
 def test_a_folder_of_convert_is_one_model_beside_its_metadata(tmp_path: Path) -> None:
     for name in ("model.json", "metadata.gguf"):
         (tmp_path / name).write_bytes(b"")
-    assert resolve(str(tmp_path)).kind == "gguf"  # without weights: something else that is called model.json
+    assert hub.resolve(str(tmp_path)).kind == "gguf"  # without weights: something else that is called model.json
     (tmp_path / "weights").mkdir()
-    found = resolve(str(tmp_path))
+    found = hub.resolve(str(tmp_path))
     assert (found.kind, found.path) == ("orbax", tmp_path)
 
 
@@ -598,4 +598,4 @@ def test_weights_of_a_folder_of_convert_may_not_lie_elsewhere(tmp_path: Path) ->
     (tmp_path / "model" / "model.json").write_bytes(b"")
     (tmp_path / "model" / "weights").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="leads out of"):
-        resolve(str(tmp_path / "model"))
+        hub.resolve(str(tmp_path / "model"))
