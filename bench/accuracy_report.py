@@ -31,7 +31,8 @@ show. The model has 135 million parameters, 21 % of them in the embedding, and s
 
 - file, packed, rows: bits a parameter, norms and embedding included: in the file, on the device in the packed layout
   (the default on GPUs) and in the layout for CPUs (a byte a code), both as on a CPU, where dense weights take 32 bits;
-  on a GPU they take 16. Layers share a form, so a file that mixes types takes that of its widest.
+  on a GPU they take 16. Packed, layers of different types are stacked apart, but
+  projections that are fused (q, k, v; gate, up) share the widest of their types.
 - perplexity, with standard error; its logarithm less the base's, with the standard error of the paired difference.
 - KLD: mean KL divergence D(base‖row) of the next token's distribution in nats, and its 99 % quantile. RMS Δp: of the
   probability of the text's own token. same top: how often both hold the same token for the likeliest. Definitions and

@@ -12,11 +12,11 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 
-from atoma_jax import __version__
 from atoma_jax.config import ModelConfig
 from atoma_jax.engine.host import usable_cores
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
@@ -173,7 +173,7 @@ def _manifest(config: ModelConfig, found: ResolvedModel, setup: ModelSetup, weig
     sums = orbax_weights.checksums(weights, names, threads)
     is_gguf = found.kind == "gguf"
     return Manifest(
-        engine=__version__,
+        engine=_version(),
         source=config.model,
         source_kind="gguf" if is_gguf else "folder",
         source_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
@@ -189,6 +189,13 @@ def _manifest(config: ModelConfig, found: ResolvedModel, setup: ModelSetup, weig
         tensors={name: tensor.shape for name, tensor in checkpoint.tensors.items()} if is_gguf else {},
         files={name: StoredFile(nbytes=(weights / name).stat().st_size, crc32=sums[name]) for name in names},
     )
+
+
+def _version() -> str:
+    try:
+        return version("atoma-jax")
+    except PackageNotFoundError:  # run from its sources
+        return "unknown"
 
 
 def _rope_tokens(config: ModelConfig, found: ResolvedModel, setup: ModelSetup) -> int | None:

@@ -137,7 +137,7 @@ def _in_folder(model: str, folder: Path) -> ResolvedModel:
     if len(ggufs) == 1:
         return ResolvedModel(name=model, path=folder / ggufs[0], kind="gguf")
     looked = (
-        "config.json with *.safetensors, model.json with weights/ (of `atoma-jax convert`), or exactly one *.gguf "
+        "model.json with weights/ (of `atoma-jax convert`), config.json with *.safetensors, or exactly one *.gguf "
         "(or one split as *-00001-of-*.gguf)"
     )
     if ggufs:
