@@ -32,7 +32,7 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # Of dense weights while they load. w8a8: int8 with one scale a row, products with int8 activations.
     quantization: Literal["int8", "int4", "fp8", "ternary", "w8a8"] | None = None
-    # Of quantized weights on the device. rows: a byte a code; planar: packed to the bits of the format. auto: rows on a
+    # Of quantized weights on the device. rows: a byte a code; planar: packed codes of 2, 4 or 8 bits. auto: rows on a
     # CPU, where XLA multiplies them faster, planar elsewhere.
     weight_layout: Literal["auto", "rows", "planar"] = "auto"
     max_model_len: int | None = None  # tokens of prompt and output together; None: what the model was trained for

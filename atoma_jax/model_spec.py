@@ -20,7 +20,7 @@ class RopeSpec:
 
     frequencies: tuple[float, ...]  # radians a position
     local_frequencies: tuple[float, ...] | None = None  # of layers with a window; None: as the others
-    magnitude: float = 1.0  # factor of cosines and sines, on layers without a window
+    magnitude: float = 1.0  # factor of cosines and sines; not of the layers that have frequencies of their own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

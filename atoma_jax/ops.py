@@ -27,6 +27,7 @@ __all__ = [
     "AttentionBatch",
     "Backend",
     "KVPages",
+    "Platform",
     "QueryBlocks",
     "attend",
     "embed",
@@ -40,12 +41,14 @@ __all__ = [
 # Integer products go group by group: with smaller groups, rounding the activations and multiplying floats is quicker.
 _INTEGER_GROUP = 128
 
+Platform = Literal["cpu", "cuda"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
     """Where and in which arithmetic a model runs. Part of every program's key."""
 
-    platform: Literal["cpu", "cuda"]
+    platform: Platform
     operands: Literal["float32", "bfloat16"]  # of products with quantized weights; sums are float32
     weight_layout: Layout  # of quantized weights
 
@@ -81,8 +84,7 @@ def linear(
         weight: of one layer, or variants of all layers.
         backend: where it runs.
         layer: whose of the variants; None where there are none.
-        int8_activations: each token of `x` is rounded to int8 first, because the model was trained so; products with
-            integer weights are then exact integer sums.
+        int8_activations: each token of `x` is rounded to int8 first, because the model was trained so.
     """
     if isinstance(weight, LayerVariants):
         assert layer is not None, "variants are of several layers"
@@ -91,11 +93,20 @@ def linear(
             return linear(x, _picked(stack, place), backend, int8_activations=int8_activations)
 
         return _in_variant(weight, layer, product)
-    if isinstance(weight, QTensor):
-        return _quantized_linear(x, weight, backend, int8_activations=int8_activations)
     if int8_activations:
-        x = _rounded(x)
+        return _integer_linear(x, weight, backend)
+    if isinstance(weight, QTensor):
+        return _quantized_linear(x, weight, backend)
     return matmul_kernels.dot(x.astype(weight.dtype), weight)
+
+
+def _integer_linear(x: Float[Array, "T K"], weight: QTensor | Array, backend: Backend) -> Float32[Array, "T N"]:
+    """`linear` of tokens as int8. Their codes are exact in bfloat16 too, so that the factor of a token comes last."""
+    exact = isinstance(weight, QTensor) and weight.layout == "rows" and weight.codes.dtype == jnp.int8
+    if isinstance(weight, QTensor) and exact and weight.group >= _INTEGER_GROUP and weight.permutation is None:
+        return matmul_kernels.matmul_int8(x, weight.codes, weight.scales, weight.mins)
+    codes, factor = matmul_kernels.quantize_tokens(x)
+    return linear(codes.astype(jnp.float32), weight, backend) * factor
 
 
 def _in_variant(
@@ -117,21 +128,12 @@ def _picked(weight: QTensor | Array, *index: Int32[Array, ""]) -> QTensor | Arra
     return jax.tree.map(pick, weight)
 
 
-def _quantized_linear(
-    x: Float[Array, "T K"], weight: QTensor, backend: Backend, *, int8_activations: bool
-) -> Float32[Array, "T N"]:
+def _quantized_linear(x: Float[Array, "T K"], weight: QTensor, backend: Backend) -> Float32[Array, "T N"]:
     if weight.permutation is not None:
         x = x[:, weight.permutation]
     operands = jnp.dtype(backend.operands)
     if weight.layout == "rows":
-        integers = weight.codes.dtype == jnp.int8
-        if int8_activations and integers and weight.group >= _INTEGER_GROUP:
-            return matmul_kernels.matmul_int8(x, weight.codes, weight.scales, weight.mins)
-        if int8_activations:
-            x = _rounded(x)
         return matmul_kernels.matmul_rows(x, weight.codes, weight.scales, weight.mins, operands=operands)
-    if int8_activations:
-        x = _rounded(x)
     return matmul_kernels.matmul_planar(
         x,
         weight.codes,
@@ -143,12 +145,6 @@ def _quantized_linear(
         table=weight.table,
         operands=operands,
     )
-
-
-def _rounded(x: Float[Array, "T K"]) -> Float32[Array, "T K"]:
-    """Each token rounded to int8 and widened again."""
-    codes, factor = matmul_kernels.quantize_tokens(x)
-    return codes.astype(jnp.float32) * factor
 
 
 def grouped_feed_forward(

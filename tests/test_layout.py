@@ -24,7 +24,7 @@ PARSERS = tuple(
         *("safetensors", "json_file", "name_patterns"),
         *("hf_checkpoint", "hf_tensors", "hf_gptq", "hf_compressed", "hf_fp8", "hf_bitnet"),
         *("hub", "catalog", "sources", "snapshots"),
-        *("gguf_writer", "mixtures", "requantize"),
+        *("gguf_writer", "mixtures", "requantize", "threads"),
     )
 )
 HOST_QUANT = ("groups", "ggml", "ggml_types", "ggml_blocks", "packed", "quantizers")  # of quant, what works with numpy

@@ -37,8 +37,11 @@ def convert(
     """Write a model as the engine holds it, so that it starts without decoding; or such a model as GGUF again."""
     if to not in _TARGETS:
         raise ConfigError("to", to, f"must be one of {', '.join(_TARGETS)}")
-    if to == "gguf" and quantization is not None:
-        raise ConfigError("quantization", quantization, "has no effect with --to gguf: see `atoma-jax quantize`")
+    for name, value in (("quantization", quantization), ("dtype", dtype), ("weight_layout", weight_layout)):
+        if to == "gguf" and value is not None:
+            raise ConfigError(
+                name, value, "has no effect with --to gguf, whose values are float32: see `atoma-jax quantize`"
+            )
     given = {
         "model": model,
         "dtype": dtype,

@@ -1,7 +1,7 @@
 """`atoma-jax plan`: what a model takes and what fits beside it; the arithmetic is `engine/model_plan.py`'s."""
 
 import re
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -10,6 +10,9 @@ from rich.table import Table
 from atoma_jax.cli.common import print_json
 from atoma_jax.config import EngineConfig
 from atoma_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from atoma_jax import ModelPlan
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -20,7 +23,9 @@ def plan(
         str | None, typer.Option(help="What the engine may use in all: 80GB, 24GiB, or bytes. Default: no limit.")
     ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of the sequences that are counted.")] = None,
+    platform: Annotated[str | None, typer.Option(help="cpu or cuda; default: of this machine.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for hub ids.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of matrix products: auto, float32 or bfloat16.")] = None,
     quantization: Annotated[
         str | None, typer.Option(help="Of dense weights while they load: int8, int4, fp8, ternary or w8a8.")
     ] = None,
@@ -29,12 +34,15 @@ def plan(
     block_size: Annotated[int | None, typer.Option(help="Tokens of a KV page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
 ) -> None:
-    """What a model takes on a device, and which contexts fit. Reads headers, no weights."""
+    """What a model takes on a device, and which contexts fit, from headers. A model that is not here is fetched."""
+    if platform not in (None, "cpu", "cuda"):
+        raise UserError("platform", platform, "must be cpu or cuda")
     limit = None if memory is None else parse_bytes("memory", memory)
     options = {
         "model": model,
         "max_model_len": max_model_len,
         "revision": revision,
+        "dtype": dtype,
         "quantization": quantization,
         "weight_layout": weight_layout,
         "kv_cache_dtype": kv_cache_dtype,
@@ -43,8 +51,15 @@ def plan(
     config = EngineConfig.from_options({name: value for name, value in options.items() if value is not None})
     from atoma_jax import plan_model  # imports JAX
 
-    found = plan_model(config, memory=limit)
-    values: dict[str, Any] = {
+    found = plan_model(config, memory=limit, platform=platform)
+    if as_json:
+        print_json(_as_json(model, found))
+    else:
+        _show(model, found)
+
+
+def _as_json(model: str, found: "ModelPlan") -> dict[str, Any]:
+    return {
         "model": model,
         "architecture": found.architecture,
         "parameters": found.parameters,
@@ -53,6 +68,7 @@ def plan(
             name: {"tensors": kind.tensors, "parameters": kind.parameters, "file_bytes": kind.file_bytes}
             for name, kind in found.types.items()
         },
+        "platform": found.platform,
         "weight_layout": found.layout,
         "weight_bytes": found.weight_bytes,
         "weights": dict(found.weights),
@@ -66,9 +82,9 @@ def plan(
         "longest_context": found.longest_context,
         "max_sequences": found.max_sequences,
     }
-    if as_json:
-        print_json(values)
-        return
+
+
+def _show(model: str, found: "ModelPlan") -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{model}: {found.architecture}, {found.parameters / 1e6:,.1f} M parameters")
     table = Table("type", "tensors", "parameters", "file", "bits each", box=None, header_style="bold")
@@ -78,14 +94,16 @@ def plan(
         table.add_row(name, f"{kind.tensors:,}", f"{kind.parameters:,}", size(kind.file_bytes), f"{kind.bits:.2f}")
     console.print(table)
     bits = 8 * found.weight_bytes / found.parameters
-    console.print(f"on the device   {size(found.weight_bytes)} of weights ({found.layout}, {bits:.2f} bits each)")
+    console.print(
+        f"on {found.platform:<13}{size(found.weight_bytes)} of weights ({found.layout}, {bits:.2f} bits each)"
+    )
     console.print(f"a token         {size(found.kv_bytes_per_token)} of KV cache in {found.kv_dtype}")
     if found.kv_bytes is None:
         console.print("--memory 80GB shows what fits.")
     elif found.kv_bytes < 0:
         console.print(f"does not fit    {size(-found.kv_bytes)} are missing before the first token")
     else:
-        console.print(f"cache           {size(found.kv_bytes)} are left of {size(limit or 0)}")
+        console.print(f"cache           {size(found.kv_bytes)} are left of {size(found.memory or 0)}")
         console.print(f"longest context {found.longest_context:,} tokens, of {found.context_length:,} trained for")
         console.print(f"at once         {found.max_sequences:,} sequences of {found.max_model_len:,} tokens")
 

@@ -1,7 +1,6 @@
 """`atoma-jax quantize IN OUT --type Q4_K_M`: flags and printing; the work is `atoma_jax/loading/requantize.py`'s."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +42,7 @@ def quantize(
             source.path,
             out,
             options,
-            threads=_cores() if threads is None else threads,
+            threads=threads,
             overwrite=force,
             on_progress=show,
         )
@@ -51,11 +50,6 @@ def quantize(
         print_json({"model": model, "out": str(out), "type": options.mixture.name, **_as_json(summary)})
     else:
         typer.echo(_as_text(summary, out))
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _as_json(summary: Summary) -> dict[str, Any]:

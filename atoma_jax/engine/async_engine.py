@@ -75,10 +75,14 @@ class AsyncLLM:
         """The model's tokenizer."""
         return self._engine.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What requests without parameters get: what the model's makers recommend (generation_config.json)."""
+        return self._engine.default_params
+
     async def generate(
         self,
         prompt: Prompt,
-        sampling_params: SamplingParams,
+        sampling_params: SamplingParams | None,
         request_id: str,
         *,
         priority: int = 0,
@@ -88,7 +92,7 @@ class AsyncLLM:
 
         Args:
             prompt: text, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or token ids.
-            sampling_params: its settings.
+            sampling_params: its settings; None: what the model's makers recommend.
             request_id: unique among unfinished requests.
             priority: smaller goes first, under the priority policy.
             cache_salt: prefixes are shared only between requests of equal salt.
@@ -99,10 +103,11 @@ class AsyncLLM:
             EngineDeadError: a step failed, now or before.
         """
         stream = _Stream(asyncio.get_running_loop())
+        params = self._engine.default_params if sampling_params is None else sampling_params
 
         def add() -> None:
             try:
-                self._engine.add_request(request_id, prompt, sampling_params, priority=priority, cache_salt=cache_salt)
+                self._engine.add_request(request_id, prompt, params, priority=priority, cache_salt=cache_salt)
             except Exception as error:
                 stream.put(error)
             else:

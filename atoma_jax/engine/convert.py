@@ -4,7 +4,6 @@ Owns what the folder is made of and that it appears whole or not at all. Its par
 `orbax_weights.py`, `gguf_writer.py`.
 """
 
-import mmap
 import os
 import secrets
 import shutil
@@ -18,23 +17,20 @@ from pathlib import Path
 import numpy as np
 
 from atoma_jax.config import ModelConfig
-from atoma_jax.engine.host import usable_cores
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
 from atoma_jax.engine.startup import tokenizer_of
 from atoma_jax.errors import ConfigError, UserError
 from atoma_jax.loading import orbax_weights
-from atoma_jax.loading.gguf import GGUFFile, first_shard
-from atoma_jax.loading.gguf_header import parse_header
+from atoma_jax.loading.gguf import GGUFFile, encoded_metadata, first_shard
 from atoma_jax.loading.gguf_names import SPARE
 from atoma_jax.loading.gguf_writer import GGUFWriter, TensorEntry
 from atoma_jax.loading.hub import ResolvedModel, resolve
 from atoma_jax.loading.model_files import open_model
 from atoma_jax.loading.orbax_checkpoint import GGUF_METADATA, WEIGHTS, OrbaxModel
 from atoma_jax.loading.orbax_manifest import FILE_NAME, Manifest, StoredFile, stored_form
+from atoma_jax.loading.threads import checked_threads
 from atoma_jax.loading.weight_forms import form_of
 
-MAX_THREADS = 256
-SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")  # the folder holds one model whole
 FOLDER_FILES = (  # of a folder in HF layout: its tokenizer, its sampling defaults, where the model's shape came from
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("chat_template.jinja", "generation_config.json", "config.json"),
@@ -82,9 +78,7 @@ def convert_model(
         UserError: the model or a setting cannot be used, or the folder cannot be written; see the subclasses.
         DownloadError: the model could not be fetched.
     """
-    threads = usable_cores() if threads is None else threads
-    if not 1 <= threads <= MAX_THREADS:
-        raise ConfigError("threads", threads, f"must be in [1, {MAX_THREADS}]")
+    threads = checked_threads(threads)
     check_target(out, force=force)
     found = resolve(config.model, revision=config.revision, progress=progress)
     with open_model(found, max_model_len=config.max_model_len) as files:
@@ -210,18 +204,12 @@ def _write_metadata(source: Path, path: Path) -> None:
     """The keys of a GGUF file, byte for byte, with the tensors that are no weights."""
     with GGUFFile.open(source) as file:
         spare = [tensor for name, tensor in file.tensors.items() if name in SPARE]
-        kept = {key: value for key, value in encoded_entries(first_shard(file)).items() if key not in SPLIT_KEYS}
+        kept = encoded_metadata(first_shard(file))
         alignment = file.metadata.get_int("general.alignment", 32)
         tensors = [TensorEntry(tensor.name, tensor.shape, tensor.type) for tensor in spare]
         with GGUFWriter(path, kept, tensors, alignment=alignment) as writer:
             for tensor in spare:
                 writer.write(np.ascontiguousarray(tensor.data))
-
-
-def encoded_entries(path: Path) -> dict[str, bytes]:
-    """The metadata of a GGUF file by key, as its bytes."""
-    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
-        return {key: mapping[place] for key, place in parse_header(mapping, path).entries.items()}
 
 
 def _copy_files(source: Path, folder: Path) -> None:

@@ -15,18 +15,18 @@ import jax
 import numpy as np
 
 from atoma_jax.config import ModelConfig
-from atoma_jax.engine.convert import Conversion, encoded_entries
-from atoma_jax.engine.host import usable_cores
+from atoma_jax.engine.convert import Conversion
 from atoma_jax.engine.model_setup import set_up_model
 from atoma_jax.errors import ConfigError, UnsupportedModelError
 from atoma_jax.loading.checkpoint import Floats, Permutation, Rows
-from atoma_jax.loading.gguf import GGUFFile
+from atoma_jax.loading.gguf import GGUFFile, encoded_metadata
 from atoma_jax.loading.gguf_names import SPARE, gguf_sources
 from atoma_jax.loading.gguf_writer import GGUFWriter, TensorEntry, encode_u32
 from atoma_jax.loading.hub import resolve
 from atoma_jax.loading.model_files import open_model
 from atoma_jax.loading.orbax_checkpoint import GGUF_METADATA, OrbaxModel
 from atoma_jax.loading.orbax_weights import Weight
+from atoma_jax.loading.threads import checked_threads
 from atoma_jax.loading.weight_sources import Part
 from atoma_jax.quant.dequantized import dequantized
 from atoma_jax.quant.ggml_types import GGMLType
@@ -102,7 +102,7 @@ def export_gguf(config: ModelConfig, out: Path, *, force: bool = False, threads:
         _check_exportable(files)
         setup = set_up_model(config, files)
         begin = time.perf_counter()
-        weights = setup.load_values(threads=threads or usable_cores(), on_bytes=lambda _: None)
+        weights = setup.load_values(threads=checked_threads(threads), on_bytes=lambda _: None)
         loaded = time.perf_counter()
         file_bytes = _write(files, weights, _places(files, setup.wanted), out)
         return Conversion(
@@ -147,7 +147,7 @@ def _write(
     out: Path,
 ) -> int:
     header = model.path / GGUF_METADATA
-    entries = encoded_entries(header) | {"general.file_type": encode_u32("general.file_type", _ALL_F32)}
+    entries = encoded_metadata(header) | {"general.file_type": encode_u32("general.file_type", _ALL_F32)}
     with GGUFFile.open(header) as spare:
         tensors = [TensorEntry(tensor.name, tensor.shape, tensor.type) for tensor in spare.tensors.values()]
         tensors += [TensorEntry(name, model.manifest.tensors[name], GGMLType.F32) for name in places]

@@ -1,12 +1,7 @@
-"""What this machine is: cores, free memory, instructions. Imports no JAX."""
+"""What this machine is: free memory, instructions. Imports no JAX."""
 
 import os
 from pathlib import Path
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def free_host_bytes() -> int:

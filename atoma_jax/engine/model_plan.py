@@ -12,6 +12,7 @@ from atoma_jax.engine.model_setup import ModelSetup, set_up_model
 from atoma_jax.errors import ConfigError
 from atoma_jax.loading.hub import resolve
 from atoma_jax.loading.model_files import open_model
+from atoma_jax.ops import Platform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,7 @@ class ModelPlan:
         architecture: as the file calls it.
         types: the file's tensors by type, the largest share first.
         weights: on the device, by the weight's path in the model.
+        platform: of the device.
         layout: of the quantized ones.
         context_length: tokens that the model was trained for.
         kv_dtype: of the cache.
@@ -49,6 +51,7 @@ class ModelPlan:
     architecture: str
     types: Mapping[str, TypePlan]
     weights: Mapping[str, int]
+    platform: Platform
     layout: str
     context_length: int
     kv_dtype: str
@@ -95,12 +98,15 @@ class ModelPlan:
         return max(0, self.kv_bytes // (self.kv_bytes_per_token * self.page_tokens) - 1)
 
 
-def plan_model(config: EngineConfig, *, memory: int | None = None, progress: bool = True) -> ModelPlan:
-    """Sizes of the model that `config` names, on one device of this process's platform.
+def plan_model(
+    config: EngineConfig, *, memory: int | None = None, platform: Platform | None = None, progress: bool = True
+) -> ModelPlan:
+    """Sizes of the model that `config` names, on one device.
 
     Args:
         config: checked settings; those of model and cache count.
         memory: bytes that weights, cache and temporaries may take together.
+        platform: of the device; None: of this process's.
         progress: show bars on standard error for what is fetched.
 
     Raises:
@@ -109,7 +115,7 @@ def plan_model(config: EngineConfig, *, memory: int | None = None, progress: boo
     """
     found = resolve(config.model.model, revision=config.model.revision, progress=progress)
     with open_model(found, max_model_len=config.model.max_model_len) as files:
-        setup = set_up_model(config.model, files)
+        setup = set_up_model(config.model, files, platform)
         spec, is_cpu = setup.spec, setup.backend.platform == "cpu"
         length = config.model.max_model_len or spec.context_length
         if length > spec.context_length:
@@ -120,6 +126,7 @@ def plan_model(config: EngineConfig, *, memory: int | None = None, progress: boo
             architecture=spec.architecture,
             types=_types(setup),
             weights={path: _nbytes(value) for path, value in setup.planned.items()},
+            platform=setup.backend.platform,
             layout=setup.backend.weight_layout,
             context_length=spec.context_length,
             kv_dtype=kv_dtype,

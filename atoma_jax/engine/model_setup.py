@@ -24,7 +24,7 @@ from atoma_jax.loading.weights import abstract_weights, load_weights
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.decoder import Decoder
 from atoma_jax.models.params import ParamSpec, fill, specs_of
-from atoma_jax.ops import Backend
+from atoma_jax.ops import Backend, Platform
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 
 
@@ -79,15 +79,20 @@ class ModelSetup:
         return model
 
 
-def set_up_model(config: ModelConfig, files: ModelFiles | OrbaxModel) -> ModelSetup:
-    """What `config` makes of an open model on this process's devices.
+def set_up_model(config: ModelConfig, files: ModelFiles | OrbaxModel, platform: Platform | None = None) -> ModelSetup:
+    """What `config` makes of an open model.
+
+    Args:
+        config: checked settings.
+        files: the model.
+        platform: to plan for; None: of this process's devices.
 
     Raises:
         ConfigError: the platform has no kernels, or the weights cannot be quantized as asked.
         WeightFileError: a tensor is missing or misshapen.
         UnsupportedModelError: a tensor has no place in the model, or cannot be laid out.
     """
-    backend, spec = _backend(config), files.spec
+    backend, spec = _backend(config, platform or _own_platform()), files.spec
     if isinstance(files, OrbaxModel):
         backend = files.backend(config, backend)
         wanted = specs_of(Decoder(spec, backend))
@@ -95,13 +100,15 @@ def set_up_model(config: ModelConfig, files: ModelFiles | OrbaxModel) -> ModelSe
             spec=spec, backend=backend, checkpoint=files, wanted=wanted, sources={}, planned=files.abstract(wanted)
         )
     if config.quantization == "w8a8":
-        spec = replace(spec, int8_activations=True)
+        if config.weight_layout == "planar":
+            problem = "contradicts --quantization w8a8, whose integer products read rows; leave one of them out"
+            raise ConfigError("weight_layout", config.weight_layout, problem)
+        spec, backend = replace(spec, int8_activations=True), replace(backend, weight_layout="rows")
     wanted = specs_of(Decoder(spec, backend))
     sources = files.sources(wanted)
     checkpoint: Checkpoint = files.checkpoint
     if config.quantization is not None:
-        scheme = "int8_channel" if config.quantization == "w8a8" else config.quantization
-        checkpoint = quantized_on_load(checkpoint, sources, wanted, scheme)
+        checkpoint = quantized_on_load(checkpoint, sources, wanted, config.quantization)
     return ModelSetup(
         spec=spec,
         backend=backend,
@@ -112,14 +119,18 @@ def set_up_model(config: ModelConfig, files: ModelFiles | OrbaxModel) -> ModelSe
     )
 
 
-def _backend(config: ModelConfig) -> Backend:
+def _own_platform() -> Platform:
     platform = jax.default_backend()
     if platform not in ("cpu", "gpu"):
         raise ConfigError("JAX_PLATFORMS", platform, "must be cpu or cuda: the engine has no kernels for others")
+    return "cpu" if platform == "cpu" else "cuda"
+
+
+def _backend(config: ModelConfig, platform: Platform) -> Backend:
     is_cpu = platform == "cpu"
     operands, layout = config.dtype, config.weight_layout
     if operands == "auto":
         operands = "float32" if is_cpu and not cpu_multiplies_bfloat16() else "bfloat16"
     if layout == "auto":
         layout = "rows" if is_cpu else "planar"
-    return Backend(platform="cpu" if is_cpu else "cuda", operands=operands, weight_layout=layout)
+    return Backend(platform=platform, operands=operands, weight_layout=layout)

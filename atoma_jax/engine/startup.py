@@ -18,7 +18,7 @@ from atoma_jax.engine.admission import SchedulerLimits
 from atoma_jax.engine.buckets import Buckets, make_buckets
 from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.engine import Engine
-from atoma_jax.engine.host import free_host_bytes, usable_cores
+from atoma_jax.engine.host import free_host_bytes
 from atoma_jax.engine.limits import EngineLimits
 from atoma_jax.engine.memory import DeviceMemory, kv_cache_dtype, plan_pages
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
@@ -34,6 +34,7 @@ from atoma_jax.loading.hf_checkpoint import HFCheckpoint
 from atoma_jax.loading.hub import resolve
 from atoma_jax.loading.model_files import ModelFiles, open_model
 from atoma_jax.loading.orbax_checkpoint import OrbaxModel
+from atoma_jax.loading.threads import usable_cores
 from atoma_jax.model_spec import KVDtype, ModelSpec
 from atoma_jax.sampling_params import SamplingParams
 from atoma_jax.tokenizer import Tokenizer, load_folder_tokenizer, load_gguf_tokenizer

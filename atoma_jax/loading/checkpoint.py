@@ -21,7 +21,7 @@ class StoredTensor(Protocol):
 
     @property
     def name(self) -> str:
-        """As names.py looks it up; `X.weight` for a quantized linear layer, whatever its parts are called."""
+        """As names of weights are looked up; `X.weight` for a quantized layer, whatever its parts are called."""
         ...
 
     @property

@@ -23,6 +23,7 @@ from atoma_jax.quant import ggml
 from atoma_jax.quant.ggml_types import GGMLType
 from atoma_jax.quant.groups import GroupCodes, GroupFormat
 
+_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 _SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
@@ -119,6 +120,13 @@ def first_shard(file: GGUFFile) -> Path:
     if count <= 1 or name is None:
         return file.path
     return file.path.with_name(f"{name['prefix']}-00001-of-{count:05}.gguf")
+
+
+def encoded_metadata(path: Path) -> dict[str, bytes]:
+    """The keys of a file, each as the file's own bytes; those that make it a part of a split model are left out."""
+    with map_file(path) as mapping:
+        places = parse_header(mapping, path).entries
+        return {key: mapping[place] for key, place in places.items() if key not in _SPLIT_KEYS}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,20 @@
 """What the tensors of GGUF files are called, and where their rows go."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 
 from atoma_jax.loading.checkpoint import Checkpoint, Rows
-from atoma_jax.loading.weight_sources import ALL, Part, WeightSource, check_sources, qkv_places, qkv_slices
+from atoma_jax.loading.weight_sources import (
+    ALL,
+    Part,
+    WeightSource,
+    check_sources,
+    qkv_places,
+    qkv_slices,
+    until_misfit,
+)
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.params import ParamSpec
 
@@ -45,7 +54,7 @@ def _source(path: str, checkpoint: Checkpoint, spec: ModelSpec, want: ParamSpec)
     if name.startswith("experts_"):
         E = want.shape[0]
         blocks = (_expert_parts(name, f"blk.{i}.", checkpoint, want, e) for i in range(L) for e in range(E))
-        return WeightSource((L, E), tuple(blocks))
+        return WeightSource((L, E), until_misfit(checkpoint, blocks))
     return WeightSource((L,), tuple(_parts(name, f"blk.{i}.", checkpoint, spec, want) for i in range(L)))
 
 
@@ -56,7 +65,7 @@ def _parts(name: str, block: str, checkpoint: Checkpoint, spec: ModelSpec, want:
         suffix = "weight" if name == "qkv" else "bias"
         places, slices, order = qkv_places(spec), qkv_slices(spec), _stored_rows(spec)
         fused = f"{block}attn_qkv.{suffix}"
-        if fused in checkpoint.tensors:
+        if fused in checkpoint.tensors and spec.architecture not in _INTERLEAVED:
             return tuple(Part(fused, want.shape, slices[part], places[part]) for part in "qkv")
         return tuple(
             Part(
@@ -93,6 +102,7 @@ def _expert_parts(name: str, block: str, checkpoint: Checkpoint, want: ParamSpec
     )
 
 
+@lru_cache(maxsize=4)  # asked for by every layer
 def _stored_rows(spec: ModelSpec) -> dict[str, Rows]:
     """Rows of the stored tensors in the order of heads whose halves rotate against each other."""
     if spec.architecture not in _INTERLEAVED:

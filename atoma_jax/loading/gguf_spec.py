@@ -137,8 +137,11 @@ def _refuse_features(file: GGUFFile, arch: str) -> None:
 def _experts(file: GGUFFile, arch: str, layers: int) -> ExpertSpec | None:
     """The mixture of experts that the file describes, if any."""
     meta = file.metadata
-    count = meta.get_int(f"{arch}.expert_count", 0, maximum=MAX_EXPERTS)
-    if not count and FAMILIES[arch] != "mixture":
+    if FAMILIES[arch] == "mixture":
+        count = meta.get_int(f"{arch}.expert_count", minimum=1, maximum=MAX_EXPERTS)
+    else:
+        count = meta.get_int(f"{arch}.expert_count", 0, maximum=MAX_EXPERTS)
+    if not count:
         return None
     if FAMILIES[arch] != "mixture" and arch != "llama":
         key = meta.field(f"{arch}.expert_count")
@@ -184,7 +187,7 @@ def _check_head_dim(file: GGUFFile, arch: str, heads: int, head_dim: int) -> Non
 def _rope(file: GGUFFile, arch: str, head_dim: int, context: int) -> RopeSpec:
     """Frequencies for contexts of up to `context` tokens."""
     meta = file.metadata
-    theta = meta.get_float(f"{arch}.rope.freq_base", 1e6 if arch == "gemma3" else 1e4, above=0.0)
+    theta = meta.get_float(f"{arch}.rope.freq_base", 1e6 if arch == "gemma3" else 1e4, above=1.0)
     dims = meta.get_int(f"{arch}.rope.dimension_count", head_dim, minimum=2, maximum=head_dim)
     if dims != head_dim and (dims % 2 or arch in WHOLE_HEADS_ROTATE):
         limit = f"must equal the head dimension {head_dim}" if arch in WHOLE_HEADS_ROTATE else "must be even"
@@ -226,7 +229,7 @@ def _rope(file: GGUFFile, arch: str, head_dim: int, context: int) -> RopeSpec:
         frequencies = frequencies / divisors
     local = None
     if arch == "gemma3":
-        local = rope.plain(meta.get_float(f"{arch}.rope.freq_base_swa", GEMMA_LOCAL_THETA, above=0.0), dims)
+        local = rope.plain(meta.get_float(f"{arch}.rope.freq_base_swa", GEMMA_LOCAL_THETA, above=1.0), dims)
     return RopeSpec(
         frequencies=rope.as_tuple(frequencies),
         local_frequencies=None if local is None else rope.as_tuple(local),
@@ -250,11 +253,14 @@ def _windows(file: GGUFFile, arch: str, layers: int) -> tuple[int | None, ...]:
 
 def _attention_scale(arch: str, layers: int, dim: int, heads: int, head_dim: int) -> float:
     if layers == GEMMA_27B_LAYERS.get(arch):
-        return 1.0 / math.sqrt(dim // heads)
+        return 1.0 / math.sqrt(dim / heads)
     return 1.0 / math.sqrt(head_dim)
 
 
 def _rows_of(file: GGUFFile, name: str) -> int:
     if name not in file.tensors:
         raise WeightFileError(f"{file.path}: tensor {name!r}", None, "is missing")
-    return file.tensors[name].shape[0]
+    shape = file.tensors[name].shape
+    if len(shape) != 2:
+        raise WeightFileError(f"{file.path}: tensor {name!r} shape", shape, "must have two dimensions")
+    return shape[0]

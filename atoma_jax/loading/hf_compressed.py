@@ -21,7 +21,6 @@ from atoma_jax.loading.checkpoint import Permutation
 from atoma_jax.loading.hf_fp8 import block_shape, float8_tensor, scales_of_rows
 from atoma_jax.loading.hf_gptq import order_of_groups
 from atoma_jax.loading.hf_tensors import (
-    FLOAT_DTYPES,
     FLOATS,
     ActivationScheme,
     Module,
@@ -31,11 +30,11 @@ from atoma_jax.loading.hf_tensors import (
     check_matrix,
     check_shape,
     grouped_scales,
+    integer_format,
 )
 from atoma_jax.loading.json_file import Section
 from atoma_jax.loading.name_patterns import NamePatterns
 from atoma_jax.loading.safetensors import RawTensor
-from atoma_jax.quant.groups import F32, GroupFormat
 from atoma_jax.quant.packed import natural_order, unpack_columns, unpack_rows
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
@@ -209,7 +208,7 @@ def _packed(module: Module, weights: _Weights) -> QuantizedTensor:
         name=f"{module.name}.weight",
         where=words.field,
         shape=(N, K),
-        format=_format(bits, group, scale, symmetric=weights.symmetric),
+        format=integer_format(bits, group, scale, symmetric=weights.symmetric),
         type_name=f"INT{bits}-packed",
         nbytes=sum(part.data.nbytes for part in parts),
         codes=lambda rows: unpack_rows(words.data[rows], bits)[:, :K],
@@ -236,7 +235,7 @@ def _integers(module: Module, weights: _Weights) -> QuantizedTensor:
         name=f"{module.name}.weight",
         where=weight.field,
         shape=(N, K),
-        format=_format(8, group, scale, symmetric=weights.symmetric),
+        format=integer_format(8, group, scale, symmetric=weights.symmetric),
         type_name="INT8",
         nbytes=sum(part.data.nbytes for part in parts),
         codes=lambda rows: weight.data[rows].view(np.uint8) ^ _SIGN,  # two's complement, plus 128
@@ -263,13 +262,6 @@ def _order(index: RawTensor, K: int, group: int) -> Permutation | None:
     """As GPTQ's; −1 in a place stands for an order that was never set."""
     check_shape(index, (K,))
     return None if (index.data == -1).any() else order_of_groups(index, K, group)
-
-
-def _format(bits: Literal[2, 4, 8], group: int, scale: RawTensor, *, symmetric: bool) -> GroupFormat:
-    dtype = FLOAT_DTYPES[scale.dtype]
-    if symmetric:
-        return GroupFormat(bits=bits, group=group, zero=2 ** (bits - 1), scale_dtype=dtype)
-    return GroupFormat(bits=bits, group=group, scale_dtype=dtype, min_dtype=F32)
 
 
 def _bounded(rows: Any, N: int) -> Any:

@@ -17,7 +17,6 @@ import numpy as np
 from atoma_jax.errors import UnsupportedModelError, WeightFileError
 from atoma_jax.loading.checkpoint import Permutation, Rows
 from atoma_jax.loading.hf_tensors import (
-    FLOAT_DTYPES,
     FLOATS,
     ActivationScheme,
     Module,
@@ -26,11 +25,11 @@ from atoma_jax.loading.hf_tensors import (
     check_group,
     check_matrix,
     check_shape,
+    integer_format,
     transposed_scales,
 )
 from atoma_jax.loading.json_file import Section
 from atoma_jax.loading.safetensors import RawTensor
-from atoma_jax.quant.groups import F32, GroupFormat
 from atoma_jax.quant.packed import AWQ_ORDER, natural_order, unpack_columns, unpack_rows
 
 
@@ -75,7 +74,7 @@ class AWQ:
             name=f"{module.name}.weight",
             where=words.field,
             shape=(N, K),
-            format=_format(4, group, scales, symmetric=self.symmetric),
+            format=integer_format(4, group, scales, symmetric=self.symmetric),
             type_name="AWQ-4bit",
             nbytes=sum(part.data.nbytes for part in parts),
             codes=_columns(words, 4, AWQ_ORDER),
@@ -139,7 +138,7 @@ class GPTQ:
             name=f"{module.name}.weight",
             where=words.field,
             shape=(N, K),
-            format=_format(bits, group, scales, symmetric=self.symmetric),
+            format=integer_format(bits, group, scales, symmetric=self.symmetric),
             type_name=f"GPTQ-{bits}bit",
             nbytes=sum(part.data.nbytes for part in parts),
             codes=lambda rows: unpack_rows(words.data[:, rows].T, bits),
@@ -172,13 +171,6 @@ def _columns(packed: RawTensor, bits: int, order: tuple[int, ...], add: int = 0)
         return unpack_columns(packed.data, rows, bits, order, add)
 
     return read
-
-
-def _format(bits: Literal[2, 4, 8], group: int, scales: RawTensor, *, symmetric: bool) -> GroupFormat:
-    dtype = FLOAT_DTYPES[scales.dtype]
-    if symmetric:
-        return GroupFormat(bits=bits, group=group, zero=2 ** (bits - 1), scale_dtype=dtype)
-    return GroupFormat(bits=bits, group=group, scale_dtype=dtype, min_dtype=F32)
 
 
 def _group_size(config: Section, key: str) -> int:

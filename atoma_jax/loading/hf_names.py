@@ -3,7 +3,15 @@
 from collections.abc import Mapping
 
 from atoma_jax.loading.checkpoint import Checkpoint
-from atoma_jax.loading.weight_sources import ALL, Part, WeightSource, check_sources, qkv_places, qkv_slices
+from atoma_jax.loading.weight_sources import (
+    ALL,
+    Part,
+    WeightSource,
+    check_sources,
+    qkv_places,
+    qkv_slices,
+    until_misfit,
+)
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.params import ParamSpec
 
@@ -59,7 +67,7 @@ def _source(path: str, checkpoint: Checkpoint, spec: ModelSpec, want: ParamSpec)
     if name.startswith("experts_"):
         E = want.shape[0]
         blocks = (_expert_parts(name, f"model.layers.{i}.", checkpoint, want, e) for i in range(L) for e in range(E))
-        return WeightSource((L, E), tuple(blocks))
+        return WeightSource((L, E), until_misfit(checkpoint, blocks))
     return WeightSource((L,), tuple(_parts(name, f"model.layers.{i}.", checkpoint, spec, want) for i in range(L)))
 
 

@@ -180,7 +180,7 @@ class QuantizedTensor:
             zeros = self.zeros(rows)
             if self.format.has_mins:
                 with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale may be infinite
-                    mins = Factors(scales * zeros.astype(np.float32))
+                    mins = Factors(scales * (zeros.astype(np.float32) - np.float32(self.format.zero)))
             elif (zeros != self.format.zero).any():
                 wrong = int(zeros[zeros != self.format.zero][0])
                 problem = f"must be {self.format.zero} in every group, as the config says that the weight is symmetric"
@@ -204,6 +204,17 @@ class QuantizedTensor:
         unpermuted = np.empty_like(values)
         unpermuted[:, self.permutation] = values
         return unpermuted
+
+
+def integer_format(bits: int, group: int, scales: RawTensor, *, symmetric: bool) -> GroupFormat:
+    """Of integers with one zero point for all groups, or one for each.
+
+    Eight-bit numbers are taken around 128 all the same, so that they fit signed bytes; four bits do as they are.
+    """
+    dtype, zero = FLOAT_DTYPES[scales.dtype], 2 ** (bits - 1)
+    if symmetric:
+        return GroupFormat(bits=bits, group=group, zero=zero, scale_dtype=dtype)
+    return GroupFormat(bits=bits, group=group, zero=zero if bits == 8 else 0, scale_dtype=dtype, min_dtype=F32)
 
 
 # How the scales of a weight [N, K] lie, as functions of rows

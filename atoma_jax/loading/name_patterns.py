@@ -11,11 +11,12 @@ from atoma_jax.errors import UnsupportedModelError, WeightFileError
 
 _MAX_LENGTH = 512  # characters of an expression
 _MAX_PATTERNS = 256  # expressions of one list
-_MAX_REPEATS = 4  # and options in one expression: "re:.*self_attn.*" has two
+_MAX_REPEATS = 3  # and options in one expression: "re:.*self_attn.*" has two
 _MAX_ALTERNATIVES = 8  # further ones in one expression: "re:.*(q|k|v)_proj" has two
 _MAX_NAME = 192  # characters of a name that expressions are tried on
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _REPEAT = re.compile(r"(?<!\\)[*+]|(?<![\\(*+])\?|\{\d*,")  # "(?" opens a group, "*?" is one repeat
+_INLINE_FLAGS = re.compile(r"\(\?[a-zA-Z-]+[:)]")  # "(?x)" lets a blank stand before a repeat
 _AMBIGUOUS_SET = re.compile(r"\[\^?\[|--|&&|\|\||~~")  # what future versions of Python may read otherwise
 
 
@@ -54,6 +55,8 @@ def _compiled(field: str, source: str) -> re.Pattern[str]:
     if len(source) > _MAX_LENGTH or powerful:
         problem = f"an expression may have {_MAX_LENGTH} characters, {_MAX_REPEATS} repeats, none of them of a group"
         raise UnsupportedModelError(field, f"re:{source}", f"{problem}, and {_MAX_ALTERNATIVES} alternatives")
+    if _INLINE_FLAGS.search(source):
+        raise UnsupportedModelError(field, f"re:{source}", "flags inside of expressions are not implemented")
     if _AMBIGUOUS_SET.search(source):
         raise UnsupportedModelError(field, f"re:{source}", "sets of sets in expressions are not implemented")
     try:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from atoma_jax.errors import ConfigError
 from atoma_jax.loading.checkpoint import Checkpoint, Floats, Permutation, Rows, StoredTensor
@@ -66,8 +67,13 @@ class OnlineCheckpoint:
     tensors: Mapping[str, StoredTensor]
 
 
+SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+    {"int8": "int8", "int4": "int4", "fp8": "fp8", "ternary": "ternary", "w8a8": "int8_channel"}
+)
+
+
 def quantized_on_load(
-    checkpoint: Checkpoint, sources: Mapping[str, WeightSource], wanted: Mapping[str, ParamSpec], scheme: Scheme
+    checkpoint: Checkpoint, sources: Mapping[str, WeightSource], wanted: Mapping[str, ParamSpec], option: str
 ) -> OnlineCheckpoint:
     """The checkpoint with the dense matrices of its layers quantized; embeddings, head and routers stay as they are.
 
@@ -75,7 +81,7 @@ def quantized_on_load(
         checkpoint: open; what is quantized in it already stays so.
         sources: where each weight of the model is in it.
         wanted: `params.specs_of(model)`.
-        scheme: how.
+        option: how, one of `config.ModelConfig.quantization`.
 
     Raises:
         ConfigError: there is no dense matrix, or one does not fit the scheme.
@@ -91,8 +97,8 @@ def quantized_on_load(
     if not dense:
         kinds = sorted({checkpoint.tensors[name].type_name for name in names})
         problem = f"has nothing to quantize: the layers of {checkpoint.path.name} are {', '.join(kinds)} already"
-        raise ConfigError("quantization", scheme, f"{problem}; leave it out, or give a dense model")
-    changed = {name: QuantizedTensor(checkpoint.tensors[name], scheme) for name in dense}
+        raise ConfigError("quantization", option, f"{problem}; leave it out, or give a dense model")
+    changed = {name: QuantizedTensor(checkpoint.tensors[name], SCHEMES[option]) for name in dense}
     for tensor in changed.values():
         _ = tensor.format  # refuses inputs that do not fit, before anything is read
     return OnlineCheckpoint(checkpoint.path, {**checkpoint.tensors, **changed})

@@ -171,7 +171,9 @@ class OrbaxModel:
     def _check_files(self) -> None:
         """The files are those that were written, as far as names and lengths tell."""
         folder, files = self.path / WEIGHTS, self.manifest.files
-        found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if not path.is_dir()}
+        found = {
+            str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+        }
         for name in files.keys() | found.keys():
             field = f"{folder / name}"
             if name not in files:

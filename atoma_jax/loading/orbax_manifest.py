@@ -250,7 +250,8 @@ def _read_format(section: Section, *, K: int) -> GroupFormat:
     rules = {
         "bits": (bits in (2, 4, 8), "must be 2, 4 or 8"),
         "zero": (zero == 0 or table is None, "must be 0 beside a table"),
-        "table": (table is None or len(table) == 2**bits, f"must have {2**bits} numbers"),
+        # Codes of four bits may be stored wider, where a row's inputs fill no whole words of four-bit codes.
+        "table": (table is None or len(table) in (16, 2**bits), f"must have 16 or {2**bits} numbers"),
         "scale_dtype": (
             (scale_dtype == I8) == (supergroup is not None),
             "must be int8 just where there is a supergroup",

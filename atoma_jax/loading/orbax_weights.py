@@ -94,9 +94,12 @@ def checksums(folder: Path, names: list[str], threads: int) -> dict[str, int]:
 
 def _crc32(path: Path) -> int:
     value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_READ):
-            value = zlib.crc32(chunk, value)
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_READ):
+                value = zlib.crc32(chunk, value)
+    except OSError as error:
+        raise WeightFileError(str(path), error.strerror, "must be a readable file") from error
     return value
 
 

@@ -17,11 +17,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from atoma_jax.errors import ConfigError
-from atoma_jax.loading.gguf import GGUFFile, GGUFTensor
-from atoma_jax.loading.gguf_header import parse_header
+from atoma_jax.loading.gguf import GGUFFile, GGUFTensor, encoded_metadata, first_shard
 from atoma_jax.loading.gguf_writer import GGUFWriter, TensorEntry, encode_u32
-from atoma_jax.loading.mapped import map_file
 from atoma_jax.loading.mixtures import Choice, ModelFacts, TypeOptions, choose_types
+from atoma_jax.loading.threads import checked_threads
 from atoma_jax.quant.ggml import FLOAT_TYPES
 from atoma_jax.quant.ggml_types import GGMLType
 from atoma_jax.quant.quantizers import quantize
@@ -30,9 +29,7 @@ _Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 OnProgress: TypeAlias = Callable[[int, int], object]  # elements done, elements in all
 
 _CHUNK = 1 << 20  # elements a thread works on: 4 MB of f32, and a few times that while it is quantized
-_MOST_THREADS = 256
 _QUANTIZATION_VERSION = 2  # of ggml's block layouts
-_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")  # the result is one file
 _OWN_KEYS = ("general.file_type", "general.quantization_version")
 _SHARD_NUMBER = re.compile(r"-\d{5}-of-(\d{5}\.gguf)$")
 
@@ -82,7 +79,7 @@ def requantize(
     target: Path,
     options: TypeOptions,
     *,
-    threads: int,
+    threads: int | None = None,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Summary:
@@ -92,7 +89,7 @@ def requantize(
         source: a GGUF file, or any shard of a split one; plain floats, or quantized and then decoded first.
         target: a path in a folder that exists. There is no file before all of it is written.
         options: which types.
-        threads: that quantize.
+        threads: that quantize; None: one a core.
         overwrite: replace a file that is there.
         on_progress: called after every chunk, if given.
 
@@ -100,8 +97,7 @@ def requantize(
         UserError: the result cannot be written, or holds values that a type cannot; ConfigError, ModelNotFoundError,
             WeightFileError and UnsupportedModelError, which are UserErrors, about settings and about the source.
     """
-    if not 1 <= threads <= _MOST_THREADS:
-        raise ConfigError("threads", threads, f"must be in [1, {_MOST_THREADS}]")
+    threads = checked_threads(threads)
     _check_target(target, overwrite)
     with GGUFFile.open(source) as file:
         if target.exists() and any(target.samefile(shard) for shard in _shards(file)):
@@ -142,13 +138,6 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise ConfigError("out", str(target), "exists; --force replaces it")
 
 
-def _first_shard(file: GGUFFile) -> Path:
-    """The file that holds the model's metadata."""
-    if file.metadata.get_int("split.count", 1) <= 1:
-        return file.path
-    return file.path.with_name(_SHARD_NUMBER.sub(r"-00001-of-\1", file.path.name))
-
-
 def _shards(file: GGUFFile) -> list[Path]:
     count = file.metadata.get_int("split.count", 1)
     if count <= 1:
@@ -159,10 +148,7 @@ def _shards(file: GGUFFile) -> list[Path]:
 
 def _metadata(file: GGUFFile, options: TypeOptions) -> dict[str, bytes]:
     """Encoded entries of the result: the source's own bytes, so that every value keeps its type."""
-    path = _first_shard(file)
-    with map_file(path) as mapping:
-        places = parse_header(mapping, path).entries
-        kept = {key: mapping[place] for key, place in places.items() if key not in (*_SPLIT_KEYS, *_OWN_KEYS)}
+    kept = {key: entry for key, entry in encoded_metadata(first_shard(file)).items() if key not in _OWN_KEYS}
     values = (options.mixture.file_type, _QUANTIZATION_VERSION)
     return kept | {key: encode_u32(key, value) for key, value in zip(_OWN_KEYS, values, strict=True)}
 

@@ -69,7 +69,8 @@ _SCALAR_PAIR = re.compile(
 _OPEN, _EMPTY = re.compile(rf"{_WS}\{{".encode()), re.compile(rf"{_WS}\}}".encode())
 _NEXT = re.compile(rf"{_WS}([,}}])".encode())
 _END = re.compile(rf"{_WS}\Z".encode())
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,250}\.safetensors")
+_MAX_ELEMENTS = 1 << 60
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,242}\.safetensors")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -268,6 +269,8 @@ def _entry(scanner: _Scanner, name: str, field: str) -> _Entry:
     offsets = _numbers_of(values[b"data_offsets"], field)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise WeightFileError(f"{field} data_offsets", offsets, "must be a begin and an end that is no smaller")
+    if math.prod(max(size, 1) for size in shape) > _MAX_ELEMENTS:  # numpy counts them even where one is 0
+        raise WeightFileError(f"{field} shape", shape, f"must have sizes whose product is at most {_MAX_ELEMENTS}")
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if max(shape, default=0) >= 2**63 or nbytes >= 2**63:
         raise WeightFileError(f"{field} shape", shape, "must have fewer than 2^63 bytes")

@@ -3,8 +3,9 @@
 Owns the description and its check. What tensors are called is `gguf_names.py`'s and `hf_names.py`'s.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -46,6 +47,7 @@ def stacked_source(layers: Sequence[WeightSource]) -> WeightSource:
     return WeightSource((len(layers), *layers[0].lead[1:]), blocks)
 
 
+@lru_cache(maxsize=4)  # asked for by every layer
 def qkv_places(spec: ModelSpec) -> dict[str, Rows]:
     """Rows of the fused weight, grouped by kv head: its G query heads, its key, its value (see models/llama.py)."""
     N, K, H = spec.num_heads, spec.num_kv_heads, spec.head_dim
@@ -58,6 +60,17 @@ def qkv_slices(spec: ModelSpec) -> dict[str, slice]:
     """Rows of a tensor that holds all queries, then all keys, then all values."""
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     return {"q": slice(0, q), "k": slice(q, q + kv), "v": slice(q + kv, q + 2 * kv)}
+
+
+def until_misfit(checkpoint: Checkpoint, blocks: Iterable[tuple[Part, ...]]) -> tuple[tuple[Part, ...], ...]:
+    """The blocks up to the first that `check_sources` will refuse: a header may promise millions of experts."""
+    taken: list[tuple[Part, ...]] = []
+    for parts in blocks:
+        taken.append(parts)
+        tensors = checkpoint.tensors
+        if any(part.tensor not in tensors or tensors[part.tensor].shape != part.shape for part in parts):
+            break
+    return tuple(taken)
 
 
 def check_sources(

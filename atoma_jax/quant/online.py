@@ -76,7 +76,7 @@ def _fitting(scheme: Scheme, K: int, groups: tuple[int, ...]) -> int:
     for group in groups:
         if K % group == 0:
             return group
-    problem = f"needs rows of a multiple of {groups[-1]} inputs and this tensor has {K}; int8_channel and fp8 take any"
+    problem = f"needs rows of a multiple of {groups[-1]} inputs and this tensor has {K}; w8a8 and fp8 take any"
     raise UserError("quantization", scheme, problem)
 
 

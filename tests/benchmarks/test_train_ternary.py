@@ -59,6 +59,7 @@ def stop_after_saving(run: Run, at: int, monkeypatch: pytest.MonkeyPatch) -> Non
             run.train(at, REPEATED)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch):
     whole = Run.start(RECIPE, TINY, REPEATED, tmp_path / "whole")
     inputs, targets = all_windows(REPEATED, TINY.context)

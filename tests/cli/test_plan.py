@@ -46,6 +46,13 @@ def test_the_cache_and_the_layout_count(run, model):
     assert narrow["memory"] is narrow["kv_bytes"] is narrow["longest_context"] is narrow["max_sequences"] is None
 
 
+def test_another_platform_than_this_machines(run, model):
+    plan = planned(run, model, "--platform", "cuda", "--memory", "8GB")
+    assert (plan["platform"], plan["weight_layout"], plan["kv_cache_dtype"]) == ("cuda", "planar", "bfloat16")
+    assert plan["kv_bytes"] == 8 * 10**9 - plan["weight_bytes"] - plan["workspace_bytes"]
+    assert plan["workspace_bytes"] > 0
+
+
 def test_a_model_that_does_not_fit_says_what_is_missing(run, model):
     plan = planned(run, model, "--memory", "1kB")
     assert (plan["kv_bytes"], plan["longest_context"], plan["max_sequences"]) == (1000 - plan["weight_bytes"], 0, 0)
@@ -65,6 +72,7 @@ def test_people_get_a_table(run, model):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--platform", "tpu"], "platform: must be cpu or cuda"),
         (["--memory", "lots"], "memory: must be a size above zero"),
         (["--max-model-len", "257"], "max_model_len: must be at most 256"),
         (["--kv-cache-dtype", "int3"], "kv_cache_dtype: must be one of"),

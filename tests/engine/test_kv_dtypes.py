@@ -25,7 +25,8 @@ L, K, H, PAGE = 2, 2, 16, SIZES["block_size"]
 
 # float32 is what all other tests run.
 @pytest.fixture(
-    scope="module", params=["bfloat16", pytest.param("float16", marks=pytest.mark.slow), "fp8_e4m3", "int8"]
+    scope="module",
+    params=[*(pytest.param(one, marks=pytest.mark.slow) for one in ("bfloat16", "float16")), "fp8_e4m3", "int8"],
 )
 def kv_dtype(request: pytest.FixtureRequest) -> str:
     return request.param

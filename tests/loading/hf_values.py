@@ -6,6 +6,7 @@ import numpy as np
 
 from atoma_jax.loading.checkpoint import StoredTensor
 from atoma_jax.loading.hf_checkpoint import HFCheckpoint
+from atoma_jax.quant.groups import GroupCodes
 
 ROWS = (slice(None), slice(3, 21), slice(8, 16), slice(5, 5), np.array([40, 3, 3, 11, 0]))
 
@@ -35,9 +36,19 @@ def assert_tensor_is(tensor: StoredTensor, values: np.ndarray, **facts: object) 
         assert decoded.codes.max(initial=0) < 2**tensor.format.bits
         stored = values[rows] if tensor.permutation is None else values[rows][:, tensor.permutation]
         np.testing.assert_array_equal(decoded.values(), stored, strict=True)
+        np.testing.assert_array_equal(of_signed_numbers(decoded), stored)  # what the rows layout keeps
         assert decoded.scales.values.shape == (len(stored), values.shape[1] // tensor.format.group)
         in_type = decoded.scales.values.astype(tensor.format.scale_dtype).astype(np.float32)
         np.testing.assert_array_equal(in_type, decoded.scales.values)  # the declared type holds them
+
+
+def of_signed_numbers(decoded: GroupCodes) -> np.ndarray:
+    """The values from numbers in a byte each, without zero points."""
+    by_group = (*decoded.scales.values.shape, decoded.format.group)
+    values = decoded.signed().astype(np.float32).reshape(by_group) * decoded.scales.flat()[..., None]
+    if decoded.mins is not None:
+        values -= decoded.mins.flat()[..., None]
+    return values.reshape(decoded.codes.shape)
 
 
 def opened(folder: Path) -> StoredTensor:

@@ -244,7 +244,12 @@ def gptq_parts(
 def test_gptq_is_exact(hf_folder: Write, bits: int, v2: bool, symmetric: bool) -> None:
     parts, values = gptq_parts(bits, v2=v2, symmetric=symmetric)
     config = {**GPTQ, "bits": bits, "sym": symmetric, "checkpoint_format": "gptq_v2" if v2 else "gptq"}
-    facts = {"bits": bits, "group": 16, "zero": 2 ** (bits - 1) if symmetric else 0, "scale_dtype": np.float16}
+    facts = {
+        "bits": bits,
+        "group": 16,
+        "zero": 2 ** (bits - 1) if symmetric or bits == 8 else 0,
+        "scale_dtype": np.float16,
+    }
     facts["min_dtype"] = None if symmetric else np.float32
     assert_tensor_is(opened(hf_folder(parts, config)), values, type_name=f"GPTQ-{bits}bit", permutation=None, **facts)
 

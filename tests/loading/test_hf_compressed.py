@@ -77,7 +77,7 @@ def test_packed_integers_with_zero_points(hf_folder: Write, bits, strategy, dtyp
     weights = {"num_bits": bits, "type": "int", "symmetric": False, **strategy}
     parts, values = written("pack-quantized", weights, shape, dtype)
     tensor = opened(hf_folder(parts, quantization("pack-quantized", weights)))
-    assert_tensor_is(tensor, values, bits=bits, zero=0, min_dtype=np.float32)
+    assert_tensor_is(tensor, values, bits=bits, zero=128 if bits == 8 else 0, min_dtype=np.float32)
 
 
 def test_scales_of_all_bits_with_zero_points_are_exact_but_for_the_mins(hf_folder: Write) -> None:
@@ -114,7 +114,7 @@ def test_integers_of_a_byte(hf_folder: Write, form, strategy, symmetric, bits) -
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy}
     parts, values = written(form, weights, (N, K), torch.bfloat16)
     tensor = opened(hf_folder(parts, quantization(form, weights)))
-    assert_tensor_is(tensor, values, bits=8, zero=128 if symmetric else 0, scale_dtype=BF16, type_name="INT8")
+    assert_tensor_is(tensor, values, bits=8, zero=128, scale_dtype=BF16, type_name="INT8")
 
 
 @pytest.mark.parametrize("form", ["float-quantized", "naive-quantized"])
@@ -255,8 +255,8 @@ def test_a_quantized_layer_that_no_group_names_is_refused(hf_folder: Write) -> N
         ({"format": "nvfp4-pack-quantized"}, "format: is not implemented"),
         ({"config_groups": {}}, "config_groups: must name at least one group of layers"),
         ({"ignore": ["re:(a+)+$"]}, r"ignore: an expression may have .*, got 're:\(a\+\)\+\$'"),
-        ({"ignore": ["re:.*.*.*.*.*x"]}, "ignore: an expression may have 512 characters, 4 repeats"),
-        ({"ignore": ["re:" + "a?" * 30]}, "ignore: an expression may have 512 characters, 4 repeats"),
+        ({"ignore": ["re:.*.*.*.*.*x"]}, "ignore: an expression may have 512 characters, 3 repeats"),
+        ({"ignore": ["re:" + "a?" * 30]}, "ignore: an expression may have 512 characters, 3 repeats"),
         ({"ignore": ["re:" + "(a|a)" * 30]}, "and 8 alternatives"),
         ({"ignore": ["re:[[a]"]}, "ignore: sets of sets"),
     ],

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from atoma_jax import ops
 from atoma_jax.config import ModelConfig
 from atoma_jax.engine.model_setup import set_up_model
 from atoma_jax.errors import ConfigError
@@ -50,6 +51,21 @@ def test_layers_get_the_codes_of_their_scheme(set_up, quantization):
     for name in ("embed", "layers.attn_norm", "final_norm"):
         assert isinstance(weights[name], jax.Array), name
     np.testing.assert_array_equal(weights["embed"], exact["token_embd.weight"])
+
+
+def test_w8a8_multiplies_integers(set_up):
+    setup, weights, exact = set_up(quantization="w8a8")
+    down = jax.tree.map(lambda leaf: leaf[0], weights["layers.down"])
+    x = np.random.default_rng(4).standard_normal((3, 512)).astype(np.float32)
+    got = ops.linear(x, down, setup.backend, int8_activations=True)
+    scale = 127 / np.abs(x).max(axis=1, keepdims=True)
+    rows = quantize_rows(exact["blk.0.ffn_down.weight"], "int8_channel").values().astype(np.float64)
+    np.testing.assert_allclose(got, np.rint(x * scale) @ rows.T / scale, rtol=1e-5, atol=1e-4)
+
+
+def test_w8a8_keeps_rows_whatever_the_platform_packs(set_up):
+    with pytest.raises(ConfigError, match="weight_layout: contradicts --quantization w8a8"):
+        set_up(quantization="w8a8", weight_layout="planar")
 
 
 def test_packed_weights_are_as_narrow_as_their_scheme(set_up):

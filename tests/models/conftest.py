@@ -147,10 +147,16 @@ def _quantize(values: np.ndarray, kind: gguf.GGMLQuantizationType, rng: np.rando
     if ours is GGMLType.NVFP4:  # its scales are eight-bit floats: small ones
         blocks[..., :4] = rng.integers(8, 24, blocks[..., :4].shape, np.uint8)
         return blocks.reshape(len(values), -1)
-    halves = np.ones((*blocks.shape[:2], 2), np.float16)
-    put_halves(blocks, ours, halves)
-    wide = reference(blocks.reshape(len(values), -1), ours)
-    put_halves(blocks, ours, (halves * np.float32(values.std() / wide.std())).astype(np.float16))
+
+    def decoded(*halves: float) -> np.ndarray:
+        put_halves(blocks, ours, np.broadcast_to(np.asarray(halves, np.float16), (*blocks.shape[:2], 2)))
+        return reference(blocks.reshape(len(values), -1), ours)
+
+    # Of two numbers the second is of mins: as much of it as leaves a mean of zero.
+    least = decoded(0, 1).mean()
+    share = 0.0 if least == 0 else -float(decoded(1, 0).mean() / least)
+    scale = float(values.std() / decoded(1, share).std())
+    decoded(scale, scale * share)
     return blocks.reshape(len(values), -1)
 
 

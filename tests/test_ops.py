@@ -1,0 +1,42 @@
+"""Products that `ops` chooses: activations of eight bits lose nothing to the operands' type."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atoma_jax import ops
+from atoma_jax.quant.qtensor import QTensor
+
+
+def ternary(N: int, K: int, layout: str) -> tuple[QTensor, np.ndarray]:
+    """A weight of −1, 0 and 1 times one power of two, which bfloat16 holds, and its values."""
+    codes = np.random.default_rng(0).integers(0, 3, (N, K)).astype(np.uint8)
+    rows = layout == "rows"
+    scales = np.full((N, 1) if rows else (1, N), 2.0**-6, np.float32)
+    return QTensor(
+        codes=jnp.asarray((codes.astype(np.int8) - 1).reshape(N, 1, K) if rows else ops.pack_planar(codes, 2, 64)),
+        scales=jnp.asarray(scales),
+        mins=None,
+        scale_supers=None,
+        min_supers=None,
+        permutation=None,
+        layout="rows" if rows else "planar",
+        shape=(N, K),
+        group=K,
+        bits=8 if rows else 2,
+        zero=0 if rows else 1,
+        table=None,
+        plane=0 if rows else 64,
+    ), (codes.astype(np.float64) - 1) * 2.0**-6
+
+
+@pytest.mark.parametrize("layout", ["rows", "planar"])
+@pytest.mark.parametrize("operands", ["float32", "bfloat16"])
+def test_activations_of_eight_bits_are_exact_in_any_operands(layout, operands):
+    weight, values = ternary(32, 512, layout)
+    x = np.random.default_rng(1).standard_normal((5, 512)).astype(np.float32)
+    backend = ops.Backend(platform="cpu", operands=operands, weight_layout=layout)
+    got = ops.linear(jnp.asarray(x), weight, backend, int8_activations=True)
+    scale = np.float32(127) / np.abs(x).max(axis=1, keepdims=True)
+    want = (np.rint(x * scale).astype(np.float64) @ values.T) / scale
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
