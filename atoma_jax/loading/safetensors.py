@@ -269,11 +269,11 @@ def _entry(scanner: _Scanner, name: str, field: str) -> _Entry:
     offsets = _numbers_of(values[b"data_offsets"], field)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise WeightFileError(f"{field} data_offsets", offsets, "must be a begin and an end that is no smaller")
-    if math.prod(max(size, 1) for size in shape) > _MAX_ELEMENTS:  # numpy counts them even where one is 0
-        raise WeightFileError(f"{field} shape", shape, f"must have sizes whose product is at most {_MAX_ELEMENTS}")
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if max(shape, default=0) >= 2**63 or nbytes >= 2**63:
         raise WeightFileError(f"{field} shape", shape, "must have fewer than 2^63 bytes")
+    if math.prod(max(size, 1) for size in shape) > _MAX_ELEMENTS:  # numpy counts them even where one is 0
+        raise WeightFileError(f"{field} shape", shape, f"must have sizes whose product is at most {_MAX_ELEMENTS}")
     if nbytes != offsets[1] - offsets[0]:
         problem = f"must span {nbytes} bytes, which is what {dtype} of shape {list(shape)} takes"
         raise WeightFileError(f"{field} data_offsets", offsets, problem)

@@ -2,6 +2,7 @@
 
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -57,7 +58,7 @@ def test_w8a8_multiplies_integers(set_up):
     setup, weights, exact = set_up(quantization="w8a8")
     down = jax.tree.map(lambda leaf: leaf[0], weights["layers.down"])
     x = np.random.default_rng(4).standard_normal((3, 512)).astype(np.float32)
-    got = ops.linear(x, down, setup.backend, int8_activations=True)
+    got = ops.linear(jnp.asarray(x), down, setup.backend, int8_activations=True)
     scale = 127 / np.abs(x).max(axis=1, keepdims=True)
     rows = quantize_rows(exact["blk.0.ffn_down.weight"], "int8_channel").values().astype(np.float64)
     np.testing.assert_allclose(got, np.rint(x * scale) @ rows.T / scale, rtol=1e-5, atol=1e-4)

@@ -180,7 +180,7 @@ def test_ternary_takes_the_largest_group_that_fits(K: int, group: int) -> None:
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "ternary"])
 def test_rows_that_groups_do_not_fit_are_refused(scheme: Scheme) -> None:
-    with pytest.raises(UserError, match=r"multiple of 32 inputs and this tensor has 100; int8_channel and fp8"):
+    with pytest.raises(UserError, match=r"multiple of 32 inputs and this tensor has 100; w8a8 and fp8"):
         scheme_format(scheme, 100)
     assert quantize_rows(np.ones((2, 100), np.float32), "int8_channel").values().tolist() == [[1.0] * 100] * 2
 
