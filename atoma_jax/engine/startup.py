@@ -29,11 +29,11 @@ from atoma_jax.engine.sampler_state import SamplerShape
 from atoma_jax.engine.scheduler import Scheduler
 from atoma_jax.engine.step import StepSizes
 from atoma_jax.errors import ConfigError, UnsupportedModelError
+from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.generation_defaults import GenerationDefaults
-from atoma_jax.loading.hf_checkpoint import HFCheckpoint
-from atoma_jax.loading.hub import resolve
+from atoma_jax.loading.hf.checkpoint import HFCheckpoint
 from atoma_jax.loading.model_files import ModelFiles, open_model
-from atoma_jax.loading.orbax_checkpoint import OrbaxModel
+from atoma_jax.loading.orbax.checkpoint import OrbaxModel
 from atoma_jax.loading.threads import usable_cores
 from atoma_jax.model_spec import KVDtype, ModelSpec
 from atoma_jax.sampling_params import SamplingParams
