@@ -15,8 +15,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# Settings, as TOML, of an engine with three programs, so that a start takes seconds. Whoever starts one of its own takes
-# these, and so shares what is compiled.
+# Settings, as TOML, of an engine with three programs, so that a start takes seconds. Tests that start their own take
+# these, and so share what is compiled.
 SMALL_ENGINE = """
 [model]
 max_model_len = 64
