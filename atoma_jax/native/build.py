@@ -143,7 +143,7 @@ def build(target: Path = LIBRARY) -> Path:
 
             def compiled(source: Path) -> str:
                 output = Path(scratch) / f"{source.stem}.o"
-                defines = (f'-DATOMA_SOURCES="{digest}"',)
+                defines = (f'-DATOMA_SOURCES="{digest}"',) if source.name == "library.cc" else ()
                 places = ("-isystem", str(include), "-I", str(SOURCES))
                 _run(command, *FLAGS, *flags_of(source), *defines, *places, "-c", str(source), "-o", str(output))
                 return str(output)
