@@ -106,7 +106,7 @@ def dense(tmp_path: Path) -> Path:
 
 
 class TestTheWeights:
-    @pytest.mark.parametrize("layout", ["rows", "planar"])
+    @pytest.mark.parametrize("layout", ["rows", "planar", "tiles"])
     @pytest.mark.parametrize("mix", MIXES)
     @pytest.mark.usefixtures("any_tokenizer")
     def test_come_back_bit_by_bit_and_as_planned(self, tmp_path: Path, mix: str, layout: str) -> None:
@@ -150,7 +150,7 @@ class TestTheWeights:
         assert after.spec.experts is not None
         assert read_manifest(tmp_path / "out").quantization == quantization
 
-    @pytest.mark.parametrize("layout", ["rows", "planar"])
+    @pytest.mark.parametrize("layout", ["rows", "planar", "tiles"])
     @pytest.mark.parametrize("mix", MIXES)
     @pytest.mark.usefixtures("any_tokenizer")
     def test_become_the_files_values_again(self, tmp_path: Path, mix: str, layout: str) -> None:
