@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from atoma_jax.config import EngineConfig
+from atoma_jax.cores import usable_cores
 from atoma_jax.engine.admission import SchedulerLimits
 from atoma_jax.engine.buckets import Buckets, make_buckets
 from atoma_jax.engine.compilations import COMPILATIONS
@@ -32,7 +33,6 @@ from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.hf.checkpoint import HFCheckpoint
 from atoma_jax.loading.model_files import ModelFiles, open_model
 from atoma_jax.loading.orbax.checkpoint import OrbaxModel
-from atoma_jax.loading.threads import usable_cores
 from atoma_jax.model_spec import KVDtype, ModelSpec
 from atoma_jax.tokenizer import Tokenizer, load_folder_tokenizer, load_gguf_tokenizer
 
