@@ -37,7 +37,9 @@ template <class Isa, int Keys, int Heads, class Stored>
 inline void dots(const float* q, int64_t q_stride, const Stored* k, int H, float* logits, int64_t stride) {
   using V = typename Isa::V;
   constexpr int W = Isa::kWidth;
-  V acc[Heads][Keys] = {};
+  V acc[Heads][Keys];  // set one by one: compilers clear a whole array in memory
+  for (int g = 0; g < Heads; g++)
+    for (int i = 0; i < Keys; i++) acc[g][i] = Isa::zero();
   auto add = [&](int h, auto&& load_key) {
     V queries[Heads];
     for (int g = 0; g < Heads; g++) queries[g] = Isa::load(q + g * q_stride + h);

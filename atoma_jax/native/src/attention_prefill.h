@@ -57,7 +57,8 @@ template <class Isa, int Rows>
 inline void tile_logits(const float* queries, const float* const* k, int H, float* to) {
   using V = typename Isa::V;
   constexpr int W = Isa::kWidth;
-  V acc[Rows][3] = {};
+  V acc[Rows][3];
+  for (int i = 0; i < Rows; i++) acc[i][0] = acc[i][1] = acc[i][2] = Isa::zero();
   for (int h = 0; h < H; h++, queries += kTile) {
     const V x0 = Isa::load(queries), x1 = Isa::load(queries + W), x2 = Isa::load(queries + 2 * W);
     for (int i = 0; i < Rows; i++) {
@@ -173,19 +174,19 @@ void prefill(const AttentionProblem& p, const PrefillPiece& piece, float* scratc
     const int at = piece.first + column;
     return (static_cast<int64_t>(token + at / G) * p.N + piece.kv_head * G + at % G) * H;
   };
+  const float* q[kTile];
   for (int m = 0; m < kTile; m++) {
     const int column = m < used ? m : used - 1;  // columns past the end repeat the last one
-    const float* q = p.q + place(column);
-    for (int h = 0; h < H; h++) {
-      tile.queries[h * kTile + m] = q[h] * p.scale;
-      tile.sums[h * kTile + m] = 0.0f;
-    }
+    q[m] = p.q + place(column);
     const int sees = position + (piece.first + column) / G;
     tile.newest[m] = static_cast<float>(sees);
     tile.oldest[m] = static_cast<float>(sees - p.window + 1);
     tile.largest[m] = kNever;
     tile.total[m] = 0.0f;
   }
+  for (int h = 0; h < H; h++)
+    for (int m = 0; m < kTile; m++) tile.queries[h * kTile + m] = q[m][h] * p.scale;
+  std::memset(tile.sums, 0, sizeof(float) * H * kTile);
 
   const int first_seen = position + piece.first / G - p.window + 1, stop = position + (piece.end - 1) / G + 1;
   const int start = first_seen > 0 ? first_seen : 0;

@@ -68,7 +68,11 @@ struct VectorsOf {
     return v;
   }
   static void store(float* to, V v) { std::memcpy(to, &v, sizeof(v)); }
-  static V set1(float x) { return V{} + x; }
+  static V set1(float x) {
+    V v;
+    for (int i = 0; i < N; i++) v[i] = x;
+    return v;
+  }
   static V zero() { return V{}; }
   static V fma(V a, V b, V c) { return a * b + c; }
   // The second one where either is NaN.
@@ -139,6 +143,7 @@ struct PortableVectors : VectorsOf<4> {};
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 struct Avx2Vectors : VectorsOf<8> {
   using VectorsOf<8>::load;
+  static V set1(float x) { return _mm256_set1_ps(x); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V max(V a, V b) { return _mm256_max_ps(a, b); }
   static float sum(V v) {
@@ -164,6 +169,7 @@ struct Avx2Vectors : VectorsOf<8> {
 #if defined(__AVX512F__)
 struct Avx512Vectors : VectorsOf<16> {
   using VectorsOf<16>::load;
+  static V set1(float x) { return _mm512_set1_ps(x); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V max(V a, V b) { return _mm512_max_ps(a, b); }
   static __m256 folded(V v) {
