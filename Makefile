@@ -14,7 +14,7 @@ comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test test-slow lint format bench wheel clean help
+.PHONY: run native test test-slow lint format bench wheel clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make lint       ruff and pyright"
 	@echo "make format     let ruff rewrite the files"
 	@echo "make bench      compare with other engines on this machine"
+	@echo "make native     compile the native kernels again if their sources changed"
 	@echo "make wheel      build dist/*.whl"
 	@echo "make clean      remove what the others made; fetched models stay"
 
@@ -35,29 +36,36 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.installed: pyproject.toml $(VENV)/.created
+# Not isolated: an isolated build would fetch a jaxlib of its own for the headers that `make native` finds in .venv.
+INSTALL := $(PIP) install --quiet --no-build-isolation --editable
+$(VENV)/.installed: pyproject.toml setup.py $(VENV)/.created
 	@echo "installing atoma-jax (the first time takes a minute or two)"
-	@$(PIP) install --quiet --editable .
+	@$(PIP) install --quiet 'setuptools>=77'
+	@$(INSTALL) .
 	@touch $@
 
 $(STAMP): $(VENV)/.installed
 	@echo "installing atoma-jax[$(EXTRAS)]"
-	@$(PIP) install --quiet --editable '.[$(EXTRAS)]'
+	@$(INSTALL) '.[$(EXTRAS)]'
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	@echo "installing atoma-jax[bench] (compiles llama.cpp: takes cmake, a C++ compiler and minutes)"
-	@$(PIP) install --quiet --editable '.[bench]'
+	@$(INSTALL) '.[bench]'
 	@touch $@
 
-run: $(VENV)/.installed
+# Without a compiler, the engine does without.
+native: $(VENV)/.installed
+	@$(BIN)/python -m atoma_jax.native.build || true
+
+run: native
 	@$(BIN)/atoma-jax pull $(MODEL) >/dev/null
 	@$(BIN)/atoma-jax generate --model $(MODEL) --chat --prompt "$(PROMPT)"
 
-test: $(STAMP)
+test: $(STAMP) native
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-slow: $(STAMP)
+test-slow: $(STAMP) native
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(STAMP)
@@ -73,7 +81,7 @@ bench: $(VENV)/.installed-bench
 	@$(BIN)/python bench/compare.py
 
 wheel: $(STAMP)
-	@$(BIN)/python -m hatchling build -t wheel
+	@$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis

@@ -95,10 +95,10 @@ def _load(path: Path, layout: str) -> dict[str, float]:
     import jax
 
     from atoma_jax.config import EngineConfig
+    from atoma_jax.cores import usable_cores
     from atoma_jax.engine.model_setup import set_up_model
     from atoma_jax.loading.hub import resolve
     from atoma_jax.loading.model_files import open_model
-    from atoma_jax.loading.threads import usable_cores
 
     config = EngineConfig.from_options({"model": str(path), "weight_layout": layout})
     jax.block_until_ready(jax.numpy.zeros(1))  # the backend starts outside of what is measured

@@ -15,7 +15,9 @@ SHIPPED = ("atoma_jax", "pallas_kernels", "sharding", "configs")
 SOURCES = sorted(path for package in SHIPPED for path in (ROOT / package).rglob("*.py"))
 ALL_PYTHON = sorted([*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")])
 
-BASICS = tuple(f"atoma_jax.{name}" for name in ("errors", "config", "model_spec", "sampling_params", "outputs"))
+BASICS = tuple(
+    f"atoma_jax.{name}" for name in ("errors", "config", "cores", "model_spec", "sampling_params", "outputs")
+)
 PUBLIC = ("atoma_jax", *BASICS)
 PARSERS = tuple(
     f"atoma_jax.loading.{name}"
@@ -41,6 +43,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "atoma_jax": ("atoma_jax.engine", *BASICS),
     "atoma_jax.errors": (),
     "atoma_jax.config": BASICS,
+    "atoma_jax.cores": (),
     "atoma_jax.model_spec": BASICS,
     "atoma_jax.sampling_params": BASICS,
     "atoma_jax.outputs": BASICS,
@@ -72,11 +75,18 @@ ARROWS: dict[str, tuple[str, ...]] = {
         *PUBLIC,
     ),
     **dict.fromkeys(
-        PARSERS, (*PARSERS, "configs", *(f"atoma_jax.quant.{name}" for name in HOST_QUANT), "atoma_jax.errors")
+        PARSERS,
+        (
+            *PARSERS,
+            "configs",
+            *(f"atoma_jax.quant.{name}" for name in HOST_QUANT),
+            "atoma_jax.errors",
+            "atoma_jax.cores",
+        ),
     ),
     **dict.fromkeys(ON_THE_HOST, (*ON_THE_HOST, *BASICS)),
 }
-WITHOUT_JAX = (*PARSERS, *ON_THE_HOST, "atoma_jax.tokenizer", "atoma_jax.errors", "atoma_jax.config")
+WITHOUT_JAX = (*PARSERS, *ON_THE_HOST, "atoma_jax.tokenizer", "atoma_jax.errors", "atoma_jax.config", "atoma_jax.cores")
 JAX = {"jax", "jaxlib", "flax", "orbax", "optax"}
 
 # Code that runs what a file or a request says; reliability.md row 8.

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float32, Int32
 
 from atoma_jax import ops
 from atoma_jax.config import EngineConfig
+from atoma_jax.cores import usable_cores
 from atoma_jax.engine.memory import kv_cache_dtype
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
 from atoma_jax.engine.startup import tokenizer_of, use_compile_cache
@@ -23,7 +24,6 @@ from atoma_jax.engine.step import Weights
 from atoma_jax.errors import ConfigError, UserError
 from atoma_jax.loading.hub import resolve
 from atoma_jax.loading.model_files import open_model
-from atoma_jax.loading.threads import usable_cores
 from atoma_jax.models.decoder import Decoder
 from atoma_jax.outputs import ComparedTokens
 from atoma_jax.tokenizer import Tokenizer

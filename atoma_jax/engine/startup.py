@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from atoma_jax.config import EngineConfig
+from atoma_jax.cores import usable_cores
 from atoma_jax.engine.admission import SchedulerLimits
 from atoma_jax.engine.buckets import Buckets, make_buckets
 from atoma_jax.engine.compilations import COMPILATIONS
@@ -34,7 +35,6 @@ from atoma_jax.loading.hf_checkpoint import HFCheckpoint
 from atoma_jax.loading.hub import resolve
 from atoma_jax.loading.model_files import ModelFiles, open_model
 from atoma_jax.loading.orbax_checkpoint import OrbaxModel
-from atoma_jax.loading.threads import usable_cores
 from atoma_jax.model_spec import KVDtype, ModelSpec
 from atoma_jax.sampling_params import SamplingParams
 from atoma_jax.tokenizer import Tokenizer, load_folder_tokenizer, load_gguf_tokenizer

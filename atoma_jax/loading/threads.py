@@ -1,15 +1,9 @@
 """How many threads work on files at once. Imports no JAX."""
 
-import os
-
+from atoma_jax.cores import usable_cores
 from atoma_jax.errors import ConfigError
 
 MOST = 256
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def checked_threads(threads: int | None) -> int:

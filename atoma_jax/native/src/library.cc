@@ -1,0 +1,28 @@
+// What Python asks of the library itself before and after it registers handlers; and `probe`, the smallest handler.
+#include "ffi.h"
+#include "pool.h"
+#include "variant.h"
+
+#ifndef ATOMA_SOURCES
+#error "build.py defines ATOMA_SOURCES: the digest of the sources that this library is made of"
+#endif
+
+ATOMA_EXPORT const char* atoma_sources() { return ATOMA_SOURCES; }
+ATOMA_EXPORT int atoma_ffi_major() { return XLA_FFI_API_MAJOR; }
+ATOMA_EXPORT int atoma_ffi_minor() { return XLA_FFI_API_MINOR; }
+
+ATOMA_EXPORT void atoma_set_threads(int threads) { atoma::set_pool_threads(threads); }
+
+ATOMA_EXPORT int atoma_num_variants() { return atoma::kNumVariants; }
+ATOMA_EXPORT int atoma_active_variant() { return static_cast<int>(atoma::active_variant()); }
+ATOMA_EXPORT int atoma_is_supported(int variant) { return atoma::is_supported(static_cast<atoma::Variant>(variant)); }
+ATOMA_EXPORT void atoma_force_variant(int variant) { atoma::force_variant(static_cast<atoma::Variant>(variant)); }
+
+// int32 [2]: the variant and the number of threads that kernels run with.
+static ffi::Error ProbeImpl(ffi::ResultBufferR1<ffi::S32> out) {
+  if (out->element_count() != 2) return ffi::Error::InvalidArgument("probe: the result must be int32 [2]");
+  out->typed_data()[0] = static_cast<int32_t>(atoma::active_variant());
+  out->typed_data()[1] = atoma::Pool::shared().threads();
+  return ffi::Error::Success();
+}
+ATOMA_HANDLER(probe, ProbeImpl, ffi::Ffi::Bind().Ret<ffi::BufferR1<ffi::S32>>());
