@@ -60,7 +60,7 @@ native: $(VENV)/.installed
 
 run: native
 	@$(BIN)/atoma-jax pull $(MODEL) >/dev/null
-	@$(BIN)/atoma-jax generate --model $(MODEL) --chat --prompt "$(PROMPT)"
+	@$(BIN)/atoma-jax generate --model $(MODEL) --chat --temperature 0.7 --prompt "$(PROMPT)"
 
 test: $(STAMP) native
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -75,7 +75,11 @@ class FakeLLM:
         self.is_shut_down = False
         self.llm_engine = FakeEngine()
         self.startup = SimpleNamespace(
-            phases={"weights": 0.5, "warm_up": 0.25}, total=0.75, compile_cache_hits=3, compile_cache_misses=1
+            phases={"weights": 0.5, "warm_up": 0.25},
+            total=0.75,
+            kernels="xla",
+            compile_cache_hits=3,
+            compile_cache_misses=1,
         )
         FakeLLM.built.append(self)
 
@@ -91,6 +95,9 @@ class FakeLLM:
 
     def get_tokenizer(self) -> FakeTokenizer:
         return FakeTokenizer()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        return SamplingParams(temperature=0.25, top_k=40, repetition_penalty=1.5, max_tokens=3)
 
     def stats(self) -> Any:
         return SimpleNamespace(

@@ -42,6 +42,8 @@ def test_json_is_one_object_with_everything(run: Run, fake_llm: type[FakeLLM]) -
     assert list(timings["startup_phases_s"]) == ["imports", "weights", "warm_up"]
     assert timings["startup_s"] == pytest.approx(0.75 + timings["startup_phases_s"]["imports"])
     assert (timings["compile_cache_hits"], timings["compile_cache_misses"]) == (3, 1)
+    assert timings["kernels"] == "xla"
+    assert "kernels: xla" in result.stderr
 
 
 def test_sampling_flags_reach_the_request(run: Run, fake_llm: type[FakeLLM]) -> None:
@@ -52,6 +54,14 @@ def test_sampling_flags_reach_the_request(run: Run, fake_llm: type[FakeLLM]) -> 
     ((prompt, params),) = fake_llm.built[0].asked
     assert (prompt, params.temperature, params.top_p, params.top_k, params.min_p) == ("x", 0.5, 0.9, 7, 0.1)
     assert (params.seed, params.stop, params.max_tokens, params.logprobs) == (3, ("END", "STOP"), 2, None)
+
+
+def test_flags_that_were_not_given_are_the_models_recommendation(run: Run, fake_llm: type[FakeLLM]) -> None:
+    result = run("generate", "--model", "m", "--prompt", "x", "--max-tokens", "2", "--top-k", "0")
+    assert result.exit_code == 0, result.stderr
+    ((_, params),) = fake_llm.built[0].asked
+    assert (params.temperature, params.repetition_penalty, params.top_p) == (0.25, 1.5, 1.0)
+    assert (params.top_k, params.max_tokens) == (0, 2), "flags win"
 
 
 def test_several_samples_are_numbered(run: Run, fake_llm: type[FakeLLM]) -> None:
