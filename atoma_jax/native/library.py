@@ -19,7 +19,7 @@ from atoma_jax.native.build import LIBRARY, source_digest
 
 VARIANTS: Final = ("portable", "avx2", "avx512-vnni")  # as in src/variant.h
 # Names that handlers are registered under; the library exports each.
-HANDLERS: Final = ("atoma_probe",)
+HANDLERS: Final = ("atoma_probe", "atoma_attention")
 
 REBUILD = "run `python -m atoma_jax.native.build`, which takes a C++ compiler and some seconds"
 
