@@ -81,7 +81,7 @@ inline void store_row(const float* x, int H, Stored* to, float* scale) {
       finite &= size < INFINITY;
       largest = size > largest ? size : largest;
     }
-    *scale = finite ? largest / kLargestCode<Stored> : NAN;
+    *scale = finite ? largest * (1.0f / kLargestCode<Stored>) : NAN;  // XLA's rounding of a quotient by a constant
     const float divisor = *scale;
     for (int h = 0; h < H; h++) {
       float code = finite ? x[h] / divisor : 0.0f;
