@@ -1,6 +1,7 @@
 """The one place that chooses a kernel: by platform, by the weight's layout, by shape.
 
-Today every platform runs the XLA routes of `pallas_kernels`. Models call these functions and know no kernel.
+Weights in tiles are multiplied by the native kernels for CPUs, others by the XLA routes of `pallas_kernels`. Models call
+these functions and know no kernel.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from atoma_jax.native.attention import attention as native_attention
+from atoma_jax.native import attention as native_attention
+from atoma_jax.native import library as native_library
+from atoma_jax.native import matmul as native_matmul
+from atoma_jax.native.tiles import put_codes, put_factors
 from atoma_jax.quant.qtensor import LayerVariants, Layout, QTensor
 from pallas_kernels import grouped_matmul as grouped_kernels
 from pallas_kernels import kv_pages
@@ -35,8 +39,11 @@ __all__ = [
     "embed",
     "empty_pages",
     "grouped_feed_forward",
+    "has_native_kernels",
     "linear",
     "pack_planar",
+    "put_codes",
+    "put_factors",
     "query_blocks",
 ]
 
@@ -45,6 +52,7 @@ _INTEGER_GROUP = 128
 
 Platform = Literal["cpu", "cuda"]
 Kernels = Literal["xla", "pallas", "interpret", "native"]
+Precision = Literal["default", "high", "exact"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +63,12 @@ class Backend:
     operands: Literal["float32", "bfloat16"]  # of products with quantized weights; sums are float32
     weight_layout: Layout  # of quantized weights
     kernels: Kernels = "xla"  # interpret: the Pallas kernels without a GPU, step by step; for tests
+    precision: Precision = "default"  # of activations in native products: int8, two int8 planes, float32
+
+
+def has_native_kernels() -> bool:
+    """Whether this process can run them; the log says once why not."""
+    return native_library.library() is not None
 
 
 @no_type_check  # JAX also fills it with abstract values
@@ -87,21 +101,59 @@ def linear(
         x: activations.
         weight: of one layer, or variants of all layers.
         backend: where it runs.
-        layer: whose of the variants; None where there are none.
+        layer: whose, of variants and of weights in tiles; None where a weight has no layers.
         int8_activations: each token of `x` is rounded to int8 first, because the model was trained so.
     """
     if isinstance(weight, LayerVariants):
         assert layer is not None, "variants are of several layers"
 
         def product(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "T N"]:
-            return linear(x, _picked(stack, place), backend, int8_activations=int8_activations)
+            return _of_stack(x, stack, (place,), backend, int8_activations=int8_activations)
 
         return _in_variant(weight, layer, product)
+    if isinstance(weight, QTensor) and weight.layout == "tiles":
+        return _tiled_linear(x, weight, () if layer is None else (layer,), backend, int8_activations=int8_activations)
     if int8_activations:
         return _integer_linear(x, weight, backend)
     if isinstance(weight, QTensor):
         return _quantized_linear(x, weight, backend)
     return matmul_kernels.dot(x.astype(weight.dtype), weight)
+
+
+def _of_stack(
+    x: Float[Array, "T K"],
+    stack: QTensor | Array,
+    index: tuple[Int32[Array, ""], ...],
+    backend: Backend,
+    *,
+    int8_activations: bool,
+) -> Float32[Array, "T N"]:
+    """`linear` with the matrix at an index of a stack's leading axes."""
+    if isinstance(stack, QTensor) and stack.layout == "tiles":
+        return _tiled_linear(x, stack, index, backend, int8_activations=int8_activations)
+    return linear(x, _picked(stack, *index), backend, int8_activations=int8_activations)
+
+
+def _tiled_linear(
+    x: Float[Array, "T K"],
+    weight: QTensor,
+    index: tuple[Int32[Array, ""], ...],
+    backend: Backend,
+    *,
+    int8_activations: bool,
+) -> Float32[Array, "T N"]:
+    """By the native kernels, which take whole stacks: a part of one would be copied first."""
+    index = index[: len(weight.lead)]  # the head has no layers
+    place = jnp.int32(0)
+    for size, at in zip(weight.lead, index, strict=True):
+        place = place * size + at
+    if weight.permutation is not None:
+        x = x[:, _picked(weight.permutation, *index)]
+    activations: native_matmul.Activations = "tokens" if int8_activations else _ACTIVATIONS[backend.precision]
+    return native_matmul.matmul(x.astype(jnp.float32), weight, place, activations)
+
+
+_ACTIVATIONS: dict[Precision, native_matmul.Activations] = {"default": "groups", "high": "planes", "exact": "exact"}
 
 
 def _integer_linear(x: Float[Array, "T K"], weight: QTensor | Array, backend: Backend) -> Float32[Array, "T N"]:
@@ -176,7 +228,7 @@ def grouped_feed_forward(
         layer: which layer's weights.
         int8_activations: as in `linear`.
     """
-    E = jax.tree.leaves(gate_up)[0].shape[1]
+    E = jax.tree.leaves(gate_up)[0].shape[1]  # every layout has its leading axes first
     blocks = grouped_kernels.expert_blocks(experts, E)
 
     def grouped(rows: Float[Array, "padded K"], weight: QTensor | LayerVariants | Array) -> Float32[Array, "padded N"]:
@@ -184,7 +236,7 @@ def grouped_feed_forward(
             N = stack.shape[0] if isinstance(stack, QTensor) else stack.shape[2]
 
             def of_expert(block: Float[Array, "M K"], expert: Int32[Array, ""]) -> Float32[Array, "M N"]:
-                return linear(block, _picked(stack, place, expert), backend, int8_activations=int8_activations)
+                return _of_stack(block, stack, (place, expert), backend, int8_activations=int8_activations)
 
             return grouped_kernels.grouped_product(rows, blocks, of_expert, N)
 
@@ -199,6 +251,8 @@ def embed(ids: Int32[Array, " T"], table: QTensor | Array) -> Float32[Array, "T 
     if not isinstance(table, QTensor):
         return table[ids].astype(jnp.float32)
     assert table.permutation is None, "no format permutes an embedding"
+    if table.layout == "tiles":
+        return native_matmul.rows(ids, table, jnp.int32(0))
     if table.layout == "rows":
         return matmul_kernels.dequantize(
             table.codes[ids], table.scales[ids], None if table.mins is None else table.mins[ids]
@@ -243,7 +297,7 @@ def attend(
         softcap: limit of the logits' size, by tanh.
     """
     if backend.kernels == "native":
-        out, cache = native_attention(
+        out, cache = native_attention.attention(
             *(q, k, v),
             [part for part in pages if part is not None],
             page=batch.page,

@@ -76,10 +76,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "atoma_jax.loading.gguf.requantize",
         *PUBLIC,
     ),
-    **dict.fromkeys(
-        PARSERS,
-        (*PARSERS, "configs", *(f"atoma_jax.quant.{name}" for name in HOST_QUANT), "atoma_jax.cores", *BASICS),
-    ),
+    **dict.fromkeys(PARSERS, (*PARSERS, "configs", *(f"atoma_jax.quant.{name}" for name in HOST_QUANT), *BASICS)),
     **dict.fromkeys(ON_THE_HOST, (*ON_THE_HOST, *BASICS)),
 }
 WITHOUT_JAX = (*PARSERS, *ON_THE_HOST, "atoma_jax.tokenizer", "atoma_jax.errors", "atoma_jax.config", "atoma_jax.cores")

@@ -24,7 +24,7 @@ from atoma_jax.loading.weights import abstract_weights, load_weights
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.decoder import Decoder
 from atoma_jax.models.params import ParamSpec, fill, specs_of
-from atoma_jax.ops import Backend, Kernels, Platform
+from atoma_jax.ops import Backend, Kernels, has_native_kernels, Platform
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 
 
@@ -133,12 +133,34 @@ def _backend(config: ModelConfig, platform: Platform) -> Backend:
         operands = "float32" if is_cpu and not cpu_multiplies_bfloat16() else "bfloat16"
     kernels = _kernels(config, platform)
     if layout == "auto":
-        layout = "rows" if is_cpu and kernels == "xla" else "planar"
-    return Backend(platform=platform, operands=operands, weight_layout=layout, kernels=kernels)
+        layout = "tiles" if kernels == "native" else "rows" if is_cpu and kernels == "xla" else "planar"
+    if (layout == "tiles") != (kernels == "native"):
+        if config.kernels == "auto" and layout != "tiles":
+            kernels = "xla"  # what reads the layout that is asked for
+        else:
+            problem = f"does not go with the kernels {kernels}: tiles are what native kernels read, and all they read"
+            raise ConfigError("weight_layout", layout, problem)
+    if kernels != "native" and config.cpu_precision != "default":
+        problem = f"is a setting of the native kernels, and these are {kernels}; leave --cpu-precision out"
+        raise ConfigError("cpu_precision", config.cpu_precision, problem)
+    return Backend(
+        platform=platform,
+        operands=operands,
+        weight_layout=layout,
+        kernels=kernels,
+        precision=config.cpu_precision,
+    )
 
 
 def _kernels(config: ModelConfig, platform: Platform) -> Kernels:
     """The kernels asked for, where they run."""
+    if config.kernels == "native":
+        if platform != "cpu":
+            raise ConfigError("kernels", "native", "is for CPUs: leave --kernels out on a GPU")
+        if not has_native_kernels():
+            raise ConfigError("kernels", "native", "cannot run here, for the reason logged above; xla can")
+    if config.kernels in ("auto", "native") and platform == "cpu":
+        return "native" if has_native_kernels() else "xla"
     if config.kernels in ("auto", "xla"):
         return "xla"
     if config.kernels == "pallas" and platform == "cpu":

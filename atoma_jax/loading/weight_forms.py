@@ -22,7 +22,7 @@ from atoma_jax.models.params import ParamSpec
 from atoma_jax.ops import Backend
 from atoma_jax.quant.groups import FLOAT8, GroupFormat
 from atoma_jax.quant.merging import merged_format, widened
-from atoma_jax.quant.qtensor import LayerVariants, Layout, QTensor, planar_plane
+from atoma_jax.quant.qtensor import TILE, TILE_BLOCK, LayerVariants, Layout, QTensor, planar_plane, tile_groups
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -50,7 +50,7 @@ class QuantizedForm:
         lead: axes before a child's own.
         shape: (N, K).
         format: of codes and factors; the rows layout keeps signed numbers and float32 factors instead.
-        plane: elements of a plane; rows: 0.
+        plane: elements of a plane of the planar layout; 0 in others.
         permuted: columns are in an order of their own.
     """
 
@@ -68,6 +68,10 @@ class QuantizedForm:
         if self.layout == "rows":
             dtype = FLOAT8 if self.format.float_codes else np.int8
             return jax.ShapeDtypeStruct((*self.lead, N, K // self.format.group, self.format.group), dtype)
+        if self.layout == "tiles":
+            tiles, blocks = -(-N // TILE), -(-K // TILE_BLOCK)
+            shape = (*self.lead, tiles, blocks, TILE * TILE_BLOCK * self.format.bits // 8)
+            return jax.ShapeDtypeStruct(shape, np.uint8)
         return jax.ShapeDtypeStruct((*self.lead, N, K * self.format.bits // 16), np.uint16)
 
     @property
@@ -101,6 +105,10 @@ class QuantizedForm:
         N, G = self.shape[0], self.shape[1] // group
         if self.layout == "rows":
             return jax.ShapeDtypeStruct((*self.lead, N, G), np.float32)
+        if self.layout == "tiles":
+            filled = tile_groups(self.shape[1], group)
+            assert filled is not None, self
+            return jax.ShapeDtypeStruct((*self.lead, -(-N // TILE), filled, TILE), dtype)
         return jax.ShapeDtypeStruct((*self.lead, G, N), dtype)
 
     def children(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -118,6 +126,7 @@ class QuantizedForm:
     def qtensor(self, children: dict[str, Any]) -> QTensor:
         """The weight of its children; `Any` as a plan has `ShapeDtypeStruct`s in the place of arrays."""
         rows = self.layout == "rows"
+        numbers = rows or (self.layout == "tiles" and self.format.bits == 8)
         return QTensor(
             codes=children["codes"],
             scales=children["scales"],
@@ -129,8 +138,8 @@ class QuantizedForm:
             shape=self.shape,
             group=self.format.group,
             bits=8 if rows else self.format.bits,
-            zero=0 if rows else self.format.zero,
-            table=None if rows else self.format.table,
+            zero=0 if numbers else self.format.zero,
+            table=None if numbers else self.format.table,
             plane=self.plane,
         )
 
@@ -203,6 +212,8 @@ def _one_form(checkpoint: Checkpoint, source: WeightSource, want: ParamSpec, bac
     plane = 0
     if layout == "planar":
         kind, plane = _planar_format(checkpoint, source, K, kind)
+    if layout == "tiles" and tile_groups(K, kind.group) is None:
+        layout = "rows"  # groups of 8, or of 48: XLA multiplies them
     tensors = (checkpoint.tensors[part.tensor] for parts in source.blocks for part in parts)
     return QuantizedForm(
         layout=layout,

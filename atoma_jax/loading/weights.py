@@ -16,10 +16,10 @@ from atoma_jax.loading.checkpoint import Checkpoint, Rows
 from atoma_jax.loading.weight_forms import DenseForm, Form, QuantizedForm, VariantsForm, form_of
 from atoma_jax.loading.weight_sources import Part, WeightSource
 from atoma_jax.models.params import ParamSpec
-from atoma_jax.ops import Backend, pack_planar
+from atoma_jax.ops import Backend, pack_planar, put_codes, put_factors
 from atoma_jax.quant.groups import Factors
 from atoma_jax.quant.merging import recast
-from atoma_jax.quant.qtensor import LayerVariants, QTensor
+from atoma_jax.quant.qtensor import TILE, TILE_BLOCK, LayerVariants, QTensor
 
 DECODED_AT_ONCE = 1 << 22  # elements: bounds the temporary memory of a thread
 XLA_ALIGNMENT = 64  # bytes
@@ -109,7 +109,8 @@ class _Reader:
         host = {name: _aligned(child.shape, child.dtype) for name, child in form.children().items()}
         lead = len(self._source.lead)
         blocks = {name: array.reshape(len(self._source.blocks), *array.shape[lead:]) for name, array in host.items()}
-        put = self._put_rows(form, blocks) if form.layout == "rows" else self._put_planar(form, blocks)
+        ways = {"rows": self._put_rows, "planar": self._put_planar, "tiles": self._put_tiles}
+        put = ways[form.layout](form, blocks)
         if form.permuted:
             self._put_permutations(blocks["permutation"])
         self._each_chunk(put, form.shape[0])
@@ -136,6 +137,36 @@ class _Reader:
             _put_factors(blocks, block, to, "scales", "scale_supers", weights.scales)
             if weights.mins is not None:
                 _put_factors(blocks, block, to, "mins", "min_supers", weights.mins)
+
+        return put
+
+    def _put_tiles(self, form: QuantizedForm, blocks: dict[str, _Array]) -> "_Put":
+        (N, K), bits = form.shape, form.format.bits
+        if N % TILE or K % TILE_BLOCK:
+            for array in blocks.values():
+                array[...] = 0  # what fills up tiles and blocks
+
+        def put(block: int, part: Part, rows: Rows, to: Rows) -> None:
+            weights = self._tensors[part.tensor].decode(rows)
+            if bits < 8:
+                weights = recast(weights, form.format)
+                codes = weights.codes
+            else:
+                codes = weights.signed().view(np.uint8) ^ np.uint8(128)
+            repeat = weights.format.group // form.format.group
+            put_codes(codes, bits, to, blocks["codes"][block])
+            for name, factors in (("scale", weights.scales), ("min", weights.mins)):
+                if f"{name}s" not in blocks:
+                    continue
+                values, supers = blocks[f"{name}s"][block], blocks.get(f"{name}_supers")
+                if factors is None:
+                    put_factors(np.zeros((len(codes), values.shape[1]), values.dtype), to, values)
+                elif supers is None:
+                    put_factors(np.repeat(factors.flat(), repeat, axis=1), to, values)
+                else:
+                    assert factors.supers is not None
+                    put_factors(factors.values, to, values)
+                    put_factors(factors.supers, to, supers[block])
 
         return put
 

@@ -60,7 +60,9 @@ def specs_of(model: nnx.Module) -> dict[str, ParamSpec]:
 
 def indexed(_path: Any, parameter: Any) -> bool:
     """A filter for `nnx.split`: parameters that a layer gets whole, of all layers, and looks its own part up in."""
-    return isinstance(parameter, ExpertParam) or isinstance(parameter.get_value(), LayerVariants)
+    value = parameter.get_value()
+    in_tiles = isinstance(value, QTensor) and value.layout == "tiles"  # native kernels take a stack and an index
+    return isinstance(parameter, ExpertParam) or isinstance(value, LayerVariants) or in_tiles
 
 
 def fill(model: nnx.Module, values: Mapping[str, Any]) -> None:

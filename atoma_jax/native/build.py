@@ -1,20 +1,22 @@
-"""Compiles the kernels: `python -m atoma_jax.native.build`. Imports nothing of ours and no JAX: `setup.py` runs it, too.
+"""Compiles the kernels: `python -m atoma_jax.native.build`. Imports nothing of ours and no JAX: `setup.py` runs it.
 
-Each source is compiled on its own and at once with the others, then linked to `libatoma_native.so` in this folder. A file
-`*_avx2.cc` or `*_avx512.cc` is compiled with those instructions and must not be called where the CPU has none
-(`src/variant.h`). The library carries a digest of the sources: one that was made of others is not loaded, and is made
-anew here.
+Each source is compiled on its own and at once with the others, then linked to `libatoma_native.so` in this folder. A
+file `*_avx2.cc` or `*_avx512.cc` is compiled with those instructions, and nobody calls what is in it where the CPU has
+none (`src/variant.h`). The library carries a stamp: the digest of its sources, and the version of XLA's FFI that it was
+built for. What does not fit is built anew here, and never loaded by `library.py`.
 """
 
 import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -22,20 +24,16 @@ SOURCES = FOLDER / "src"
 LIBRARY = FOLDER / "libatoma_native.so"
 
 FLAGS = (
-    "-std=c++20",
-    "-O3",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-fno-exceptions",
-    "-ffp-contract=off",
-    "-pthread",
-    "-Wall",
+    *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-pthread"),
+    "-ffp-contract=off",  # sums are made as they are written, in every variant and for any number of rows
+    *("-Wall", "-Wno-psabi"),  # vectors are passed between functions of one file alone
 )
 VARIANT_FLAGS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": (
         *("-mavx2", "-mfma", "-mf16c"),
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"),
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # of GCC 12's own headers
     ),
 }
 # The C++ runtime inside: the library has no needs that a machine with another compiler might not meet.
@@ -53,6 +51,37 @@ def source_digest() -> str:
         if path.suffix in (".cc", ".h", ".py"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What a library says of itself, in its file: nothing of it runs before that is known to fit."""
+
+    sources: str
+    ffi: tuple[int, int]
+
+    @classmethod
+    def of(cls, library: Path) -> "Stamp | None":
+        """None: it has none, so it is not one of ours."""
+        found = re.search(rb"atoma-native sources=([0-9a-f]{32}) ffi=(\d+)\.(\d+)\0", library.read_bytes())
+        return None if found is None else cls(found[1].decode(), (int(found[2]), int(found[3])))
+
+
+def ffi_version(include: Path) -> tuple[int, int]:
+    """Major and minor version of XLA's FFI, from a jaxlib's headers.
+
+    Raises:
+        BuildError: they do not say.
+    """
+    header = include / "xla" / "ffi" / "api" / "c_api.h"
+    try:
+        text = header.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BuildError(f"jaxlib's header {header} cannot be read ({error})") from error
+    found = [re.search(rf"^#define XLA_FFI_API_{part} (\d+)$", text, re.MULTILINE) for part in ("MAJOR", "MINOR")]
+    if found[0] is None or found[1] is None:
+        raise BuildError(f"jaxlib's header {header} does not say which version of the FFI it is")
+    return int(found[0][1]), int(found[1][1])
 
 
 def compiler() -> str:
@@ -92,21 +121,29 @@ def sources() -> list[Path]:
     return sorted(found, key=lambda path: (not flags_of(path), path.name))
 
 
+def is_current(library: Path = LIBRARY) -> bool:
+    """Whether it is there, of these sources, and for this jaxlib's version of the FFI."""
+    if not library.exists():
+        return False
+    return Stamp.of(library) == Stamp(source_digest(), ffi_version(include_folder()))
+
+
 def build(target: Path = LIBRARY) -> Path:
-    """Compiles and links. The library appears whole or not at all.
+    """Compiles and links, or copies what is there and current. The library appears whole or not at all.
 
     Raises:
         BuildError: there is no compiler, or it fails.
     """
+    if target != LIBRARY and is_current():
+        return _put(LIBRARY, target)
     command, include = compiler(), include_folder()
     digest = source_digest()
     with tempfile.TemporaryDirectory(prefix="atoma-native-") as scratch:
-        # setuptools' isolated builds may have fewer cores than files: one thread a file leaves that to the system.
         with ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0)))) as pool:
 
             def compiled(source: Path) -> str:
                 output = Path(scratch) / f"{source.stem}.o"
-                defines = (f'-DATOMA_SOURCES="{digest}"',)
+                defines = (f'-DATOMA_SOURCES="{digest}"',) if source.name == "library.cc" else ()
                 places = ("-isystem", str(include), "-I", str(SOURCES))
                 _run(command, *FLAGS, *flags_of(source), *defines, *places, "-c", str(source), "-o", str(output))
                 return str(output)
@@ -114,10 +151,14 @@ def build(target: Path = LIBRARY) -> Path:
             objects = list(pool.map(compiled, sources()))
         linked = Path(scratch) / target.name
         _run(command, *LINK_FLAGS, *objects, "-o", str(linked))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.copy2(linked, beside)
-        beside.replace(target)
+        return _put(linked, target)
+
+
+def _put(library: Path, target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copy2(library, beside)
+    beside.replace(target)
     return target
 
 
@@ -128,12 +169,10 @@ def _run(*command: str) -> None:
 
 
 def main() -> None:
-    """Builds unless the library is there and up to date."""
-    stamp = f"{source_digest()}".encode()
-    if LIBRARY.exists() and stamp in LIBRARY.read_bytes():
-        return
+    """Builds unless the library is current."""
     try:
-        build()
+        if not is_current():
+            build()
     except BuildError as error:
         sys.exit(f"the native kernels were not built: {error}")
 

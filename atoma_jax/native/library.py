@@ -5,8 +5,7 @@ Owns the checks and the knobs of the library as a whole (variant, threads). Call
 
 import ctypes
 import logging
-import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -15,18 +14,18 @@ from typing import Final
 import jax
 
 from atoma_jax.cores import usable_cores
-from atoma_jax.native.build import LIBRARY, source_digest
+from atoma_jax.native.build import LIBRARY, BuildError, Stamp, ffi_version, source_digest
 
 VARIANTS: Final = ("portable", "avx2", "avx512-vnni")  # as in src/variant.h
 # Names that handlers are registered under; the library exports each.
-HANDLERS: Final = ("atoma_probe", "atoma_attention")
+HANDLERS: Final = ("atoma_attention", "atoma_matmul", "atoma_probe", "atoma_rows")
 
 REBUILD = "run `python -m atoma_jax.native.build`, which takes a C++ compiler and some seconds"
 
 _log = logging.getLogger(__name__)
 
 
-class Unfit(Exception):
+class UnfitError(Exception):
     """The library cannot be used here; the message says why, and what to do."""
 
 
@@ -46,7 +45,7 @@ class Library:
         return tuple(name for index, name in enumerate(VARIANTS) if self._loaded.atoma_is_supported(index))
 
     @contextmanager
-    def forced(self, *, variant: str | None = None, threads: int | None = None) -> Iterator[None]:
+    def forced(self, *, variant: str | None = None, threads: int | None = None) -> Generator[None]:
         """Runs kernels otherwise than this machine would choose; for tests. No kernel may run at either end.
 
         Args:
@@ -71,7 +70,7 @@ def library() -> Library | None:
     """The kernels; None where there are none that fit. The log says why, once."""
     try:
         return load(LIBRARY)
-    except Unfit as reason:
+    except UnfitError as reason:
         _log.warning("native kernels are off, and XLA computes instead, more slowly: %s", reason)
         return None
 
@@ -80,47 +79,30 @@ def load(path: Path) -> Library:
     """Loads a library after it has been checked, and registers its handlers.
 
     Raises:
-        Unfit: it is not there, is not made of these sources, or needs another jaxlib.
+        UnfitError: it is not there, is not made of these sources, or needs another jaxlib.
     """
     if not path.exists():
-        raise Unfit(f"{path} is missing: it was not built for lack of a C++ compiler; install one, and {REBUILD}")
-    # Asked of the file, not of loaded code: what was built from other sources is not run at all.
-    if source_digest().encode() not in path.read_bytes():
-        raise Unfit(f"{path} was not built from the sources beside it: {REBUILD}")
+        raise UnfitError(f"{path} is missing: it was not built for lack of a C++ compiler; install one, and {REBUILD}")
+    stamp = Stamp.of(path)
+    if stamp is None or stamp.sources != source_digest():
+        raise UnfitError(f"{path} was not built from the sources beside it: {REBUILD}")
+    try:
+        running = ffi_version(Path(jax.ffi.include_dir()))
+    except BuildError as error:
+        raise UnfitError(str(error)) from error
+    if not takes(running, stamp.ffi):
+        ours, theirs = (".".join(map(str, version)) for version in (stamp.ffi, running))
+        raise UnfitError(f"{path} was built for version {ours} of XLA's FFI, and this jaxlib has {theirs}: {REBUILD}")
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
-        raise Unfit(f"{path} does not load on this machine ({error}): {REBUILD}") from error
-    check_ffi((loaded.atoma_ffi_major(), loaded.atoma_ffi_minor()), ffi_version(Path(jax.ffi.include_dir())), path)
+        raise UnfitError(f"{path} does not load on this machine ({error}): {REBUILD}") from error
     loaded.atoma_set_threads(usable_cores())
     for name in HANDLERS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
     return Library(loaded)
 
 
-def check_ffi(built: tuple[int, int], running: tuple[int, int], path: Path) -> None:
-    """XLA runs handlers of its own version of the FFI and of minor ones before it.
-
-    Raises:
-        Unfit: the running one is older, or of another major version.
-    """
-    if built[0] != running[0] or built[1] > running[1]:
-        ours, theirs = (".".join(map(str, version)) for version in (built, running))
-        raise Unfit(f"{path} was built for version {ours} of XLA's FFI, and this jaxlib has {theirs}: {REBUILD}")
-
-
-def ffi_version(include: Path) -> tuple[int, int]:
-    """Of a jaxlib, from its headers.
-
-    Raises:
-        Unfit: they do not say.
-    """
-    header = include / "xla" / "ffi" / "api" / "c_api.h"
-    try:
-        text = header.read_text(encoding="utf-8")
-    except OSError as error:
-        raise Unfit(f"jaxlib's header {header} cannot be read ({error})") from error
-    found = [re.search(rf"^#define XLA_FFI_API_{part} (\d+)$", text, re.MULTILINE) for part in ("MAJOR", "MINOR")]
-    if found[0] is None or found[1] is None:
-        raise Unfit(f"jaxlib's header {header} does not say which version of the FFI it is")
-    return int(found[0][1]), int(found[1][1])
+def takes(running: tuple[int, int], built: tuple[int, int]) -> bool:
+    """Whether a jaxlib runs handlers: those of its own version of the FFI and of minor ones before it."""
+    return built[0] == running[0] and built[1] <= running[1]

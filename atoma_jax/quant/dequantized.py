@@ -1,13 +1,13 @@
 """Exact float32 values of a `QTensor`'s numbers on the host, by numpy: what an export writes.
 
-Owns the reverse of both layouts. Products with a `QTensor` on a device are `ops.py`'s.
+Owns the reverse of all layouts. Products with a `QTensor` on a device are `ops.py`'s.
 """
 
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from atoma_jax.quant.qtensor import QTensor
+from atoma_jax.quant.qtensor import TILE, TILE_BLOCK, QTensor
 
 _Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 _Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
@@ -19,6 +19,12 @@ def dequantized(weight: QTensor) -> _Floats:
     N, K = weight.shape
     codes, scales = np.asarray(weight.codes), _flat(weight.scales, weight.scale_supers)
     mins = None if weight.mins is None else _flat(weight.mins, weight.min_supers)
+    if weight.layout == "tiles":
+        codes = _untiled(codes, weight.bits)[:N, :K]
+        if weight.bits == 8:
+            codes = codes.astype(np.int16) - 128
+        scales = _by_row(scales)[:N, : K // weight.group]
+        mins = None if mins is None else _by_row(mins)[:N, : K // weight.group]
     if weight.layout == "planar":
         codes, scales = _unpacked(codes, weight.bits, weight.plane), scales.T
         mins = None if mins is None else mins.T
@@ -36,11 +42,25 @@ def dequantized(weight: QTensor) -> _Floats:
 
 
 def _flat(factors: Any, supers: Any) -> _Floats:
-    """Scales or mins as float32; integers times the float of their supergroup, groups on the first axis then."""
+    """Scales or mins as float32; integers times the float of their supergroup, groups on the last axis but one then."""
     values = np.asarray(factors).astype(np.float32)
     if supers is None:
         return values
-    return values * np.repeat(np.asarray(supers), values.shape[0] // supers.shape[0], axis=0)
+    return values * np.repeat(np.asarray(supers), values.shape[-2] // supers.shape[-2], axis=-2)
+
+
+def _by_row(factors: _Floats) -> _Floats:
+    """Factors `[N, K/g]`, filled up to whole tiles and blocks, from `[N/32, K/g, 32]`."""
+    return factors.swapaxes(1, 2).reshape(-1, factors.shape[1])
+
+
+def _untiled(tiles: _Array, bits: int) -> _Array:
+    """Codes `[N, K]`, filled up likewise, from tiles (`native/tiles.py`)."""
+    count, blocks, _ = tiles.shape
+    words = tiles.reshape(count, blocks, 1, bits, TILE, 4)
+    fields = np.arange(0, 8, bits, dtype=np.uint8)[:, None, None, None]
+    codes = words >> fields & np.uint8(2**bits - 1)  # [tiles, blocks, 8/bits, bits, 32 rows, 4 inputs]
+    return codes.transpose(0, 4, 1, 2, 3, 5).reshape(count * TILE, blocks * TILE_BLOCK)
 
 
 def _unpacked(words: _Array, bits: int, plane: int) -> _Array:

@@ -6,7 +6,10 @@ from typing import Literal, no_type_check
 import jax
 from jaxtyping import Array
 
-Layout = Literal["rows", "planar"]
+Layout = Literal["rows", "planar", "tiles"]
+
+TILE = 32  # rows of a weight that lie together in the tiles layout
+TILE_BLOCK = 32  # and inputs
 
 
 @no_type_check  # JAX also fills it with abstract values
@@ -37,7 +40,7 @@ class QTensor:
     @property
     def lead(self) -> tuple[int, ...]:
         """Axes before a child's own."""
-        return self.codes.shape[: -3 if self.layout == "rows" else -2]
+        return self.codes.shape[: -2 if self.layout == "planar" else -3]
 
     @property
     def nbytes(self) -> int:
@@ -68,3 +71,13 @@ def planar_plane(K: int, group: int, bits: int) -> int | None:
     """Elements of a plane of the planar layout for K inputs: the most that divide both group and K; None if none do."""
     planes = 16 // bits
     return next((plane for plane in (64, 32, 16) if group % plane == 0 and K % (plane * planes) == 0), None)
+
+
+def tile_groups(K: int, group: int) -> int | None:
+    """Groups of a row of K inputs in the tiles layout, whose blocks are filled up; None if it does not hold them."""
+    blocks = -(-K // TILE_BLOCK)
+    if group == K:
+        return 1
+    if group == TILE_BLOCK // 2:
+        return 2 * blocks
+    return K // group if group % TILE_BLOCK == 0 else None

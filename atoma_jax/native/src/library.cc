@@ -7,9 +7,12 @@
 #error "build.py defines ATOMA_SOURCES: the digest of the sources that this library is made of"
 #endif
 
-ATOMA_EXPORT const char* atoma_sources() { return ATOMA_SOURCES; }
-ATOMA_EXPORT int atoma_ffi_major() { return XLA_FFI_API_MAJOR; }
-ATOMA_EXPORT int atoma_ffi_minor() { return XLA_FFI_API_MINOR; }
+#define ATOMA_TEXT_OF(x) #x
+#define ATOMA_TEXT(x) ATOMA_TEXT_OF(x)
+
+// Read from the file before anything in it runs.
+ATOMA_EXPORT const char atoma_stamp[] =
+    "atoma-native sources=" ATOMA_SOURCES " ffi=" ATOMA_TEXT(XLA_FFI_API_MAJOR) "." ATOMA_TEXT(XLA_FFI_API_MINOR);
 
 ATOMA_EXPORT void atoma_set_threads(int threads) { atoma::set_pool_threads(threads); }
 

@@ -33,8 +33,8 @@ class Pool {
   // The same for a callable that takes the number of a piece.
   template <class Function>
   void for_each(int64_t count, Function&& function) {
-    using F = std::remove_reference_t<Function>;
-    run(count, [](void* context, int64_t i) { (*static_cast<F*>(context))(i); }, &function);
+    using F = std::remove_cv_t<std::remove_reference_t<Function>>;
+    run(count, [](void* context, int64_t i) { (*static_cast<F*>(context))(i); }, const_cast<F*>(&function));
   }
 
   // Of this process, with the number of threads that `set_pool_threads` gave; started by the first use.

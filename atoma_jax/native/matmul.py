@@ -1,0 +1,63 @@
+"""Typed calls of the kernels for weights in tiles (`src/matmul.h`): products, and look-ups of rows.
+
+A call gets the arrays of a whole stack and the index of one matrix in it: a slice would be copied before every call.
+"""
+
+from typing import Final, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int32
+
+from atoma_jax.quant.qtensor import QTensor
+
+# How activations are rounded: to int8 in groups of 32; what that leaves likewise, as a second plane; to int8 by token;
+# not at all.
+Activations = Literal["groups", "planes", "tokens", "exact"]
+_ACTIVATIONS: Final[dict[Activations, int]] = {"groups": 0, "planes": 1, "tokens": 2, "exact": 3}
+
+_TABLE = 16  # numbers
+
+
+def matmul(
+    x: Float32[Array, "T K"], weight: QTensor, index: Int32[Array, ""], activations: Activations
+) -> Float32[Array, "T N"]:
+    """x · Wᵀ, summed in float32. A row depends on that row of `x` alone, bit for bit.
+
+    Args:
+        x: activations. A row with NaN or infinity gives NaN, and no other does.
+        weight: a stack in tiles, its columns not permuted.
+        index: of the matrix in it, leading axes flattened.
+        activations: how they are rounded.
+    """
+    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
+    call = jax.ffi.ffi_call("atoma_matmul", out)
+    return call(x, *_arrays(weight), index, **_attributes(weight), activations=np.int64(_ACTIVATIONS[activations]))
+
+
+def rows(ids: Int32[Array, " T"], weight: QTensor, index: Int32[Array, ""]) -> Float32[Array, "T K"]:
+    """Rows of a weight in float32, exact; NaN where an id is outside."""
+    out = jax.ShapeDtypeStruct((ids.shape[0], weight.shape[1]), jnp.float32)
+    return jax.ffi.ffi_call("atoma_rows", out)(ids, *_arrays(weight), index, **_attributes(weight))
+
+
+def _arrays(weight: QTensor) -> tuple[Array, ...]:
+    """Of a weight, with empty ones for what it does not have."""
+    assert weight.layout == "tiles", weight.layout
+    none = jnp.zeros((0,), jnp.float32)
+    children = (weight.mins, weight.scale_supers, weight.min_supers)
+    return weight.codes, weight.scales, *(none if child is None else child for child in children)
+
+
+def _attributes(weight: QTensor) -> dict[str, np.int64 | np.ndarray]:
+    kinds = {8: 0, 4: 1 if weight.table is None else 2, 2: 3}
+    table = np.zeros(0 if weight.table is None else _TABLE, np.int32)
+    if weight.table is not None:
+        table[: len(weight.table)] = weight.table
+    return {
+        "columns": np.int64(weight.shape[0]),
+        "codes": np.int64(kinds[weight.bits]),
+        "zero": np.int64(weight.zero),
+        "table": table,
+    }

@@ -1,0 +1,116 @@
+// The primitive operations of isa_portable.h in AVX2, FMA and F16C. Included by *_avx2.cc alone.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace atoma {
+namespace {
+
+struct Avx2 {
+  static constexpr int kLanes = 8;
+  // Four rows of two vectors take eight of the sixteen registers, the weights' fields four.
+  static constexpr int kMaxRows = 4;
+  static constexpr int kRowVectors = 2;
+  static constexpr int kSingleVectors = 4;
+
+  using Floats = __m256;
+  using Ints = __m256i;
+  using Bytes = __m256i;
+
+  static Floats load(const float* from) { return _mm256_loadu_ps(from); }
+  static void store(float* to, Floats x) { _mm256_storeu_ps(to, x); }
+  static Floats set(float x) { return _mm256_set1_ps(x); }
+  static Ints set(int32_t x) { return _mm256_set1_epi32(x); }
+  static Floats add(Floats x, Floats y) { return _mm256_add_ps(x, y); }
+  static Floats sub(Floats x, Floats y) { return _mm256_sub_ps(x, y); }
+  static Floats mul(Floats x, Floats y) { return _mm256_mul_ps(x, y); }
+  static Floats fma(Floats x, Floats y, Floats z) { return _mm256_fmadd_ps(x, y, z); }
+  static Floats fnma(Floats x, Floats y, Floats z) { return _mm256_fnmadd_ps(x, y, z); }
+  static Floats to_float(Ints x) { return _mm256_cvtepi32_ps(x); }
+  static Ints sub(Ints x, Ints y) { return _mm256_sub_epi32(x, y); }
+  static Ints join_planes(Ints x, Ints y) {
+    const Ints times254 = _mm256_sub_epi32(_mm256_slli_epi32(x, 8), _mm256_slli_epi32(x, 1));
+    return _mm256_add_epi32(times254, y);
+  }
+
+  static Floats load_f16(const uint16_t* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static Floats load_bf16(const uint16_t* from) {
+    const Ints wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static Floats load_int8(const int8_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+  }
+
+  static Ints magnitude_bits(Floats x) {
+    return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+  }
+  static Ints max(Ints x, Ints y) { return _mm256_max_epi32(x, y); }
+  static int32_t largest(Ints x) {
+    __m128i half = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1));
+    return _mm_cvtsi128_si32(half);
+  }
+  static void store_int8(int8_t* to, Floats x) {
+    const Ints whole = _mm256_cvtps_epi32(x);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
+  }
+
+  static Bytes load_bytes(const uint8_t* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  }
+  static Bytes repeat4(const int8_t* from) {
+    int32_t four;
+    std::memcpy(&four, from, sizeof four);
+    return _mm256_set1_epi32(four);
+  }
+  template <int shift, int mask>
+  static Bytes field(Bytes x) {
+    if constexpr (shift > 0) x = _mm256_srli_epi16(x, shift);
+    if constexpr (mask < 255) x = _mm256_and_si256(x, _mm256_set1_epi8(mask));
+    return x;
+  }
+  static Bytes load_table(const uint8_t* sixteen) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen)));
+  }
+  static Bytes look_up(Bytes table, Bytes codes) { return _mm256_shuffle_epi8(table, codes); }
+
+  // vpmaddubsw saturates sums of two products of unsigned and signed bytes. With codes up to 255 they overflow; with
+  // |number| up to 128 and the number's sign moved to the activation, whose -128 does not occur, they do not.
+  struct Wide {
+    static constexpr int kBias = 0;
+    struct Weights {
+      __m256i magnitude, number;
+    };
+    using Sum = __m256i;
+    static Weights prepare(Bytes codes) {
+      const __m256i number = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+      return {_mm256_abs_epi8(number), number};
+    }
+    static Sum zero() { return _mm256_setzero_si256(); }
+    static Sum step(Sum sum, Weights w, Bytes x) {
+      const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.number));
+      return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    static Ints finish(Sum sum) { return sum; }
+  };
+  // 8 steps × 2 products of at most 15 · 127 fit 16 bits.
+  struct Small {
+    using Weights = __m256i;
+    using Sum = __m256i;
+    static Weights prepare(Bytes codes) { return codes; }
+    static Sum zero() { return _mm256_setzero_si256(); }
+    static Sum step(Sum sum, Weights w, Bytes x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)); }
+    static Ints finish(Sum sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+  };
+};
+
+}  // namespace
+}  // namespace atoma

@@ -1,0 +1,118 @@
+// The primitive operations of kernels in plain C++: what any processor runs, and what the others are checked against.
+//
+// Every variant has a struct of this shape. In an anonymous namespace, so that what is made of it stays in its object
+// file: a function that two files define alike would be linked once, perhaps with instructions that a CPU lacks.
+// Vectors are the compilers' own (`vector_size`), of the 16 bytes that every 64-bit processor has registers for.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "half.h"
+
+namespace atoma {
+namespace {
+
+struct Portable {
+  static constexpr int kLanes = 4;         // of floats, and of the int32 that four bytes sum to
+  static constexpr int kMaxRows = 2;       // that a product works on at once
+  static constexpr int kRowVectors = 2;    // of columns at once, with several rows
+  static constexpr int kSingleVectors = 4; // and with one
+
+  typedef float Floats __attribute__((vector_size(16)));
+  typedef int32_t Ints __attribute__((vector_size(16)));
+  typedef uint8_t Bytes __attribute__((vector_size(16)));
+  typedef int8_t SignedBytes __attribute__((vector_size(16)));
+  typedef int16_t Words __attribute__((vector_size(32)));
+  typedef int32_t Pairs __attribute__((vector_size(32)));
+
+  template <class Vector>
+  static Vector from_memory(const void* from) {
+    Vector out;
+    std::memcpy(&out, from, sizeof out);
+    return out;
+  }
+
+  static Floats load(const float* from) { return from_memory<Floats>(from); }
+  static void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+  static Floats set(float x) { return Floats{x, x, x, x}; }
+  static Ints set(int32_t x) { return Ints{x, x, x, x}; }
+  static Floats add(Floats x, Floats y) { return x + y; }
+  static Floats sub(Floats x, Floats y) { return x - y; }
+  static Floats mul(Floats x, Floats y) { return x * y; }
+  // x·y + z, and z − x·y; rounded once where the processor can.
+  static Floats fma(Floats x, Floats y, Floats z) { return x * y + z; }
+  static Floats fnma(Floats x, Floats y, Floats z) { return z - x * y; }
+  static Floats to_float(Ints x) { return __builtin_convertvector(x, Floats); }
+  static Ints sub(Ints x, Ints y) { return x - y; }
+  static Ints join_planes(Ints x, Ints y) { return 254 * x + y; }
+
+  static Floats load_f16(const uint16_t* from) {
+    return Floats{float_of_half(from[0]), float_of_half(from[1]), float_of_half(from[2]), float_of_half(from[3])};
+  }
+  static Floats load_bf16(const uint16_t* from) {
+    return Floats{float_of_bfloat(from[0]), float_of_bfloat(from[1]), float_of_bfloat(from[2]),
+                  float_of_bfloat(from[3])};
+  }
+  static Floats load_int8(const int8_t* from) {
+    return Floats{float(from[0]), float(from[1]), float(from[2]), float(from[3])};
+  }
+
+  // |x| as bits, which order as the numbers do, NaN above infinity.
+  static Ints magnitude_bits(Floats x) { return from_memory<Ints>(&x) & 0x7fffffff; }
+  static Ints max(Ints x, Ints y) { return x > y ? x : y; }
+  static int32_t largest(Ints x) {
+    const int32_t left = x[0] > x[1] ? x[0] : x[1], right = x[2] > x[3] ? x[2] : x[3];
+    return left > right ? left : right;
+  }
+  // Whole numbers of [-128, 127] as bytes.
+  static void store_int8(int8_t* to, Floats x) {
+    for (int i = 0; i < kLanes; i++) to[i] = static_cast<int8_t>(x[i]);
+  }
+
+  static Bytes load_bytes(const uint8_t* from) { return from_memory<Bytes>(from); }
+  // Four bytes again and again.
+  static Bytes repeat4(const int8_t* from) {
+    const Ints repeated = set(from_memory<int32_t>(from));
+    return from_memory<Bytes>(&repeated);
+  }
+  // Bits [shift, shift + log2(mask + 1)) of each byte.
+  template <int shift, int mask>
+  static Bytes field(Bytes x) {
+    return (x >> shift) & static_cast<uint8_t>(mask);
+  }
+  static Bytes load_table(const uint8_t* sixteen) { return from_memory<Bytes>(sixteen); }
+  static Bytes look_up(Bytes table, Bytes codes) {
+    Bytes out{};
+    for (int i = 0; i < 4 * kLanes; i++) out[i] = table[codes[i]];
+    return out;
+  }
+
+  // Sums of four products of numbers, below 2^8 in size, and int8.
+  static Ints sum4(Words numbers, Bytes x) {
+    const Words products = numbers * __builtin_convertvector(from_memory<SignedBytes>(&x), Words);
+    const Pairs both = from_memory<Pairs>(&products);
+    const Pairs pairs = (both >> 16) + ((both << 16) >> 16);  // of each word pair
+    return __builtin_shufflevector(pairs, pairs, 0, 2, 4, 6) + __builtin_shufflevector(pairs, pairs, 1, 3, 5, 7);
+  }
+
+  // Sums of four products of bytes: codes below 16 (`Small`), or any (`Wide`), times int8 above -128. What they sum up
+  // counts codes less `kBias`. At most eight steps of `Small`, a hundred of `Wide`.
+  struct Products {
+    using Weights = Words;
+    using Sum = Ints;
+    static Sum zero() { return set(int32_t{0}); }
+    static Sum step(Sum sum, Weights w, Bytes x) { return sum + sum4(w, x); }
+    static Ints finish(Sum sum) { return sum; }
+  };
+  struct Wide : Products {
+    static constexpr int kBias = 0;  // a code is a number + 128, and the sum is the numbers' already
+    static Weights prepare(Bytes codes) { return __builtin_convertvector(codes, Words) - 128; }
+  };
+  struct Small : Products {
+    static Weights prepare(Bytes codes) { return __builtin_convertvector(codes, Words); }
+  };
+};
+
+}  // namespace
+}  // namespace atoma

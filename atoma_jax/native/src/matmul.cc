@@ -1,0 +1,171 @@
+// Products and look-ups of matmul.h over all tiles: scratch memory, and pieces for the pool.
+#include "matmul.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "half.h"
+#include "pool.h"
+#include "variant.h"
+
+namespace atoma {
+
+extern const MatmulKernels kMatmulPortable;
+#if defined(__x86_64__)
+extern const MatmulKernels kMatmulAvx2, kMatmulAvx512;
+#endif
+
+const MatmulKernels& matmul_kernels() {
+#if defined(__x86_64__)
+  if (active_variant() == Variant::kAvx512Vnni) return kMatmulAvx512;
+  if (active_variant() == Variant::kAvx2) return kMatmulAvx2;
+#endif
+  return kMatmulPortable;
+}
+
+namespace {
+
+constexpr int64_t kRowsOfAPiece = 256;  // their activations stay in a core's second cache while tiles go by
+constexpr int64_t kPiecesOfAThread = 4;
+constexpr int64_t kRoundedAlone = 1 << 14;  // activations: waking a thread costs more than rounding as many
+
+// Memory that a thread keeps for the next call.
+template <class T>
+T* scratch(std::vector<T>& memory, int64_t size) {
+  if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+  return memory.data();
+}
+
+RoundedRows rounded_rows(const TiledWeight& weight, int64_t rows, Activations how) {
+  static thread_local std::vector<int8_t> values;
+  static thread_local std::vector<float> scales;
+  static thread_local std::vector<int32_t> sums;
+  RoundedRows out;
+  out.blocks = weight.blocks;
+  out.subs = weight.subs;
+  out.planes = how == Activations::kTwoPlanes ? 2 : 1;
+  out.values = scratch(values, rows * out.planes * out.blocks * kBlock);
+  out.scales = scratch(scales, rows * out.blocks);
+  out.sums = scratch(sums, rows * out.blocks * out.subs);
+  return out;
+}
+
+// How many blocks, or halves of one, share a factor of each kind.
+int64_t spread_of(const TiledWeight& weight, const Factors& factors) {
+  return weight.blocks * weight.subs / factors.groups;
+}
+
+// One tile by some rows.
+void one_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, const RoundedRows* rounded,
+              const float* x, int64_t K, int64_t first_row, int64_t rows, float* y) {
+  static thread_local std::vector<float> scale_memory, min_memory, exact_memory, edge_memory;
+  const int64_t size = weight.blocks * weight.subs * kTile;
+  float* scales = scratch(scale_memory, size);
+  kernels.decode_factors(weight.scales, tile, spread_of(weight, weight.scales), scales);
+  float* mins = nullptr;
+  if (weight.mins.values != nullptr) {
+    mins = scratch(min_memory, size);
+    kernels.decode_factors(weight.mins, tile, spread_of(weight, weight.mins), mins);
+  }
+  // A tile that reaches over the last column is computed aside.
+  const int64_t columns = std::min<int64_t>(kTile, weight.N - tile * kTile);
+  float* out = y + first_row * weight.N + tile * kTile;
+  float* to = columns == kTile ? out : scratch(edge_memory, rows * kTile);
+  const int64_t ld = columns == kTile ? weight.N : kTile;
+  if (rounded != nullptr) {
+    kernels.tile_product(weight, tile, scales, mins, *rounded, first_row, rows, to, ld);
+  } else {
+    float* values = scratch(exact_memory, weight.blocks * kBlock * kTile);
+    kernels.exact_tile_product(weight, tile, scales, mins, x + first_row * K, K, rows, values, to, ld);
+  }
+  if (columns == kTile) return;
+  for (int64_t row = 0; row < rows; row++) std::copy_n(to + row * kTile, columns, out + row * weight.N);
+}
+
+}  // namespace
+
+void matmul(const TiledWeight& weight, const float* x, int64_t rows, int64_t K, Activations how, float* y) {
+  const MatmulKernels& kernels = matmul_kernels();
+  Pool& pool = Pool::shared();
+  RoundedRows rounded{};
+  if (how != Activations::kExact) {
+    rounded = rounded_rows(weight, rows, how);
+    const int64_t at_once = std::max<int64_t>(1, kRoundedAlone / 4 / K);
+    const auto round = [&](int64_t piece) {
+      const int64_t end = std::min(rows, (piece + 1) * at_once);
+      for (int64_t row = piece * at_once; row < end; row++) kernels.round_row(x + row * K, K, how, rounded, row);
+    };
+    const int64_t pieces = (rows + at_once - 1) / at_once;
+    if (rows * K <= kRoundedAlone) {
+      for (int64_t piece = 0; piece < pieces; piece++) round(piece);
+    } else {
+      pool.for_each(pieces, round);
+    }
+  }
+  const int64_t tiles = weight.tiles();
+  const int64_t spans = (rows + kRowsOfAPiece - 1) / kRowsOfAPiece;
+  const int64_t wanted = std::max<int64_t>(1, kPiecesOfAThread * pool.threads() / spans);
+  const int64_t tiles_at_once = std::max<int64_t>(1, tiles / wanted);
+  const int64_t tile_pieces = (tiles + tiles_at_once - 1) / tiles_at_once;
+  pool.for_each(spans * tile_pieces, [&](int64_t piece) {
+    const int64_t first_row = piece / tile_pieces * kRowsOfAPiece;
+    const int64_t first_tile = piece % tile_pieces * tiles_at_once;
+    const int64_t count = std::min(kRowsOfAPiece, rows - first_row);
+    for (int64_t tile = first_tile; tile < std::min(tiles, first_tile + tiles_at_once); tile++) {
+      one_tile(kernels, weight, tile, how == Activations::kExact ? nullptr : &rounded, x, K, first_row, count, y);
+    }
+  });
+}
+
+namespace {
+
+float factor_at(const Factors& factors, int64_t tile, int64_t group, int column) {
+  // One vector of a variant's own way to read factors would do more work, and this is 1 of 32 columns.
+  const int64_t at = (tile * factors.groups + group) * kTile + column;
+  float value = 0;
+  switch (factors.type) {
+    case FactorType::kFloat32:
+      value = static_cast<const float*>(factors.values)[at];
+      break;
+    case FactorType::kFloat16:
+      value = float_of_half(static_cast<const uint16_t*>(factors.values)[at]);
+      break;
+    case FactorType::kBfloat16:
+      value = float_of_bfloat(static_cast<const uint16_t*>(factors.values)[at]);
+      break;
+    case FactorType::kInt8:
+      value = static_cast<const int8_t*>(factors.values)[at];
+      break;
+  }
+  if (factors.supers == nullptr) return value;
+  const int64_t super = group / (factors.groups / factors.supergroups);
+  return value * factors.supers[(tile * factors.supergroups + super) * kTile + column];
+}
+
+}  // namespace
+
+void read_rows(const TiledWeight& weight, const int32_t* ids, int64_t num_ids, int64_t K, float* out) {
+  const int64_t width = kBlock / weight.subs;
+  Pool::shared().for_each(num_ids, [&](int64_t i) {
+    float* to = out + i * K;
+    if (ids[i] < 0 || ids[i] >= weight.N) {
+      std::fill_n(to, K, std::numeric_limits<float>::quiet_NaN());
+      return;
+    }
+    const int64_t tile = ids[i] / kTile;
+    const int column = ids[i] % kTile;
+    for (int64_t start = 0; start < K; start += width) {
+      const int64_t part = start / width;
+      const float scale = factor_at(weight.scales, tile, part / spread_of(weight, weight.scales), column);
+      const float min = weight.mins.values == nullptr
+                            ? 0.0f
+                            : factor_at(weight.mins, tile, part / spread_of(weight, weight.mins), column);
+      for (int64_t k = start; k < std::min(K, start + width); k++) {
+        to[k] = scale * static_cast<float>(number_at(weight, tile, k, column)) - min;
+      }
+    }
+  });
+}
+
+}  // namespace atoma

@@ -1,0 +1,116 @@
+// x · Wᵀ for a weight [N, K] of quantized groups in tiles: the layout, and the functions that each variant compiles.
+//
+//   weight = scale · number − min,   number = code − zero, or table[code], or code − 128 of eight bits
+//
+// A tile is 32 rows of W, the columns of the product. Its codes come in blocks of 32 inputs, block by block:
+//   8 bits: [8 steps][32 columns][4 inputs] bytes; number + 128
+//   4 bits: the same for four steps; the low halves are steps 0 to 3, the high halves steps 4 to 7
+//   2 bits: the same for two steps; bits 2f and 2f + 1 are those of steps 2f and 2f + 1
+// so that four inputs of a column lie together, as instructions for products of bytes want them. Scales and mins lie
+// [groups][32 columns] for each tile, in the type that holds them; integers have floats beside them, for supergroups.
+// N is filled up to whole tiles and K to whole blocks with zeros.
+//
+// A row of the product depends on that row of x alone, and its sums are made in the same order for any number of rows
+// and threads.
+#pragma once
+
+#include <cstdint>
+
+namespace atoma {
+
+inline constexpr int kTile = 32;   // columns
+inline constexpr int kBlock = 32;  // inputs
+
+enum class Codes : int { kBits8 = 0, kBits4 = 1, kTable4 = 2, kBits2 = 3 };
+enum class FactorType : int { kFloat32, kFloat16, kBfloat16, kInt8 };
+
+constexpr int bits_of(Codes codes) { return codes == Codes::kBits8 ? 8 : codes == Codes::kBits2 ? 2 : 4; }
+
+// How activations are rounded.
+enum class Activations : int {
+  kGroups = 0,     // int8 with a scale for each block
+  kTwoPlanes = 1,  // the same, and what that leaves, times 254, as int8 again
+  kTokens = 2,     // int8 with a scale for the whole row, as BitNet b1.58 was trained
+  kExact = 3,      // not at all
+};
+
+// Scales or mins of one matrix.
+struct Factors {
+  const void* values = nullptr;  // null: there are none
+  const float* supers = nullptr;
+  FactorType type = FactorType::kFloat32;
+  int64_t groups = 0;       // of a row of W
+  int64_t supergroups = 0;  // likewise; 0 without supers
+};
+
+struct TiledWeight {
+  const uint8_t* codes = nullptr;
+  Factors scales, mins;
+  Codes kind = Codes::kBits8;
+  int64_t N = 0;
+  int64_t blocks = 0;  // of a row of W
+  int subs = 1;        // groups in a block: 2 where a group has 16 inputs
+  int zero = 0;        // of codes of four and two bits
+  uint8_t table[16] = {};  // numbers + 128
+
+  int64_t tiles() const { return (N + kTile - 1) / kTile; }
+  int64_t tile_bytes() const { return blocks * kTile * kBlock * bits_of(kind) / 8; }
+};
+
+// The number of row 32 · tile + column of W at input k.
+inline int number_at(const TiledWeight& weight, int64_t tile, int64_t k, int column) {
+  const int bits = bits_of(weight.kind), words = bits;  // of a block, 32 columns × 4 inputs each
+  const int64_t block = k / kBlock, step = k % kBlock / 4;
+  const uint8_t* codes = weight.codes + tile * weight.tile_bytes() + block * words * kTile * 4;
+  const int byte = codes[(step % words * kTile + column) * 4 + k % 4];
+  const int code = byte >> (step / words * bits) & ((1 << bits) - 1);
+  switch (weight.kind) {
+    case Codes::kBits8:
+      return code - 128;
+    case Codes::kTable4:
+      return weight.table[code] - 128;
+    default:
+      return code - weight.zero;
+  }
+}
+
+// Rows of x, rounded. Those of one row lie together.
+struct RoundedRows {
+  int8_t* values;  // [rows][planes][blocks · 32]
+  float* scales;   // [rows][blocks]; of the finer plane, where there are two
+  int32_t* sums;   // [rows][blocks · subs]: of values, the planes joined
+  int64_t blocks;
+  int subs;
+  int planes;
+
+  int8_t* row_values(int64_t row) const { return values + row * planes * blocks * kBlock; }
+  float* row_scales(int64_t row) const { return scales + row * blocks; }
+  int32_t* row_sums(int64_t row) const { return sums + row * blocks * subs; }
+};
+
+// One variant's functions.
+struct MatmulKernels {
+  // Rounds K numbers to row `row` of `out`.
+  void (*round_row)(const float* x, int64_t K, Activations how, const RoundedRows& out, int64_t row);
+
+  // Scales or mins of a tile as [blocks · subs][32] floats.
+  void (*decode_factors)(const Factors& factors, int64_t tile, int64_t spread, float* out);
+
+  // y[rows][32] of a tile, `ld` floats from row to row. `scales` and `mins` are decoded; `mins` may be null.
+  void (*tile_product)(const TiledWeight& weight, int64_t tile, const float* scales, const float* mins,
+                       const RoundedRows& x, int64_t first_row, int64_t rows, float* y, int64_t ld);
+
+  // The same with x as it is, [rows][K], K up to `blocks · 32`. `scratch` holds [blocks · 32][32] floats.
+  void (*exact_tile_product)(const TiledWeight& weight, int64_t tile, const float* scales, const float* mins,
+                             const float* x, int64_t K, int64_t rows, float* scratch, float* y, int64_t ld);
+};
+
+const MatmulKernels& matmul_kernels();  // of the active variant
+
+// y [rows, N] = x [rows, K] · Wᵀ.
+void matmul(const TiledWeight& weight, const float* x, int64_t rows, int64_t K, Activations how, float* y);
+
+// Rows `ids` of W, as floats [num_ids, K]. An id outside [0, N) gives NaN, as look-ups in XLA do.
+void read_rows(const TiledWeight& weight, const int32_t* ids, int64_t num_ids, int64_t K, float* out);
+
+}  // namespace atoma
