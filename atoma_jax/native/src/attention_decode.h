@@ -38,19 +38,25 @@ inline void dots(const float* q, int64_t q_stride, const Stored* k, int H, float
   using V = typename Isa::V;
   constexpr int W = Isa::kWidth;
   V acc[Heads][Keys];  // set one by one: compilers clear a whole array in memory
+#pragma GCC unroll 16
   for (int g = 0; g < Heads; g++)
+#pragma GCC unroll 16
     for (int i = 0; i < Keys; i++) acc[g][i] = Isa::zero();
   auto add = [&](int h, auto&& load_key) {
     V queries[Heads];
+#pragma GCC unroll 16
     for (int g = 0; g < Heads; g++) queries[g] = Isa::load(q + g * q_stride + h);
+#pragma GCC unroll 16
     for (int i = 0; i < Keys; i++) {
       const V key = load_key(k + static_cast<int64_t>(i) * H + h);
+#pragma GCC unroll 16
       for (int g = 0; g < Heads; g++) acc[g][i] = Isa::fma(queries[g], key, acc[g][i]);
     }
   };
   int h = 0;
   for (; h + W <= H; h += W) add(h, [](const Stored* from) { return Isa::load(from); });
   if (h < H) add(h, [&](const Stored* from) { return load_part<Isa>(from, H - h); });
+#pragma GCC unroll 16
   for (int g = 0; g < Heads; g++) {
     int i = 0;
     for (; i + 4 <= Keys; i += 4) Isa::sums4(acc[g] + i, logits + g * stride + i);
@@ -64,17 +70,24 @@ inline void add_rows(const float* weights, int64_t stride, int count, float* sum
   using V = typename Isa::V;
   constexpr int W = Isa::kWidth;
   V acc[Heads][Vecs];
+#pragma GCC unroll 16
   for (int g = 0; g < Heads; g++)
+#pragma GCC unroll 16
     for (int j = 0; j < Vecs; j++) acc[g][j] = Isa::load(sums + g * sums_stride + j * W);
   for (int i = 0; i < count; i++) {
     V weight[Heads];
+#pragma GCC unroll 16
     for (int g = 0; g < Heads; g++) weight[g] = Isa::set1(weights[g * stride + i]);
+#pragma GCC unroll 16
     for (int j = 0; j < Vecs; j++) {
       const V value = load_v(i, j);
+#pragma GCC unroll 16
       for (int g = 0; g < Heads; g++) acc[g][j] = Isa::fma(weight[g], value, acc[g][j]);
     }
   }
+#pragma GCC unroll 16
   for (int g = 0; g < Heads; g++)
+#pragma GCC unroll 16
     for (int j = 0; j < Vecs; j++) Isa::store(sums + g * sums_stride + j * W, acc[g][j]);
 }
 

@@ -58,9 +58,11 @@ inline void tile_logits(const float* queries, const float* const* k, int H, floa
   using V = typename Isa::V;
   constexpr int W = Isa::kWidth;
   V acc[Rows][3];
+#pragma GCC unroll 16
   for (int i = 0; i < Rows; i++) acc[i][0] = acc[i][1] = acc[i][2] = Isa::zero();
   for (int h = 0; h < H; h++, queries += kTile) {
     const V x0 = Isa::load(queries), x1 = Isa::load(queries + W), x2 = Isa::load(queries + 2 * W);
+#pragma GCC unroll 16
     for (int i = 0; i < Rows; i++) {
       const V key = Isa::set1(k[i][h]);
       acc[i][0] = Isa::fma(key, x0, acc[i][0]);
@@ -68,7 +70,9 @@ inline void tile_logits(const float* queries, const float* const* k, int H, floa
       acc[i][2] = Isa::fma(key, x2, acc[i][2]);
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < Rows; i++)
+#pragma GCC unroll 16
     for (int j = 0; j < 3; j++) Isa::store(to + i * kTile + j * W, acc[i][j]);
 }
 
@@ -79,11 +83,14 @@ inline void tile_sums(
   using V = typename Isa::V;
   constexpr int W = Isa::kWidth;
   V acc[Rows][3];
+#pragma GCC unroll 16
   for (int i = 0; i < Rows; i++)
+#pragma GCC unroll 16
     for (int j = 0; j < 3; j++) acc[i][j] = Isa::load(sums + i * kTile + j * W) * Isa::load(decay + j * W);
   for (int c = 0; c < count; c++, weights += kTile) {
     const V x0 = Isa::load(weights), x1 = Isa::load(weights + W), x2 = Isa::load(weights + 2 * W);
     const float* row = v[c] + h;
+#pragma GCC unroll 16
     for (int i = 0; i < Rows; i++) {
       const V value = Isa::set1(row[i]);
       acc[i][0] = Isa::fma(value, x0, acc[i][0]);
@@ -91,7 +98,9 @@ inline void tile_sums(
       acc[i][2] = Isa::fma(value, x2, acc[i][2]);
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < Rows; i++)
+#pragma GCC unroll 16
     for (int j = 0; j < 3; j++) Isa::store(sums + i * kTile + j * W, acc[i][j]);
 }
 
