@@ -38,10 +38,14 @@ class EngineOptions:
         str | None, typer.Option(help="Of dense weights while they load: int8, int4, fp8, ternary or w8a8.")
     ] = None
     weight_layout: Annotated[
-        str | None, typer.Option(help="Of quantized weights: auto, rows (a byte a code) or planar (packed).")
+        str | None, typer.Option(help="Of quantized weights: auto, rows (a byte a code), planar or tiles (packed).")
     ] = None
     kernels: Annotated[
-        str | None, typer.Option(help="auto, pallas (NVIDIA GPUs), xla, or interpret (pallas anywhere, for tests).")
+        str | None,
+        typer.Option(help="auto, native (CPUs), pallas (NVIDIA GPUs), xla, or interpret (pallas anywhere, for tests)."),
+    ] = None
+    cpu_precision: Annotated[
+        str | None, typer.Option(help="Of activations in native kernels: default (int8), high (twice that) or exact.")
     ] = None
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output together.")] = None
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that one step may hold.")] = None

@@ -24,7 +24,7 @@ from atoma_jax.loading.weights import abstract_weights, load_weights
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.decoder import Decoder
 from atoma_jax.models.params import ParamSpec, fill, specs_of
-from atoma_jax.ops import Backend, Kernels, has_native_kernels, Platform
+from atoma_jax.ops import Backend, Kernels, Platform, has_native_kernels
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 
 

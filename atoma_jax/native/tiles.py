@@ -46,7 +46,7 @@ def put_factors(factors: Num[np.ndarray, "n groups"], to: Rows, out: Num[np.ndar
 def _packed(codes: UInt8[np.ndarray, "n K"], bits: int, blocks: int) -> UInt32[np.ndarray, "n blocks words"]:
     """Four inputs a word and, of fewer bits than eight, as many steps."""
     n, K = codes.shape
-    if K < blocks * TILE_BLOCK:
+    if blocks * TILE_BLOCK > K:
         codes = np.pad(codes, ((0, 0), (0, blocks * TILE_BLOCK - K)))
     fields = np.ascontiguousarray(codes).view(np.uint32).reshape(n, blocks, 8 // bits, bits)
     words = fields[:, :, 0].copy()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from atoma_jax import LLM, SamplingParams
+from atoma_jax.native.library import library
 
 pytestmark = pytest.mark.model
 
@@ -30,10 +31,12 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def real_llm(name: str, request: pytest.FixtureRequest) -> LLM:
+    """As near to float64 as the kernels of this machine get."""
     path = request.getfixturevalue({"smollm2": "smollm2_path", "gemma3": "gemma3_path"}[name])
     return LLM(
         str(path),
         dtype="float32",
+        cpu_precision="high" if library() else "default",
         max_model_len=2112,
         max_num_seqs=4,
         max_num_batched_tokens=64,
@@ -105,6 +108,33 @@ def test_the_likeliest_tokens_are_llama_cpps(name: str, real_llm: LLM, kind: str
         if kind == "tight":
             for entry, top5 in zip(entries, generation["top5"], strict=False):
                 assert {token: entry[token].logprob for token, _ in top5} == pytest.approx(dict(top5), abs=0.02)
+
+
+def test_the_kernels_default_arithmetic_is_as_near_as_llama_cpps(name: str, request: pytest.FixtureRequest) -> None:
+    """Both round activations to int8; over this text, llama.cpp's own default moves single tokens further than this."""
+    if library() is None:
+        pytest.skip("the native kernels are not built, or do not fit; the log says why")
+    path = request.getfixturevalue({"smollm2": "smollm2_path", "gemma3": "gemma3_path"}[name])
+    llm = LLM(
+        str(path),
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        decode_rows=(4,),
+        prefill_tokens=(64,),
+        score_tokens=64,
+    )
+    data = np.load(DATA / "oracle_nll.npz")
+    nll, wanted = nll_of(llm, data[f"{name}_ids"][:SHORT].tolist()), data[f"{name}_llama_cpp"][: SHORT - 1]
+    print("default", np.abs(nll - wanted).max(), nll.mean(), wanted.mean())
+    assert nll.mean() == pytest.approx(wanted.mean(), rel=0.005)
+    for generation in oracle(name, "loose")["generations"]:
+        prompt, answer = generation["prompt_ids"], generation["output_ids"]
+        (output,) = llm.generate([prompt + answer], SamplingParams(max_tokens=1, prompt_logprobs=1), use_tqdm=False)
+        entries = output.prompt_logprobs[len(prompt) :]
+        for entry, token, doubt in zip(entries, answer, generation["margins"], strict=True):
+            assert entry[token].rank == 1 or doubt < 0.5
 
 
 def test_prompts_become_the_same_tokens(name: str, real_llm: LLM) -> None:

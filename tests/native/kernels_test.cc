@@ -1,0 +1,131 @@
+// The kernels by themselves, for a build with sanitizers: every variant of this CPU against sums in double, in memory of
+// exactly the size that the layout says, and the pool under callers that come and go. Prints what fails; returns 1 then.
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "matmul.h"
+#include "pool.h"
+#include "variant.h"
+
+namespace {
+
+using namespace atoma;
+
+int failures = 0;
+
+void check(bool holds, const char* what, int variant, int kind, int64_t rows) {
+  if (holds) return;
+  std::printf("%s: variant %d, codes %d, rows %lld\n", what, variant, kind, static_cast<long long>(rows));
+  failures++;
+}
+
+// Memory whose neighbours are out of bounds.
+template <class T>
+std::unique_ptr<T[]> exactly(int64_t size) {
+  return std::unique_ptr<T[]>(new T[size]);
+}
+
+void products(int variant, Codes kind, int subs, bool with_mins, FactorType type) {
+  std::mt19937 random(7);
+  const int64_t N = 40, K = 80;
+  TiledWeight weight;
+  weight.kind = kind;
+  weight.N = N;
+  weight.blocks = 3;  // the last one half full
+  weight.subs = subs;
+  weight.zero = kind == Codes::kBits4 ? 8 : kind == Codes::kBits2 ? 1 : 0;
+  for (int i = 0; i < 16; i++) weight.table[i] = static_cast<uint8_t>(random());
+  const int64_t bytes = weight.tiles() * weight.tile_bytes();
+  const auto codes = exactly<uint8_t>(bytes);
+  for (int64_t i = 0; i < bytes; i++) codes[i] = static_cast<uint8_t>(random());
+  weight.codes = codes.get();
+  const int64_t groups = weight.blocks * subs, size = weight.tiles() * groups * kTile;
+  const auto floats = exactly<float>(size);
+  const auto integers = exactly<int8_t>(size);
+  const auto supers = exactly<float>(weight.tiles() * kTile);
+  for (int64_t i = 0; i < size; i++) {
+    floats[i] = static_cast<float>(random() % 100) * 0.01f;
+    integers[i] = static_cast<int8_t>(random() % 100);
+  }
+  for (int64_t i = 0; i < weight.tiles() * kTile; i++) supers[i] = 0.01f;
+  const bool whole = type == FactorType::kInt8;
+  weight.scales.values = whole ? static_cast<const void*>(integers.get()) : floats.get();
+  weight.scales.type = type;
+  weight.scales.groups = groups;
+  if (whole) {
+    weight.scales.supers = supers.get();
+    weight.scales.supergroups = 1;
+  }
+  if (with_mins) weight.mins = weight.scales;
+
+  for (int64_t rows : {1, 2, 3, 5, 17}) {
+    const auto x = exactly<float>(rows * K);
+    const auto y = exactly<float>(rows * N);
+    for (int64_t i = 0; i < rows * K; i++) x[i] = static_cast<float>(random() % 2001) * 0.001f - 1.0f;
+    for (Activations how : {Activations::kGroups, Activations::kTwoPlanes, Activations::kTokens, Activations::kExact}) {
+      matmul(weight, x.get(), rows, K, how, y.get());
+      const double tolerance = how == Activations::kTwoPlanes ? 1e-4 : how == Activations::kExact ? 1e-5 : 3e-2;
+      double worst = 0, largest = 0;
+      for (int64_t row = 0; row < rows; row++) {
+        for (int64_t column = 0; column < N; column++) {
+          double sum = 0;
+          for (int64_t k = 0; k < K; k++) {
+            const int64_t at = (column / kTile * groups + k * subs / kBlock) * kTile + column % kTile;
+            const double scale = whole ? integers[at] * 0.01 : floats[at];
+            const double number = number_at(weight, column / kTile, k, static_cast<int>(column % kTile));
+            sum += x[row * K + k] * (scale * number - (with_mins ? scale : 0.0));
+          }
+          worst = std::fmax(worst, std::fabs(sum - y[row * N + column]));
+          largest = std::fmax(largest, std::fabs(sum));
+        }
+      }
+      check(worst < tolerance * largest, "product", variant, static_cast<int>(kind), rows);
+    }
+  }
+  const int32_t ids[] = {0, 39, 40, -1};
+  const auto out = exactly<float>(4 * K);
+  read_rows(weight, ids, 4, K, out.get());
+  check(std::isfinite(out[0]) && std::isnan(out[2 * K]) && std::isnan(out[3 * K]), "rows", variant,
+        static_cast<int>(kind), 4);
+}
+
+// Two callers at once, jobs of all sizes: every piece runs once.
+void pool() {
+  Pool pool(4);
+  const auto caller = [&](int seed) {
+    std::mt19937 random(seed);
+    for (int round = 0; round < 2000; round++) {
+      const int64_t count = random() % 40;
+      std::vector<std::atomic<int>> runs(count);
+      pool.for_each(count, [&](int64_t i) { runs[i].fetch_add(1); });
+      for (const auto& run : runs) check(run.load() == 1, "a piece did not run once", -1, -1, count);
+    }
+  };
+  std::thread other(caller, 1);
+  caller(2);
+  other.join();
+}
+
+}  // namespace
+
+int main() {
+  set_pool_threads(3);
+  for (int variant = 0; variant < kNumVariants; variant++) {
+    if (!is_supported(static_cast<Variant>(variant))) continue;
+    force_variant(static_cast<Variant>(variant));
+    for (Codes kind : {Codes::kBits8, Codes::kBits4, Codes::kTable4, Codes::kBits2}) {
+      for (int subs : {1, 2}) {
+        products(variant, kind, subs, false, FactorType::kFloat32);
+        products(variant, kind, subs, true, FactorType::kInt8);
+      }
+    }
+  }
+  pool();
+  std::printf(failures == 0 ? "all kernels hold\n" : "%d checks failed\n", failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,160 @@
+"""Products with weights in tiles: every variant of the kernels against float64, over every form of weight."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atoma_jax.native import matmul as native
+from atoma_jax.native.library import Library
+from atoma_jax.quant.groups import F32, GroupFormat
+from pallas_kernels.quantized_matmul import quantize_tokens
+from tests.native.weights import FORMATS, Tiled, activations, tiled
+
+# Of the largest number of a row: int8 rounds to 1/254 of a group's largest, and two planes to 1/254 of that.
+TOLERANCE = {"groups": 1.5e-2, "planes": 6e-5, "exact": 2e-6}
+ROW_COUNTS = (1, 2, 3, 5, 16, 17, 64)
+
+product = jax.jit(native.matmul, static_argnums=3)  # variants share the programs: they are chosen when these run
+rows = jax.jit(native.rows)
+
+
+def error_of(y: jax.Array, x: jax.Array, values: np.ndarray) -> float:
+    wanted = np.asarray(x, np.float64) @ values.astype(np.float64).T
+    return float((np.abs(np.asarray(y) - wanted) / np.abs(wanted).max(axis=1, keepdims=True)).max())
+
+
+@pytest.mark.parametrize("how", TOLERANCE)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_products_are_those_of_float64(variant: str, kind: str, how: native.Activations) -> None:
+    K = 512
+    made = tiled(FORMATS[kind], 70, K)  # two tiles, and six columns of a third
+    x = activations(5, K)
+    for matrix in range(2):
+        y = product(x, made.weight, matrix, how)
+        assert error_of(y, x, made.values[matrix]) < TOLERANCE[how]
+
+
+@pytest.mark.parametrize(
+    ("group", "K"), [(16, 16), (16, 48), (32, 32), (40, 40), (70, 70), (24, 24)], ids=lambda value: str(value)
+)
+def test_few_inputs_and_blocks_that_they_do_not_fill(variant: str, group: int, K: int) -> None:
+    made = tiled(GroupFormat(bits=4, group=group, zero=8, scale_dtype=F32, min_dtype=F32), 33, K)
+    x = activations(3, K)
+    assert error_of(product(x, made.weight, 1, "planes"), x, made.values[1]) < TOLERANCE["planes"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"), [("Q4_1", "groups"), ("Q4_1", "planes"), ("Q6_K", "tokens"), ("TQ2_0", "exact")]
+)
+def test_a_row_is_the_same_however_many_others_there_are(variant: str, kind: str, how: native.Activations) -> None:
+    made = tiled(FORMATS[kind], 70, 256)
+    x = np.asarray(activations(300, 256))  # more than a piece of work takes
+    y = np.asarray(product(x, made.weight, 0, how))
+    for count in ROW_COUNTS:
+        alone = np.asarray(product(x[300 - count :], made.weight, 0, how))
+        np.testing.assert_array_equal(alone, y[300 - count :])
+
+
+def test_the_number_of_threads_does_not_show(kernels: Library) -> None:
+    made = tiled(FORMATS["Q4_K"], 500, 256)
+    x = activations(300, 256)
+    results = []
+    for threads in (1, 2, 3, 8):
+        with kernels.forced(threads=threads):
+            results.append(np.asarray(product(x, made.weight, 0, "groups")))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+@pytest.mark.parametrize("how", ["groups", "planes", "tokens", "exact"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_shows_it_and_no_other_does(
+    variant: str, how: native.Activations, value: float
+) -> None:
+    made = tiled(FORMATS["Q4_1"], 70, 256)
+    x = activations(6, 256)
+    spoilt = x.at[2, 100].set(value)
+    clean, y = (np.asarray(product(rows, made.weight, 0, how)) for rows in (x, spoilt))
+    assert not np.isfinite(y[2]).any()
+    others = [0, 1, 3, 4, 5]
+    np.testing.assert_array_equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("how", ["groups", "planes", "tokens"])
+def test_zeros_and_denormal_numbers_give_zeros(variant: str, how: native.Activations) -> None:
+    made = tiled(FORMATS["Q8_0"], 70, 256)
+    x = jnp.zeros((3, 256), jnp.float32).at[1].set(1e-40).at[2].set(-1e-38)
+    y = np.asarray(product(x, made.weight, 0, how))
+    assert np.abs(y).max() < 1e-30
+
+
+def test_denormal_scales_count(variant: str) -> None:
+    made = tiled(FORMATS["Q8_0"], 32, 256)
+    weight = jax.tree.map(lambda leaf: leaf, made.weight)
+    scales = (made.weight.scales.astype(jnp.float32) * 2**-20).astype(jnp.float16)  # below 2^-14
+    assert 0 < float(jnp.abs(scales).max()) < 6e-5
+    object.__setattr__(weight, "scales", scales)
+    y = np.asarray(rows(jnp.arange(32, dtype=jnp.int32), weight, jnp.int32(0)))
+    numbers = made.values[0] / np.repeat(np.asarray(made.weight.scales[0, 0].T, np.float32), 32, axis=1)
+    wanted = numbers.round() * np.repeat(np.asarray(scales[0, 0].T, np.float32), 32, axis=1)
+    np.testing.assert_array_equal(y, wanted)
+    x = activations(2, 256)
+    assert error_of(product(x, weight, 0, "planes"), x, wanted) < TOLERANCE["planes"]
+
+
+@pytest.mark.parametrize("kind", ["TQ2_0", "Q4_0", "Q8_0"])
+def test_tokens_are_rounded_as_bitnet_was_trained(variant: str, kind: str) -> None:
+    made = tiled(FORMATS[kind], 70, 256)
+    x = activations(3, 256)
+    codes, factor = (np.asarray(part, np.float64) for part in quantize_tokens(x))
+    wanted = codes @ made.values[0].astype(np.float64).T * factor
+    y = np.asarray(product(x, made.weight, 0, "tokens"))
+    assert np.abs(y - wanted).max() < 2e-6 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_rows_are_exact(kernels: Library, kind: str) -> None:
+    made = tiled(FORMATS[kind], 70, 512)
+    ids = jnp.asarray([69, 0, 33, 33], jnp.int32)
+    np.testing.assert_array_equal(np.asarray(rows(ids, made.weight, jnp.int32(1))), made.values[1][np.asarray(ids)])
+
+
+def test_a_row_that_is_not_there_is_nan(kernels: Library) -> None:
+    made = tiled(FORMATS["Q4_0"], 70, 64)
+    y = np.asarray(rows(jnp.asarray([-1, 70, 3], jnp.int32), made.weight, jnp.int32(0)))
+    assert np.isnan(y[:2]).all()
+    assert np.isfinite(y[2]).all()
+
+
+def wrong(made: Tiled, **changes: jax.Array) -> jax.Array:
+    weight = jax.tree.map(lambda leaf: leaf, made.weight)
+    for name, value in changes.items():
+        object.__setattr__(weight, name, value)
+    return native.matmul(activations(1, 64), weight, 0, "groups")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda weight: {"codes": weight.codes[..., :-32]}, "codes must be"),
+        (lambda weight: {"codes": weight.codes[:, :, :1]}, "do not hold the inputs"),
+        (lambda weight: {"scales": weight.scales[:1]}, "differ in lead"),
+        (lambda weight: {"scales": weight.scales[..., :16]}, "factors must be"),
+        (lambda weight: {"scales": weight.scales.astype(jnp.int32)}, "f32, f16, bf16 or int8"),
+    ],
+    ids=["bytes", "blocks", "lead", "lanes", "dtype"],
+)
+def test_arrays_that_do_not_belong_together_are_refused(kernels: Library, change: partial, problem: str) -> None:
+    made = tiled(FORMATS["Q4_0"], 70, 64)
+    with pytest.raises(Exception, match=problem):
+        jax.block_until_ready(wrong(made, **change(made.weight)))
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_matrix_outside_the_stack_is_refused(kernels: Library, index: int) -> None:
+    made = tiled(FORMATS["Q4_0"], 70, 64)
+    with pytest.raises(Exception, match="outside the stack"):
+        jax.block_until_ready(product(activations(1, 64), made.weight, index, "groups"))
