@@ -159,26 +159,23 @@ class Step:
             at = np.arange(row.length)
             k, v = (part[LAYER, self.table[number, at // self.shape.S], :, at % self.shape.S] for part in kept)
             q, _ = row.values(self.shape)
-            for i in range(row.count):
-                want = reference(q[i], k, v, row.length - row.count + i, window, softcap)
-                np.testing.assert_allclose(got[i], want, **TOLERANCE)
+            want = reference(q, k, v, window, softcap)
+            np.testing.assert_allclose(got, want, **TOLERANCE)
             if row.decodes and not row.count:
                 np.testing.assert_array_equal(out[self.first_token[number]], 0.0)
         np.testing.assert_array_equal(out[self.used :], 0.0)
 
 
-def reference(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int, window: int, softcap: float | None
-) -> np.ndarray:
-    """One query in float64."""
-    group = q.shape[0] // k.shape[1]
-    seen = slice(max(0, position - window + 1), position + 1)
-    k, v = (np.repeat(part[seen], group, axis=1) for part in (k, v))  # [C, N, H]
-    logits = np.einsum("nh,cnh->nc", q.astype(np.float64), k) * q.shape[1] ** -0.5
+def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int, softcap: float | None) -> np.ndarray:
+    """The last tokens of a sequence, q [T, N, H], over all of it, k and v [C, K, H], in float64."""
+    (T, N, H), (C, K, _) = q.shape, k.shape
+    logits = np.einsum("tkgh,ckh->tkgc", q.reshape(T, K, N // K, H).astype(np.float64), k) * H**-0.5
     if softcap is not None:
         logits = softcap * np.tanh(logits / softcap)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return np.einsum("nc,cnh->nh", weights / weights.sum(-1, keepdims=True), v)
+    back = np.arange(C - T, C)[:, None] - np.arange(C)  # [T, C]: how far behind the query each token lies
+    logits = np.where(((back >= 0) & (back < window))[:, None, None], logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True, initial=-1e30))
+    return (np.einsum("tkgc,ckh->tkgh", weights, v) / weights.sum(-1, keepdims=True)).reshape(T, N, H)
 
 
 def padded(array: np.ndarray, multiple: int) -> np.ndarray:
