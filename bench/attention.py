@@ -1,6 +1,6 @@
 """What attention costs a step: the native kernels beside XLA's route, in alternation, and the memory that must be read.
 
-Run as `python -m bench.attention`. Each time is the fastest of several, for all layers of the model whose shape is asked.
+Run as `python -m bench.attention`. Each time is the fastest of several, for all layers of a model of the shape asked.
 """
 
 import time
@@ -58,7 +58,10 @@ def _row(
     runs = [_program(kernels, pages, q, k, v, step) for kernels in ("native", "xla")]
     native, xla = _alternate(runs, repeats)
     read = sum(part.nbytes for part in pages if part is not None) / pages.k.shape[1] / PAGE * context * rows
-    print(f"| {name} | {native * 1e3:.2f} | {xla * 1e3:.2f} | {xla / native:.1f} | {read / native / 1e9:.1f} |", flush=True)
+    print(
+        f"| {name} | {native * 1e3:.2f} | {xla * 1e3:.2f} | {xla / native:.1f} | {read / native / 1e9:.1f} |",
+        flush=True,
+    )
 
 
 def _program(

@@ -1,4 +1,4 @@
-"""Paged attention with the write of K and V, as a call of the compiled kernels. Knows arrays; `ops.py` knows the batch."""
+"""Paged attention with the write of K and V, as a call of the compiled kernels. Knows arrays, and no batch."""
 
 from collections.abc import Sequence
 

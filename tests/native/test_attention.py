@@ -104,16 +104,13 @@ class Step:
             old = row.length - row.count
             before.append((kv[0, :old], kv[1, :old], page[:old], slot[:old]))
             now = (q, kv[0, old:], kv[1, old:], page[old:], slot[old:])
-            if row.decodes and not row.count:  # it has its token, with nothing to do
-                now = (*(np.full((1, *part.shape[1:]), np.nan, np.float32) for part in now[:3]), *(np.zeros(1, "i4"),) * 2)
+            if row.decodes and not row.count:
+                now = nothing(shape, 1)  # it has its token all the same
             tokens.append(now)
             self.first_token.append(taken)
             taken += len(now[0])
-        padding = 3
-        self.tokens = [
-            np.concatenate([*part, np.full((padding, *part[0].shape[1:]), 0 if part[0].ndim == 1 else np.nan, part[0].dtype)])
-            for part in zip(*tokens, strict=True)
-        ]
+        tokens.append(nothing(shape, 3))
+        self.tokens = [np.concatenate(part) for part in zip(*tokens, strict=True)]
         self.used = taken
         k, v, page, slot = (padded(np.concatenate(part), 1024) for part in zip(*before, strict=True))
         empty = poisoned_pages((LAYERS, num_pages, shape.K, S, shape.H), kv_dtype)
@@ -166,6 +163,12 @@ class Step:
         np.testing.assert_array_equal(out[self.used :], 0.0)
 
 
+def nothing(shape: Shape, tokens: int) -> tuple[np.ndarray, ...]:
+    """Tokens of padding."""
+    q, kv = (np.full((tokens, n, shape.H), np.nan, np.float32) for n in (shape.N, shape.K))
+    return q, kv, kv, *np.zeros((2, tokens), np.int32)
+
+
 def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int, softcap: float | None) -> np.ndarray:
     """The last tokens of a sequence, q [T, N, H], over all of it, k and v [C, K, H], in float64."""
     (T, N, H), (C, K, _) = q.shape, k.shape
@@ -210,7 +213,7 @@ GQA = Shape(9, 3, 64, 16)
 
 @pytest.mark.parametrize("shape", HEADS, ids=IDS)
 def test_contexts_that_end_at_around_and_inside_of_pages(shape: Shape, variants) -> None:
-    """Rows that decode, one of them idle, before whole prompts and chunks of prompts; spans and chunks of context too."""
+    """Rows that decode, one of them idle, before whole prompts and chunks of prompts."""
     S = shape.S
     decodes = [Row(1), Row(S), Row(S + 1), Row(3 * S - 1), Row(256), Row(257), Row(300)]
     rows = [*decodes, prefill(S + 1, S + 1), prefill(70, 3), prefill(190, 140), prefill(1, 1)]
@@ -254,7 +257,7 @@ def test_the_cache_holds_the_bits_that_xla_writes(kv_dtype: str, variants) -> No
     step.tokens[1] *= np.exp2(np.random.default_rng(0).integers(-20, 12, step.tokens[1].shape)).astype(np.float32)
     step.tokens[1][3, 0, 5], step.tokens[2][4, 1, 6], step.tokens[2][5, 2, :] = np.nan, -np.inf, 0.0
     step.tokens[2][6, 0, :4] = [1.0, 0.5, 253 / 254, -129 / 254]  # over 127: halves
-    q, k, v, page, slot = step.tokens
+    _, k, v, page, slot = step.tokens
     want = write(step.pages, k, v, layer=np.int32(LAYER), page=page, slot=slot)
     for _ in variants():
         _, got = step.run()
