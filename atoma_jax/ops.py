@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
+from atoma_jax.native import attention as native_attention
 from atoma_jax.native import library as native_library
 from atoma_jax.native import matmul as native_matmul
 from atoma_jax.native.tiles import put_codes, put_factors
@@ -274,6 +275,7 @@ def attend(
     v: Float[Array, "T K H"],
     pages: KVPages,
     batch: AttentionBatch,
+    backend: Backend,
     *,
     layer: Int32[Array, ""],
     window: Int32[Array, ""],
@@ -288,11 +290,27 @@ def attend(
         v: values.
         pages: the cache of all layers; returned with the new entries, in place where donated.
         batch: where the tokens lie.
+        backend: where it runs.
         layer: index of the layer in the cache.
         window: how many positions back a query sees, itself included.
         scale: factor of the logits.
         softcap: limit of the logits' size, by tanh.
     """
+    if backend.kernels == "native":
+        out, cache = native_attention.attention(
+            *(q, k, v),
+            [part for part in pages if part is not None],
+            page=batch.page,
+            slot=batch.slot,
+            page_table=batch.page_table,
+            decode_lengths=batch.decode_lengths,
+            blocks=batch.blocks,
+            layer=layer,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+        )
+        return out, KVPages(*cache)
     pages = kv_pages.write_kv(pages, k, v, layer=layer, page=batch.page, slot=batch.slot)
     B = batch.decode_lengths.shape[0]
     decoded = attention_kernels.decode_attention(

@@ -117,8 +117,8 @@ def _encode(x: Float[Array, "T K H"], form: KVFormat) -> tuple[Shaped[Array, "T 
     if form.largest is None:
         return lax.bitcast_convert_type(x.astype(form.codes), form.stored), None
     x = x.astype(jnp.float32)
-    magnitude = jnp.max(jnp.abs(x), -1)  # [T, K]; NaN where the vector holds one
-    finite = jnp.isfinite(magnitude)
+    magnitude = jnp.max(jnp.abs(x), -1)  # [T, K]
+    finite = jnp.all(jnp.isfinite(x), -1)  # asked of each, as XLA:CPU's maximum may pass over a NaN
     scale = jnp.where(finite, jnp.maximum(magnitude, SMALLEST) / form.largest, jnp.nan)
     codes = jnp.where(finite[..., None], x / scale[..., None], 0.0)
     if form.codes == jnp.int8:  # a conversion to integers would drop the fraction
