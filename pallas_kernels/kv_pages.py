@@ -59,6 +59,11 @@ class KVChunk(NamedTuple):
     v_scale: Float32[Array, "K C"] | None
 
 
+def format_of(pages: KVPages) -> KVFormat:
+    """How a cache keeps values."""
+    return _FORMAT_OF[pages.k.dtype]
+
+
 def empty_pages(shape: tuple[int, int, int, int, int], kv_dtype: str) -> KVPages:
     """A cache of zeros: `shape` is (L, P, K, S, H), `kv_dtype` a name of `FORMATS`."""
     form = FORMATS[kv_dtype]
