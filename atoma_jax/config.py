@@ -33,8 +33,11 @@ class ModelConfig:
     # Of dense weights while they load. w8a8: int8 with one scale a row, products with int8 activations.
     quantization: Literal["int8", "int4", "fp8", "ternary", "w8a8"] | None = None
     # Of quantized weights on the device. rows: a byte a code; planar: packed codes of 2, 4 or 8 bits. auto: rows on a
-    # CPU, where XLA multiplies them faster, planar elsewhere.
+    # CPU, where XLA multiplies them faster, planar elsewhere and for kernels that are interpreted.
     weight_layout: Literal["auto", "rows", "planar"] = "auto"
+    # pallas: kernels for NVIDIA GPUs; xla: their twins in plain XLA; interpret: the Pallas kernels on any device, slow,
+    # for tests. auto: pallas on an NVIDIA GPU, xla on a CPU. Weights that lie in rows are always multiplied by XLA.
+    kernels: Literal["auto", "xla", "pallas", "interpret"] = "auto"
     max_model_len: int | None = None  # tokens of prompt and output together; None: what the model was trained for
     seed: int = 0  # of requests that bring none
     trust_remote_code: bool = False  # refused: code of a checkpoint is never run

@@ -27,6 +27,7 @@ __all__ = [
     "AttentionBatch",
     "Backend",
     "KVPages",
+    "Kernels",
     "Platform",
     "QueryBlocks",
     "attend",
@@ -42,6 +43,7 @@ __all__ = [
 _INTEGER_GROUP = 128
 
 Platform = Literal["cpu", "cuda"]
+Kernels = Literal["xla", "pallas", "interpret"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,7 @@ class Backend:
     platform: Platform
     operands: Literal["float32", "bfloat16"]  # of products with quantized weights; sums are float32
     weight_layout: Layout  # of quantized weights
+    kernels: Kernels = "xla"  # interpret: the Pallas kernels without a GPU, step by step; for tests
 
 
 @no_type_check  # JAX also fills it with abstract values

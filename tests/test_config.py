@@ -130,6 +130,7 @@ class TestTypes:
             ("dtype", ["auto", "float32", "bfloat16"]),
             ("kv_cache_dtype", ["auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"]),
             ("scheduling_policy", ["fcfs", "priority"]),
+            ("kernels", ["auto", "xla", "pallas", "interpret"]),
         ],
     )
     def test_what_is_no_choice(self, name: str, choices: list[str]) -> None:

@@ -40,6 +40,9 @@ class EngineOptions:
     weight_layout: Annotated[
         str | None, typer.Option(help="Of quantized weights: auto, rows (a byte a code) or planar (packed).")
     ] = None
+    kernels: Annotated[
+        str | None, typer.Option(help="auto, pallas (NVIDIA GPUs), xla, or interpret (pallas anywhere, for tests).")
+    ] = None
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output together.")] = None
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that one step may hold.")] = None
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens that one step may hold.")] = None
@@ -160,6 +163,7 @@ class RunningEngine:
         return {
             "startup_s": self.startup_seconds,
             "startup_phases_s": self.phases,
+            "kernels": self.llm.startup.kernels,
             "compile_cache_hits": self.llm.startup.compile_cache_hits,
             "compile_cache_misses": self.llm.startup.compile_cache_misses,
         }
@@ -167,7 +171,7 @@ class RunningEngine:
     def startup_line(self) -> str:
         """The start as a line for people."""
         phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.phases.items())
-        return f"start-up {self.startup_seconds:.2f} s ({phases})"
+        return f"start-up {self.startup_seconds:.2f} s ({phases}), kernels: {self.llm.startup.kernels}"
 
 
 @contextmanager
@@ -179,6 +183,7 @@ def running_engine(config: EngineConfig) -> Generator[RunningEngine]:
     imports = time.perf_counter() - started
     _report_phase("imports", imports)
     llm = LLM.from_config(config, on_phase=_report_phase)
+    typer.echo(f"kernels: {llm.startup.kernels}", err=True)
     try:
         yield RunningEngine(llm=llm, phases={"imports": imports, **llm.startup.phases})
     finally:

@@ -41,6 +41,7 @@ class ScorerOptions:
     dtype: Annotated[str | None, typer.Option(help="Of matrix products: auto, float32 or bfloat16.")] = None
     quantization: Annotated[str | None, typer.Option(help="Of the model's dense weights while they load.")] = None
     weight_layout: Annotated[str | None, typer.Option(help="Of quantized weights: auto, rows or planar.")] = None
+    kernels: Annotated[str | None, typer.Option(help="auto, pallas, xla or interpret.")] = None
     kv_cache_dtype: Annotated[str | None, typer.Option(help="Of the model's KV cache; the base's is auto.")] = None
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None
     compile_cache_dir: Annotated[Path | None, typer.Option(help="Keeps compiled programs for the next start.")] = None

@@ -11,12 +11,15 @@ from atoma_jax.sampling_params import SamplingParams
 
 @runtime_checkable
 class StartupReport(Protocol):
-    """How the start went: seconds by phase in order, seconds in all, programs found in the compile cache or not."""
+    """How the start went: seconds by phase in order, seconds in all, programs found in the compile cache or not; and
+    the kernels that they run."""
 
     @property
     def phases(self) -> Mapping[str, float]: ...
     @property
     def total(self) -> float: ...
+    @property
+    def kernels(self) -> str: ...
     @property
     def compile_cache_hits(self) -> int: ...
     @property

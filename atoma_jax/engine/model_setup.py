@@ -24,7 +24,7 @@ from atoma_jax.loading.weights import abstract_weights, load_weights
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.decoder import Decoder
 from atoma_jax.models.params import ParamSpec, fill, specs_of
-from atoma_jax.ops import Backend, Platform
+from atoma_jax.ops import Backend, Kernels, Platform
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 
 
@@ -131,6 +131,17 @@ def _backend(config: ModelConfig, platform: Platform) -> Backend:
     operands, layout = config.dtype, config.weight_layout
     if operands == "auto":
         operands = "float32" if is_cpu and not cpu_multiplies_bfloat16() else "bfloat16"
+    kernels = _kernels(config, platform)
     if layout == "auto":
-        layout = "rows" if is_cpu else "planar"
-    return Backend(platform=platform, operands=operands, weight_layout=layout)
+        layout = "rows" if is_cpu and kernels == "xla" else "planar"
+    return Backend(platform=platform, operands=operands, weight_layout=layout, kernels=kernels)
+
+
+def _kernels(config: ModelConfig, platform: Platform) -> Kernels:
+    """The kernels asked for, where they run."""
+    if config.kernels in ("auto", "xla"):
+        return "xla"
+    if config.kernels == "pallas" and platform == "cpu":
+        raise ConfigError("kernels", "pallas", "needs an NVIDIA GPU: on a CPU use xla, or interpret for tests")
+    problem = "is not there yet: the kernels of this version are xla; leave --kernels out"
+    raise ConfigError("kernels", config.kernels, problem)

@@ -52,6 +52,7 @@ class StartupReport:
     """Seconds of each phase, in order. Programs compile while weights load: "compile" is what was left after that."""
 
     phases: dict[str, float] = field(default_factory=lambda: dict[str, float]())
+    kernels: str = ""  # of the programs, once that is decided: xla, pallas or interpret
     compile_cache_hits: int = 0
     compile_cache_misses: int = 0
 
@@ -101,6 +102,7 @@ def start_engine(
         with phases.phase("header"):
             files = stack.enter_context(open_model(found, max_model_len=config.model.max_model_len))
             setup = set_up_model(config.model, files)
+            phases.report.kernels = setup.backend.kernels
             plan = _plan(config, setup)
             limits = _limits(config, plan, setup)
         with phases.phase("tokenizer"):

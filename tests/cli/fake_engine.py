@@ -75,7 +75,11 @@ class FakeLLM:
         self.is_shut_down = False
         self.llm_engine = FakeEngine()
         self.startup = SimpleNamespace(
-            phases={"weights": 0.5, "warm_up": 0.25}, total=0.75, compile_cache_hits=3, compile_cache_misses=1
+            phases={"weights": 0.5, "warm_up": 0.25},
+            total=0.75,
+            kernels="xla",
+            compile_cache_hits=3,
+            compile_cache_misses=1,
         )
         FakeLLM.built.append(self)
 

@@ -14,7 +14,7 @@ Run = Callable[..., Result]
 EVERYWHERE = {
     *("model", "versions", "platform", "device", "num_devices", "cpu", "cpu_cores", "load_average", "date"),
 }
-STARTED = {"startup_s", "startup_phases_s", "compile_cache_hits", "compile_cache_misses"}
+STARTED = {"startup_s", "startup_phases_s", "kernels", "compile_cache_hits", "compile_cache_misses"}
 
 
 def test_throughput(run: Run, fake_llm: type[FakeLLM]) -> None:

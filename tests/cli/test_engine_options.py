@@ -20,11 +20,12 @@ def test_flags_reach_the_engine(run: Run, fake_llm: type[FakeLLM]) -> None:
         *("--max-num-seqs", "3", "--max-num-batched-tokens", "32", "--block-size", "8", "--num-pages", "9"),
         *("--kv-cache-dtype", "float16", "--no-enable-prefix-caching", "--scheduling-policy", "priority"),
         *("--seed", "5", "--deterministic", "--compile-cache-dir", "programs", "--revision", "main"),
+        *("--kernels", "interpret"),
     )
     assert result.exit_code == 0, result.stderr
     config = fake_llm.built[0].config
     assert (config.model.model, config.model.revision, config.model.dtype) == ("m", "main", "bfloat16")
-    assert (config.model.max_model_len, config.model.seed) == (64, 5)
+    assert (config.model.max_model_len, config.model.seed, config.model.kernels) == (64, 5, "interpret")
     assert (config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens) == (3, 32)
     assert config.scheduler.scheduling_policy == "priority"
     assert (config.cache.block_size, config.cache.num_pages, config.cache.kv_cache_dtype) == (8, 9, "float16")

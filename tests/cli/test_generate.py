@@ -42,6 +42,8 @@ def test_json_is_one_object_with_everything(run: Run, fake_llm: type[FakeLLM]) -
     assert list(timings["startup_phases_s"]) == ["imports", "weights", "warm_up"]
     assert timings["startup_s"] == pytest.approx(0.75 + timings["startup_phases_s"]["imports"])
     assert (timings["compile_cache_hits"], timings["compile_cache_misses"]) == (3, 1)
+    assert timings["kernels"] == "xla"
+    assert "kernels: xla" in result.stderr
 
 
 def test_sampling_flags_reach_the_request(run: Run, fake_llm: type[FakeLLM]) -> None:

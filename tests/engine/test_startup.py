@@ -60,6 +60,8 @@ class TestSettingsAgainstTheModel:
             ({"num_pages": 16}, "num_pages", 16, "one sequence of max_model_len = 256 tokens needs 17 pages"),
             ({"kv_cache_memory_bytes": 5000}, "kv_cache_memory_bytes", 5000, "there is room for 0"),
             ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization", 0.5, "there is no GPU"),
+            ({"kernels": "pallas"}, "kernels", "pallas", "needs an NVIDIA GPU: on a CPU use xla, or interpret"),
+            ({"kernels": "interpret"}, "kernels", "interpret", "is not there yet"),
         ],
     )
     def test_what_does_not_fit_is_refused(
@@ -134,6 +136,7 @@ class TestReport:
         assert dict(told) == report.phases
         assert report.total == pytest.approx(sum(seconds for _, seconds in told))
         assert report.compile_cache_misses == 0
+        assert report.kernels == "xla"
         assert report.compile_cache_hits >= 5
         assert engine.num_recompilations == 0
         engine.close()
