@@ -22,13 +22,13 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.attention_work import DecodeParts, QueryBlocks
-from pallas_kernels.kv_pages import KVFormat, KVPages, format_of
+from pallas_kernels.kv_pages import KVFormat, KVPages, decode, format_of
 from pallas_kernels.paged_attention import NEVER
 
-# Defaults that need no tuning to be right: what fits the shared memory and registers of every GPU since sm_80.
-PREFILL_ROWS = 128  # (token, head) pairs of a block
+# Defaults that fit the shared memory and the registers of every GPU since sm_80, head dims up to 256.
+PREFILL_TILE = 128 * 128  # elements of a block's queries, where they are of two bytes
 DECODE_ROWS = 16  # the smallest tile that tensor cores take
-TILE_BYTES = 16384  # of K read at once, as many of V; several such reads are in flight
+CONTEXT_TILE = 64 * 128 * 2  # bytes of K multiplied at once, as many of V; several such reads are in flight
 COMBINED_AT_ONCE = 16  # parts
 
 _LOG2E = math.log2(math.e)
@@ -41,15 +41,13 @@ class _Shape(NamedTuple):
     S: int
     H: int
     width: int  # of tiles: H up to the next power of two
+    decode_rows: int  # G likewise
+    prefill_rows: int  # (token, query head) pairs
     span: int  # tokens of context read at once
     scale: float
     softcap: float | None
     form: KVFormat
-
-    @property
-    def operands(self) -> Any:
-        """Type that products take."""
-        return jnp.bfloat16 if self.form.largest is not None else self.form.codes
+    precision: Any  # of products
 
 
 class _Cache(NamedTuple):
@@ -81,20 +79,16 @@ class _Place(NamedTuple):
     stop: Array  # behind the last
 
 
-def group_rows(G: int) -> int:
-    """Rows of a decode tile for G query heads of a kv head."""
-    return max(DECODE_ROWS, pl.next_power_of_2(G))
+def prefill_block(pages: KVPages, num_heads: int) -> int:
+    """Tokens of a prefill block for so many query heads."""
+    G = num_heads // pages.k.shape[2]
+    return max(1, _prefill_rows(pages, G) // G)
 
 
-def prefill_block(G: int) -> int:
-    """Tokens of a prefill block for G query heads of a kv head."""
-    return max(1, PREFILL_ROWS // G)
-
-
-def context_block(H: int, S: int, itemsize: int) -> int:
-    """Tokens of context read at once, for a cache of such vectors and pages."""
-    fits = TILE_BYTES // (pl.next_power_of_2(H) * itemsize)
-    return max(16, min(64, fits))
+def context_block(pages: KVPages) -> int:
+    """Tokens of context read at once: what parts of contexts are counted in."""
+    width = pl.next_power_of_2(pages.k.shape[-1]) * jnp.dtype(_operands(format_of(pages))).itemsize
+    return max(16, min(64, CONTEXT_TILE // width))
 
 
 def decode_attention(
@@ -117,7 +111,7 @@ def decode_attention(
     """
     T, N, H = q.shape
     K, W, B = pages.k.shape[2], parts.items.shape[0], lengths.shape[0]
-    shape = _shape(q, pages, scale, softcap)
+    shape = _shape(q, pages, scale, softcap, interpret)
     cache = _cache(pages, layer, window, page_table)
     out, acc, largest, total = pl.pallas_call(
         partial(_decode_kernel, shape=shape),
@@ -163,7 +157,7 @@ def ragged_attention(
     """
     T, N, H = q.shape
     K = pages.k.shape[2]
-    shape = _shape(q, pages, scale, softcap)
+    shape = _shape(q, pages, scale, softcap, interpret)
     operands = (blocks.row, blocks.token, blocks.size, blocks.position, q, _cache(pages, layer, window, page_table))
     return pl.pallas_call(
         partial(_prefill_kernel, shape=shape),
@@ -176,10 +170,36 @@ def ragged_attention(
     )(*operands, out)
 
 
-def _shape(q: Array, pages: KVPages, scale: float, softcap: float | None) -> _Shape:
+def _shape(q: Array, pages: KVPages, scale: float, softcap: float | None, interpret: bool) -> _Shape:
     K, S, H = pages.k.shape[2:]
-    span = context_block(H, S, pages.k.dtype.itemsize)
-    return _Shape(q.shape[1] // K, S, H, pl.next_power_of_2(H), span, scale, softcap, format_of(pages))
+    G, form = q.shape[1] // K, format_of(pages)
+    # Three products of TF32 make one of float32. A CPU knows no TF32.
+    exact = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    return _Shape(
+        G=G,
+        S=S,
+        H=H,
+        width=pl.next_power_of_2(H),
+        decode_rows=max(DECODE_ROWS, pl.next_power_of_2(G)),
+        prefill_rows=_prefill_rows(pages, G),
+        span=context_block(pages),
+        scale=scale,
+        softcap=softcap,
+        form=form,
+        precision=exact if _operands(form) == jnp.float32 else None,
+    )
+
+
+def _operands(form: KVFormat) -> Any:
+    """Type that products take."""
+    return jnp.bfloat16 if form.largest is not None else form.codes
+
+
+def _prefill_rows(pages: KVPages, G: int) -> int:
+    itemsize = jnp.dtype(_operands(format_of(pages))).itemsize
+    # Twice the size also takes twice the registers for each number, three products being one.
+    rows = PREFILL_TILE // (pl.next_power_of_2(pages.k.shape[-1]) * (itemsize // 2) ** 2)
+    return max(16, min(128, rows), pl.next_power_of_2(G))
 
 
 def _cache(pages: KVPages, layer: Array, window: Array, page_table: Array) -> _Cache:
@@ -197,12 +217,12 @@ def _decode_kernel(
     def _() -> None:
         stop = lengths[row]
         start = jnp.maximum(stop - cache.window[0], 0)
-        group = jnp.arange(group_rows(shape.G), dtype=jnp.int32)
+        group = jnp.arange(shape.decode_rows, dtype=jnp.int32)
         heads, dims = head * shape.G + group, jnp.arange(shape.width, dtype=jnp.int32)
         is_head = group < shape.G
         inside = is_head[:, None] & (dims < shape.H)[None]
         tile = (row, heads[:, None], dims[None])
-        queries = plt.load(q.at[tile], mask=inside, other=0.0).astype(shape.operands)
+        queries = plt.load(q.at[tile], mask=inside, other=0.0).astype(_operands(shape.form))
         blocks = jnp.maximum(items[item, 1], lax.div(start, shape.span)), items[item, 2]
         state = _walk(queries, _empty(shape, group.shape[0]), cache, shape, _Place(row, head, start, stop), blocks)
         alone = num_parts == 1
@@ -212,9 +232,7 @@ def _decode_kernel(
         plt.store(total.at[item, heads], state.total, mask=is_head & ~alone)
 
 
-def _combine_kernel(
-    rows: Any, acc: Any, largest: Any, total: Any, _: Any, out: Any, *, H: int, width: int
-) -> None:
+def _combine_kernel(rows: Any, acc: Any, largest: Any, total: Any, _: Any, out: Any, *, H: int, width: int) -> None:
     """The whole of one row and query head from its parts, in order."""
     row, head = pl.program_id(0), pl.program_id(1)
     first, num_parts = rows[row, 0], rows[row, 1]
@@ -230,9 +248,7 @@ def _combine_kernel(
             item = first + part
             logits = plt.load(largest.at[item, head], mask=exists, other=NEVER)
             totals = plt.load(total.at[item, head], mask=exists, other=0.0)
-            sums = plt.load(
-                acc.at[item[:, None], head, dims[None]], mask=exists[:, None] & (dims < H)[None], other=0.0
-            )
+            sums = plt.load(acc.at[item[:, None], head, dims[None]], mask=exists[:, None] & (dims < H)[None], other=0.0)
             higher = jnp.maximum(peak, jnp.max(logits, axis=0))
             decay, factor = jnp.exp2(peak - higher), jnp.exp2(logits - higher)
             return (
@@ -256,12 +272,12 @@ def _prefill_kernel(
     @pl.when(size > 0)
     def _() -> None:
         position, window, span = positions[block], cache.window[0], shape.span
-        pair = jnp.arange(PREFILL_ROWS, dtype=jnp.int32)
+        pair = jnp.arange(shape.prefill_rows, dtype=jnp.int32)
         offset, dims = lax.div(pair, shape.G), jnp.arange(shape.width, dtype=jnp.int32)
         inside = (offset < size)[:, None] & (dims < shape.H)[None]
         heads = head * shape.G + lax.rem(pair, shape.G)
         tile = ((tokens[block] + offset)[:, None], heads[:, None], dims[None])
-        queries = plt.load(q.at[tile], mask=inside, other=0.0).astype(shape.operands)
+        queries = plt.load(q.at[tile], mask=inside, other=0.0).astype(_operands(shape.form))
         # The context lies between what the first query sees first and what the last one sees last. Blocks that all
         # queries see whole need no mask: those from `clear` to `ragged`.
         start, stop = jnp.maximum(position - window + 1, 0), jnp.maximum(position + size, 0)
@@ -273,7 +289,7 @@ def _prefill_kernel(
         def sees(at: Array) -> Array:
             return (at[None] <= (position + offset)[:, None]) & (at[None] > (position + offset - window)[:, None])
 
-        state = walk(_empty(shape, PREFILL_ROWS), blocks=(first, clear), sees=sees)
+        state = walk(_empty(shape, shape.prefill_rows), blocks=(first, clear), sees=sees)
         state = walk(state, blocks=(clear, ragged), masked=False)
         state = walk(state, blocks=(ragged, last), sees=sees)
         plt.store(out.at[tile], _finish(state), mask=inside)
@@ -309,28 +325,30 @@ def _walk(
     def step(block: Array, state: _Softmax) -> _Softmax:
         at = block * shape.span + jnp.arange(shape.span, dtype=jnp.int32)
         seen = (at >= place.start) & (at < place.stop) if masked else jnp.full(shape.span, True)
-        if shape.S >= shape.span:  # one page holds them all
+        if shape.span <= shape.S:  # one page holds them all
             page = cache.table[place.row, lax.div(block * shape.span, shape.S)]
             token, vector = (layer, page, place.head, lax.rem(at, shape.S)), (page, lax.rem(at, shape.S)[:, None])
         else:
             page = plt.load(cache.table.at[place.row, lax.div(at, shape.S)], mask=seen, other=0)
-            token, vector = (layer, page, place.head, lax.rem(at, shape.S)), (page[:, None], lax.rem(at, shape.S)[:, None])
+            token, vector = (
+                (layer, page, place.head, lax.rem(at, shape.S)),
+                (page[:, None], lax.rem(at, shape.S)[:, None]),
+            )
 
         def read(ref: Any) -> Array:
             stored = plt.load(
                 ref.at[layer, vector[0], place.head, vector[1], dims[None]],
                 mask=seen[:, None] & is_dim,
-                other=0.0 if jnp.issubdtype(ref.dtype, jnp.floating) else 0,
+                other=0.0 if jnp.issubdtype(ref.dtype, jnp.floating) else 0,  # of each ref's own kind
             )
-            values = stored if stored.dtype == shape.form.codes else lax.bitcast_convert_type(stored, shape.form.codes)
-            return values.astype(shape.operands)
+            return decode(stored, shape.form).astype(_operands(shape.form))
 
         def scaled(by_token: Array, scales: Any) -> Array:
             if scales is None:
                 return by_token
             return by_token * plt.load(scales.at[token], mask=seen, other=0.0)[None]
 
-        logits = scaled(_dot(queries, read(cache.k), trans_b=True), cache.k_scale)
+        logits = scaled(plt.dot(queries, read(cache.k), trans_b=True, precision=shape.precision), cache.k_scale)
         logits = _in_bits(logits, shape)
         if masked:
             logits = jnp.where(seen[None] if sees is None else seen[None] & sees(at), logits, NEVER)
@@ -339,14 +357,12 @@ def _walk(
         weights = jnp.exp2(logits - largest[:, None])
         decay = jnp.exp2(state.largest - largest)
         total = state.total * decay + jnp.sum(weights, axis=1)
-        weights = scaled(weights, cache.v_scale).astype(shape.operands)
-        return _Softmax(state.acc * decay[:, None] + _dot(weights, read(cache.v)), largest, total)
+        weights = scaled(weights, cache.v_scale).astype(_operands(shape.form))
+        return _Softmax(
+            state.acc * decay[:, None] + plt.dot(weights, read(cache.v), precision=shape.precision), largest, total
+        )
 
     return lax.fori_loop(*blocks, step, state)
-
-
-def _dot(a: Array, b: Array, *, trans_b: bool = False) -> Array:
-    return plt.dot(a, b, trans_b=trans_b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
 
 
 def _in_bits(products: Array, shape: _Shape) -> Array:
