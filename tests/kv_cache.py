@@ -21,7 +21,7 @@ def poison_of(array: np.ndarray) -> int | float:
 def poisoned_pages(shape: tuple[int, int, int, int, int], kv_dtype: str) -> KVPages:
     """A cache of nothing but NaN."""
     return jax.tree.map(
-        lambda array: jnp.full(array.shape, poison_of(array), array.dtype), empty_pages(shape, kv_dtype)
+        lambda array: jnp.full(array.shape, poison_of(array), array.dtype), empty_pages(shape, kv_dtype, as_bits=True)
     )
 
 
