@@ -21,7 +21,7 @@ import typer
 from atoma_jax import EngineConfig, ModelPair, Scorer, UserError, plan_model
 from atoma_jax.benchmarks.machine import describe_machine
 from atoma_jax.evaluation import diverge, split_special
-from atoma_jax.loading.hub import resolve
+from atoma_jax.loading.fetch.hub import resolve
 from bench.accuracy_report import BASE, plot, render
 from bench.ggml_files import rewrite
 

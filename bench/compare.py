@@ -30,8 +30,8 @@ from typing import Annotated, Any
 import typer
 
 from atoma_jax.benchmarks.machine import describe_host
-from atoma_jax.loading.gguf import GGUFFile
-from atoma_jax.loading.hub import resolve
+from atoma_jax.loading.fetch.hub import resolve
+from atoma_jax.loading.gguf.file import GGUFFile
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE = "atoma"

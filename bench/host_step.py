@@ -25,8 +25,8 @@ from atoma_jax.engine.prefix_cache import PrefixCache
 from atoma_jax.engine.runner import HostOutput
 from atoma_jax.engine.sampler_state import SamplerShape
 from atoma_jax.engine.scheduler import Scheduler
-from atoma_jax.loading.gguf import GGUFFile
-from atoma_jax.loading.hub import resolve
+from atoma_jax.loading.fetch.hub import resolve
+from atoma_jax.loading.gguf.file import GGUFFile
 from atoma_jax.tokenizer import load_gguf_tokenizer
 
 PROMPT_TOKENS = 128

@@ -96,7 +96,7 @@ def _load(path: Path, layout: str) -> dict[str, float]:
 
     from atoma_jax.config import EngineConfig
     from atoma_jax.engine.model_setup import set_up_model
-    from atoma_jax.loading.hub import resolve
+    from atoma_jax.loading.fetch.hub import resolve
     from atoma_jax.loading.model_files import open_model
     from atoma_jax.loading.threads import usable_cores
 

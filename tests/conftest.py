@@ -45,7 +45,7 @@ def gemma3_path() -> Path:
 
 def _pull(name: str) -> Path:
     from atoma_jax.errors import DownloadError
-    from atoma_jax.loading.hub import resolve
+    from atoma_jax.loading.fetch.hub import resolve
 
     try:
         return resolve(name, progress=False).path

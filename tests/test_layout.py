@@ -20,17 +20,18 @@ PUBLIC = ("atoma_jax", *BASICS)
 PARSERS = tuple(
     f"atoma_jax.loading.{name}"
     for name in (
-        *("checkpoint", "mapped", "gguf", "gguf_header", "gguf_metadata"),
-        *("safetensors", "json_file", "name_patterns"),
-        *("hf_checkpoint", "hf_tensors", "hf_gptq", "hf_compressed", "hf_fp8", "hf_bitnet"),
-        *("hub", "catalog", "sources", "snapshots"),
-        *("gguf_writer", "mixtures", "requantize", "threads"),
+        *("gguf", "hf", "fetch", "orbax.manifest_values"),
+        *("checkpoint", "mapped", "json_file", "name_patterns", "rope", "spec_json", "spec_limits"),
+        *("generation_defaults", "threads"),
     )
 )
+NAMES = ("atoma_jax.loading.gguf.names", "atoma_jax.loading.hf.names")  # beside the parsers: they know models' weights
 HOST_QUANT = ("groups", "ggml", "ggml_types", "ggml_blocks", "packed", "quantizers")  # of quant, what works with numpy
 # The engine's books: no arrays of a device. What they import joins them here.
 HOST_MODULES = ("scheduler", "admission", "plan", "waiting", "residency", "pages", "prefix_cache", "sequence")
 ON_THE_HOST = tuple(f"atoma_jax.engine.{name}" for name in HOST_MODULES)
+
+LOADING = ("sharding", "atoma_jax.models", "atoma_jax.ops", "atoma_jax.quant", *BASICS)
 
 # The arrows of docs/structure.md. A module may import itself, its own package's modules, and what stands here; the
 # longest name that fits it decides. "atoma_jax" alone means the public names, not what lies below.
@@ -44,12 +45,13 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "atoma_jax.model_spec": BASICS,
     "atoma_jax.sampling_params": BASICS,
     "atoma_jax.outputs": BASICS,
-    "atoma_jax.tokenizer": ("atoma_jax.loading.gguf", *BASICS),
+    "atoma_jax.tokenizer": ("atoma_jax.loading.gguf.file", *BASICS),
     "atoma_jax.quant": BASICS,
     "atoma_jax.native": ("atoma_jax.quant", *BASICS),
     "atoma_jax.ops": ("pallas_kernels", "sharding", "atoma_jax.quant", "atoma_jax.native", *BASICS),
     "atoma_jax.models": ("sharding", "atoma_jax.ops", "atoma_jax.quant", *BASICS),
-    "atoma_jax.loading": ("sharding", "atoma_jax.models", "atoma_jax.ops", "atoma_jax.quant", *BASICS),
+    "atoma_jax.loading": LOADING,
+    **dict.fromkeys(NAMES, ("atoma_jax.loading", *LOADING)),
     "atoma_jax.engine": (
         "sharding",
         "atoma_jax.models",
@@ -66,14 +68,12 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "atoma_jax.server",
         "atoma_jax.benchmarks",
         "atoma_jax.evaluation",
-        "atoma_jax.loading.hub",
-        "atoma_jax.loading.mixtures",
-        "atoma_jax.loading.requantize",
+        "atoma_jax.loading.fetch.hub",
+        "atoma_jax.loading.gguf.mixtures",
+        "atoma_jax.loading.gguf.requantize",
         *PUBLIC,
     ),
-    **dict.fromkeys(
-        PARSERS, (*PARSERS, "configs", *(f"atoma_jax.quant.{name}" for name in HOST_QUANT), "atoma_jax.errors")
-    ),
+    **dict.fromkeys(PARSERS, (*PARSERS, "configs", *(f"atoma_jax.quant.{name}" for name in HOST_QUANT), *BASICS)),
     **dict.fromkeys(ON_THE_HOST, (*ON_THE_HOST, *BASICS)),
 }
 WITHOUT_JAX = (*PARSERS, *ON_THE_HOST, "atoma_jax.tokenizer", "atoma_jax.errors", "atoma_jax.config")
@@ -150,7 +150,7 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("atoma_jax.models.llama", "atoma_jax.engine.pages"),
         ("atoma_jax.engine.pages", "atoma_jax.engine.runner"),
         ("atoma_jax.engine.runner", "atoma_jax.server.app"),
-        ("atoma_jax.loading.gguf", "atoma_jax.loading.weights"),
+        ("atoma_jax.loading.gguf.file", "atoma_jax.loading.weights"),
         ("atoma_jax.server.app", "atoma_jax.engine.scheduler"),
     ],
 )
@@ -163,7 +163,9 @@ def test_no_jax_where_none_belongs() -> None:
 
     The public names of `atoma_jax` are left out: they are the engine's, and these modules do not use them.
     """
-    modules = sorted(module for module in MODULES if any(lies_in(module, name) for name in WITHOUT_JAX))
+    modules = sorted(
+        module for module in set(MODULES) - set(NAMES) if any(lies_in(module, name) for name in WITHOUT_JAX)
+    )
     face = "import sys, types; face = types.ModuleType('atoma_jax'); face.__path__ = ['atoma_jax']"
     face += "; sys.modules['atoma_jax'] = face"
     code = f"{face}; import {', '.join(modules)}; print(*sorted({JAX!r} & set(sys.modules)))"

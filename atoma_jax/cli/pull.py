@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from atoma_jax.loading.hub import resolve
+from atoma_jax.loading.fetch.hub import resolve
 
 
 def pull(

@@ -1,4 +1,4 @@
-"""`atoma-jax quantize IN OUT --type Q4_K_M`: flags and printing; the work is `atoma_jax/loading/requantize.py`'s."""
+"""`atoma-jax quantize IN OUT --type Q4_K_M`: flags and printing; `loading/gguf/requantize.py` does the work."""
 
 import dataclasses
 from pathlib import Path
@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from atoma_jax.cli.common import print_json
 from atoma_jax.errors import UserError
-from atoma_jax.loading.hub import resolve
-from atoma_jax.loading.mixtures import MIXTURES, TypeOptions
-from atoma_jax.loading.requantize import Summary, requantize
+from atoma_jax.loading.fetch.hub import resolve
+from atoma_jax.loading.gguf.mixtures import MIXTURES, TypeOptions
+from atoma_jax.loading.gguf.requantize import Summary, requantize
 
 
 def quantize(

@@ -1,7 +1,7 @@
 """`atoma-jax convert`: writes a model's weights as they lie on this platform's devices, to be restored so.
 
-Owns what the folder is made of and that it appears whole or not at all. Its parts are `loading`'s: `orbax_manifest.py`,
-`orbax_weights.py`, `gguf_writer.py`.
+Owns what the folder is made of and that it appears whole or not at all. Its parts are `loading`'s: `orbax/manifest.py`,
+`orbax/weights.py`, `gguf/writer.py`.
 """
 
 import os
@@ -20,14 +20,14 @@ from atoma_jax.config import ModelConfig
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
 from atoma_jax.engine.startup import tokenizer_of
 from atoma_jax.errors import ConfigError, UserError
-from atoma_jax.loading import orbax_weights
-from atoma_jax.loading.gguf import GGUFFile, encoded_metadata, first_shard
-from atoma_jax.loading.gguf_names import SPARE
-from atoma_jax.loading.gguf_writer import GGUFWriter, TensorEntry
-from atoma_jax.loading.hub import ResolvedModel, resolve
+from atoma_jax.loading.fetch.hub import ResolvedModel, resolve
+from atoma_jax.loading.gguf.file import GGUFFile, encoded_metadata, first_shard
+from atoma_jax.loading.gguf.names import SPARE
+from atoma_jax.loading.gguf.writer import GGUFWriter, TensorEntry
 from atoma_jax.loading.model_files import open_model
-from atoma_jax.loading.orbax_checkpoint import GGUF_METADATA, WEIGHTS, OrbaxModel
-from atoma_jax.loading.orbax_manifest import FILE_NAME, Manifest, StoredFile, stored_form
+from atoma_jax.loading.orbax import weights as orbax_weights
+from atoma_jax.loading.orbax.checkpoint import GGUF_METADATA, WEIGHTS, OrbaxModel
+from atoma_jax.loading.orbax.manifest import FILE_NAME, Manifest, StoredFile, stored_form
 from atoma_jax.loading.threads import checked_threads
 from atoma_jax.loading.weight_forms import form_of
 

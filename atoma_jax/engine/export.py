@@ -19,13 +19,13 @@ from atoma_jax.engine.convert import Conversion
 from atoma_jax.engine.model_setup import set_up_model
 from atoma_jax.errors import ConfigError, UnsupportedModelError
 from atoma_jax.loading.checkpoint import Floats, Permutation, Rows
-from atoma_jax.loading.gguf import GGUFFile, encoded_metadata
-from atoma_jax.loading.gguf_names import SPARE, gguf_sources
-from atoma_jax.loading.gguf_writer import GGUFWriter, TensorEntry, encode_u32
-from atoma_jax.loading.hub import resolve
+from atoma_jax.loading.fetch.hub import resolve
+from atoma_jax.loading.gguf.file import GGUFFile, encoded_metadata
+from atoma_jax.loading.gguf.names import SPARE, gguf_sources
+from atoma_jax.loading.gguf.writer import GGUFWriter, TensorEntry, encode_u32
 from atoma_jax.loading.model_files import open_model
-from atoma_jax.loading.orbax_checkpoint import GGUF_METADATA, OrbaxModel
-from atoma_jax.loading.orbax_weights import Weight
+from atoma_jax.loading.orbax.checkpoint import GGUF_METADATA, OrbaxModel
+from atoma_jax.loading.orbax.weights import Weight
 from atoma_jax.loading.threads import checked_threads
 from atoma_jax.loading.weight_sources import Part
 from atoma_jax.quant.dequantized import dequantized

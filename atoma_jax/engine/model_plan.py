@@ -10,7 +10,7 @@ from atoma_jax.config import EngineConfig
 from atoma_jax.engine.memory import WORKSPACE_BYTES, kv_cache_dtype
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
 from atoma_jax.errors import ConfigError
-from atoma_jax.loading.hub import resolve
+from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import open_model
 from atoma_jax.ops import Platform
 

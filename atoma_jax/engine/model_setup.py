@@ -17,8 +17,8 @@ from atoma_jax.errors import ConfigError
 from atoma_jax.loading.checkpoint import Checkpoint
 from atoma_jax.loading.model_files import ModelFiles
 from atoma_jax.loading.online import quantized_on_load
-from atoma_jax.loading.orbax_checkpoint import OrbaxModel
-from atoma_jax.loading.orbax_weights import Weight
+from atoma_jax.loading.orbax.checkpoint import OrbaxModel
+from atoma_jax.loading.orbax.weights import Weight
 from atoma_jax.loading.weight_sources import WeightSource
 from atoma_jax.loading.weights import abstract_weights, load_weights
 from atoma_jax.model_spec import ModelSpec

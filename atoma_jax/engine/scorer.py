@@ -21,7 +21,7 @@ from atoma_jax.engine.model_setup import ModelSetup, set_up_model
 from atoma_jax.engine.startup import tokenizer_of, use_compile_cache
 from atoma_jax.engine.step import Weights
 from atoma_jax.errors import ConfigError, UserError
-from atoma_jax.loading.hub import resolve
+from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import open_model
 from atoma_jax.loading.threads import usable_cores
 from atoma_jax.models.decoder import Decoder

@@ -1,5 +1,5 @@
 """What the loader asks of a model on disk, whatever its container: named tensors that say their form before any byte of
-them is read. GGUF files (`gguf.py`) and folders of safetensors (`hf_checkpoint.py`) are checkpoints.
+them is read. GGUF files (`gguf/file.py`) and folders of safetensors (`hf/checkpoint.py`) are checkpoints.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """Bounded reading of a model's small JSON files, and checked access to their values.
 
-Owns limits and types of single values, as `gguf_metadata.py` does for GGUF. Knows no key by name.
+Owns limits and types of single values, as `gguf/metadata.py` does for GGUF. Knows no key by name.
 """
 
 import json

@@ -4,16 +4,16 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from atoma_jax.loading.fetch.hub import ResolvedModel
 from atoma_jax.loading.generation_defaults import GenerationDefaults, read_generation_defaults
-from atoma_jax.loading.gguf import GGUFFile
-from atoma_jax.loading.gguf_names import gguf_sources
-from atoma_jax.loading.gguf_spec import read_spec
-from atoma_jax.loading.hf_checkpoint import HFCheckpoint
-from atoma_jax.loading.hf_names import hf_sources
-from atoma_jax.loading.hf_spec import read_hf_spec
-from atoma_jax.loading.hub import ResolvedModel
+from atoma_jax.loading.gguf.file import GGUFFile
+from atoma_jax.loading.gguf.names import gguf_sources
+from atoma_jax.loading.gguf.spec import read_spec
+from atoma_jax.loading.hf.checkpoint import HFCheckpoint
+from atoma_jax.loading.hf.names import hf_sources
+from atoma_jax.loading.hf.spec import read_hf_spec
 from atoma_jax.loading.json_file import Section
-from atoma_jax.loading.orbax_checkpoint import OrbaxModel
+from atoma_jax.loading.orbax.checkpoint import OrbaxModel
 from atoma_jax.loading.weight_sources import WeightSource
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.params import ParamSpec

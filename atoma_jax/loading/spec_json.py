@@ -1,4 +1,4 @@
-"""A `ModelSpec` from JSON, with the limits that `gguf_spec.py` holds a file's metadata to. Writing it is `asdict`'s."""
+"""A `ModelSpec` from JSON, with the limits that `gguf/spec.py` holds a file's metadata to. Writing it is `asdict`'s."""
 
 from collections.abc import Collection
 from dataclasses import fields
@@ -6,7 +6,7 @@ from typing import get_args
 
 from atoma_jax.errors import WeightFileError
 from atoma_jax.loading.json_file import Section
-from atoma_jax.loading.manifest_values import choice, known_keys, numbers, optional
+from atoma_jax.loading.orbax.manifest_values import choice, known_keys, numbers, optional
 from atoma_jax.loading.spec_limits import MAX_DIM, MAX_EXPERTS, MAX_HEAD_DIM, MAX_LAYERS, MAX_POSITIONS
 from atoma_jax.model_spec import Activation, ExpertSpec, Family, ModelSpec, RopeSpec
 

@@ -1,6 +1,6 @@
 """Which tensors of a checkpoint make up which weight of a model, row by row. Decodes nothing.
 
-Owns the description and its check. What tensors are called is `gguf_names.py`'s and `hf_names.py`'s.
+Owns the description and its check. What tensors are called is `gguf/names.py`'s and `hf/names.py`'s.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -1,9 +1,9 @@
 """Exact decoding of ggml's tensor types with numpy.
 
 `decode` takes blocks apart into codes, scales and mins, `dequantize` turns them into f32. The bit layout of each type
-is in `ggml_blocks.py` and its neighbours. Nothing here reads files (`loading/gguf.py`) or knows how kernels want codes
-packed. Both functions work on any slice of rows, release the interpreter lock in numpy, and keep no state: callers may
-decode chunks in threads.
+is in `ggml_blocks.py` and its neighbours. Nothing here reads files (`loading/gguf/file.py`) or knows how kernels want
+codes packed. Both functions work on any slice of rows, release the interpreter lock in numpy, and keep no state:
+callers may decode chunks in threads.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """Builds a tokenizer from the metadata of a GGUF file.
 
-Owns the keys `tokenizer.*` and their defaults, which are llama.cpp's. It reads no file (`loading/gguf.py`).
+Owns the keys `tokenizer.*` and their defaults, which are llama.cpp's. It reads no file (`loading/gguf/file.py`).
 """
 
 from collections.abc import Mapping

@@ -20,10 +20,10 @@ from atoma_jax.engine.export import export_gguf
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
 from atoma_jax.engine.startup import tokenizer_of
 from atoma_jax.errors import ConfigError, UnsupportedModelError, UserError, WeightFileError
-from atoma_jax.loading.hub import resolve
+from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import open_model
-from atoma_jax.loading.orbax_checkpoint import OrbaxModel
-from atoma_jax.loading.orbax_manifest import read_manifest
+from atoma_jax.loading.orbax.checkpoint import OrbaxModel
+from atoma_jax.loading.orbax.manifest import read_manifest
 from atoma_jax.ops import Backend
 from tests.engine.conftest import BUCKETS, SIZES
 from tests.loading.conftest import TinyModel
@@ -186,7 +186,7 @@ class TestTheWeights:
         assert min(specs[0].rope.frequencies) > 0
 
     def test_go_to_the_devices_that_they_are_meant_for(self, converted: Path) -> None:
-        command = [sys.executable, "-m", "tests.loading.restore_sharded", str(converted / "tiny")]
+        command = [sys.executable, "-m", "tests.loading.orbax.restore_sharded", str(converted / "tiny")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "layers.gate_up.codes: 4 shards of (2, 64, 2, 32)" in done.stdout
@@ -333,7 +333,7 @@ class TestWhereItIsWritten:
         def fail_on_second(*arguments: Any) -> None:
             fail(arguments[-1])
 
-        home = "atoma_jax.loading.orbax_weights.save" if where == "save" else f"atoma_jax.engine.convert.{where}"
+        home = "atoma_jax.loading.orbax.weights.save" if where == "save" else f"atoma_jax.engine.convert.{where}"
         monkeypatch.setattr(home, fail_on_second if where == "_write_metadata" else fail)
         with pytest.raises((KeyboardInterrupt, UserError)):
             convert_model(ModelConfig(model=str(converted / "tiny.gguf")), tmp_path / "out")

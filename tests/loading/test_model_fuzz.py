@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from atoma_jax.errors import ModelNotFoundError, UnsupportedModelError, WeightFileError
-from atoma_jax.loading.hub import resolve
+from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import open_model
 from atoma_jax.models.decoder import Decoder
 from atoma_jax.models.params import specs_of
 from atoma_jax.ops import Backend
-from tests.loading.gguf_fuzz import mutate
+from tests.loading.gguf.fuzz import mutate
 
 BACKEND = Backend(platform="cpu", operands="float32", weight_layout="planar")
 EXPECTED = (WeightFileError, UnsupportedModelError, ModelNotFoundError)

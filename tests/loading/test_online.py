@@ -11,7 +11,7 @@ from atoma_jax import ops
 from atoma_jax.config import ModelConfig
 from atoma_jax.engine.model_setup import set_up_model
 from atoma_jax.errors import ConfigError
-from atoma_jax.loading.hub import resolve
+from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import open_model
 from atoma_jax.quant.online import quantize_rows
 from atoma_jax.quant.qtensor import QTensor

@@ -11,9 +11,9 @@ import pytest
 
 from atoma_jax.errors import UnsupportedModelError, WeightFileError
 from atoma_jax.loading import weights as module
-from atoma_jax.loading.gguf import GGUFFile
-from atoma_jax.loading.gguf_names import gguf_sources
-from atoma_jax.loading.gguf_spec import read_spec
+from atoma_jax.loading.gguf.file import GGUFFile
+from atoma_jax.loading.gguf.names import gguf_sources
+from atoma_jax.loading.gguf.spec import read_spec
 from atoma_jax.loading.weights import abstract_weights, load_weights
 from atoma_jax.models.decoder import Decoder
 from atoma_jax.models.params import fill, specs_of

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from atoma_jax import ops
-from atoma_jax.loading.hub import resolve
+from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import open_model
 from atoma_jax.loading.weights import load_weights
 from atoma_jax.model_spec import ModelSpec

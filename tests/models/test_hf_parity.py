@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from atoma_jax import ops
-from atoma_jax.loading.hf_spec import ARCHITECTURES, read_hf_spec
+from atoma_jax.loading.hf.spec import ARCHITECTURES, read_hf_spec
 from atoma_jax.loading.json_file import Section
 from atoma_jax.models.mixture import MixtureLayer
 from tests.models.families import (

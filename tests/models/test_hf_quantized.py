@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.loading.test_hf_checkpoint import AWQ_COLUMNS, packed_quarters, packed_words
+from tests.loading.hf.test_checkpoint import AWQ_COLUMNS, packed_quarters, packed_words
 from tests.models.families import (
     COMMON,
     TOKENS,

@@ -7,8 +7,8 @@ import gguf
 import numpy as np
 import pytest
 
-from atoma_jax.loading.gguf import GGUFFile
-from atoma_jax.loading.hf_checkpoint import HFCheckpoint
+from atoma_jax.loading.gguf.file import GGUFFile
+from atoma_jax.loading.hf.checkpoint import HFCheckpoint
 from atoma_jax.tokenizer import load_folder_tokenizer, load_gguf_tokenizer
 from bench.ternary import export
 from tests.models.bitnet_reference import BitNetReference

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from atoma_jax.loading.gguf import GGUFFile
+from atoma_jax.loading.gguf.file import GGUFFile
 from atoma_jax.tokenizer import Tokenizer, load_gguf_tokenizer
 
 ORACLE = json.loads((Path(__file__).parents[1] / "data" / "oracle_tokenize.json").read_text())

@@ -1,0 +1,1 @@
+"""Folders in Hugging Face layout: config.json, safetensors, schemes of quantized checkpoints, names of tensors."""

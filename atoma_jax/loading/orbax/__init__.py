@@ -1,0 +1,1 @@
+"""Folders that `atoma-jax convert` writes: the manifest, and weights that are restored as they lie."""
