@@ -48,6 +48,7 @@ __all__ = [
 _INTEGER_GROUP = 128
 # Programs that a step of few sequences which decode is spread over: four for each multiprocessor of a large GPU.
 _PROGRAMS = 512
+_INTERPRETED_PROGRAMS = 16  # these run one after another
 _FIXED_PARTS = 8  # of the longest context, where how it is cut must not depend on others
 
 Platform = Literal["cpu", "cuda"]
@@ -261,20 +262,17 @@ def attention_batch(
         chunks: what is prefilled; None: the program only decodes.
         fixed_parts: how a context is cut must not depend on the other contexts of the step.
     """
-    T, B = page.shape[0], decode_lengths.shape[0]
+    T = page.shape[0]
     blocks = parts = None
     if backend.kernels == "xla":
         if chunks is not None:
             blocks = attention_work.query_blocks(*chunks, T, size=paged_attention.QUERY_BLOCK)
     else:
-        block, longest = paged_attention_pallas.context_block(pages), page_table.shape[1] * pages.k.shape[3]
-        per_row = max(1, -(-longest // (block * _FIXED_PARTS)))
+        longest = page_table.shape[1] * pages.k.shape[3]
+        part, num_parts = _context_parts(pages, backend, decode_lengths.shape[0], longest, fixed=fixed_parts)
+        block = paged_attention_pallas.context_block(pages)
         parts = attention_work.decode_parts(
-            decode_lengths,
-            block=block,
-            num_parts=B * -(-longest // (block * per_row)) if fixed_parts else B - (-_PROGRAMS // pages.k.shape[2]),
-            part=per_row if fixed_parts else None,
-            cover_empty=chunks is None,
+            decode_lengths, block=block, num_parts=num_parts, part=part, cover_empty=chunks is None
         )
         if chunks is not None:
             size = paged_attention_pallas.prefill_block(pages, num_heads)
@@ -282,6 +280,16 @@ def attention_batch(
     return AttentionBatch(
         page=page, slot=slot, page_table=page_table, decode_lengths=decode_lengths, blocks=blocks, parts=parts
     )
+
+
+def _context_parts(pages: KVPages, backend: Backend, B: int, longest: int, *, fixed: bool) -> tuple[int | None, int]:
+    """Blocks of a part of a context, None where the step decides, and how many parts B contexts have at most."""
+    if not fixed:
+        programs = _PROGRAMS if backend.kernels == "pallas" else _INTERPRETED_PROGRAMS
+        return None, B + -(-programs // pages.k.shape[2])
+    blocks = -(-longest // paged_attention_pallas.context_block(pages))
+    part = -(-blocks // _FIXED_PARTS)
+    return part, B * -(-blocks // part)
 
 
 def attend(
@@ -311,8 +319,9 @@ def attend(
         scale: factor of the logits.
         softcap: limit of the logits' size, by tanh.
     """
-    place = {"layer": layer, "page": batch.page, "slot": batch.slot}
-    what = {"layer": layer, "page_table": batch.page_table, "window": window, "scale": scale, "softcap": softcap}
+    place: dict[str, Any] = {"layer": layer, "page": batch.page, "slot": batch.slot}
+    what: dict[str, Any] = {"layer": layer, "page_table": batch.page_table, "window": window}
+    what |= {"scale": scale, "softcap": softcap}
     if batch.parts is None:
         pages = kv_pages.write_kv(pages, k, v, **place)
         return _attend_by_xla(q, pages, batch, what), pages
