@@ -16,9 +16,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_gpu_autotune_level=0",
         f"--xla_dump_to={DUMP}",
-        "--xla_dump_emitter_re=.*",
+        "--xla_dump_emitter_re=ptx",
         "--xla_dump_hlo_as_text",
-        "--xla_dump_hlo_module_re=.*",
     ]
 )
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # it tells three times that there is no driver
