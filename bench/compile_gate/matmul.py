@@ -9,6 +9,7 @@ from jax import ShapeDtypeStruct
 
 from bench.compile_gate.cases import KernelCase
 from pallas_kernels.planar_matmul import PlanarFormat, PlanarStack, planar_matmul
+from pallas_kernels.ternary_matmul import ternary_matmul
 from pallas_kernels.tuning import MatmulTiles, default_tiles
 
 LAYERS = 4  # of a stack: more change nothing
@@ -65,4 +66,32 @@ def _product(
     return planar_matmul(x, stack, index, kind, tiles)
 
 
-CASES = [case(name, M, 4096, 4096, quick=True) for name in FORMATS for M in (1, 64, 512)]
+def ternary_case(M: int, N: int, K: int, *, quick: bool = False) -> KernelCase:
+    """A product of M rows of int8 activations with a ternary weight `[N, K]`."""
+    stack, kind = stack_of("ternary", N, K)
+    tiles = default_tiles("ternary_matmul", M=M, N=N, K=K)
+    return KernelCase(
+        name=f"ternary × int8, {M} × {K} → {N}",
+        kernel="^ternary_matmul",
+        function=partial(_ternary, kind=kind, tiles=tiles),
+        arguments=(
+            ShapeDtypeStruct((M, K), jnp.bfloat16),
+            stack.words,
+            stack.scales,
+            ShapeDtypeStruct((), jnp.int32),
+        ),
+        weights=tiles.block_n * kind.block / (32 * tiles.warps),
+        quick=quick,
+    )
+
+
+def _ternary(
+    x: jax.Array, words: jax.Array, scales: jax.Array, index: jax.Array, *, kind: PlanarFormat, tiles: MatmulTiles
+) -> jax.Array:
+    return ternary_matmul(x, words, scales, index, kind, tiles)
+
+
+CASES = [
+    *(case(name, M, 4096, 4096, quick=True) for name in FORMATS for M in (1, 64, 512)),
+    *(ternary_case(M, 2560, 2560, quick=True) for M in (1, 64, 512)),
+]
