@@ -52,7 +52,7 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 
 run: $(VENV)/.installed
 	@$(BIN)/atoma-jax pull $(MODEL) >/dev/null
-	@$(BIN)/atoma-jax generate --model $(MODEL) --chat --prompt "$(PROMPT)"
+	@$(BIN)/atoma-jax generate --model $(MODEL) --chat --temperature 0.7 --prompt "$(PROMPT)"
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

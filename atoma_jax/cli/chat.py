@@ -50,6 +50,7 @@ def chat(
     read_line = _terminal_reader() if sys.stdin.isatty() else _pipe_reader
     with running_engine(config) as running:
         typer.echo(f"{running.startup_line()}\n/help lists commands", err=True)
+        params = sampling.completed(params, running.llm.get_default_sampling_params())
         conversation = Conversation(running.llm, params, system)
         while (line := read_line()) is not None and conversation.take(line):
             pass

@@ -103,14 +103,22 @@ class EngineOptions:
         return flags
 
 
+# Sampling that a model's makers recommend, and that has a flag.
+_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
-    """Flags of one request's sampling; its seed is the engine's --seed."""
+    """Flags of one request's sampling; its seed is the engine's --seed. None: not given, so what the model's makers
+    recommend holds, and where they say nothing what `SamplingParams` says."""
 
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0
-    top_k: Annotated[int, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")] = 0
-    min_p: Annotated[float, typer.Option(help="Keep tokens this likely relative to the likeliest.")] = 0.0
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")] = None
+    top_k: Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")] = None
+    min_p: Annotated[float | None, typer.Option(help="Keep tokens this likely relative to the likeliest.")] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1 makes tokens of prompt and output less likely.")
+    ] = None
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the output; may be repeated.")] = None
 
     def params(
@@ -122,23 +130,25 @@ class SamplingOptions:
         logprobs: int | None = None,
         output_kind: RequestOutputKind = RequestOutputKind.DELTA,
     ) -> SamplingParams:
-        """The settings, checked; arguments as in `SamplingParams`.
+        """The settings, checked before there is an engine; arguments as in `SamplingParams`.
 
         Raises:
             ParameterError: one is outside its limits.
         """
         return SamplingParams(
+            **{name: value for name in _RECOMMENDED if (value := getattr(self, name)) is not None},
             n=n,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
             seed=seed,
             stop=self.stop,
             max_tokens=max_tokens,
             logprobs=logprobs,
             output_kind=output_kind,
         )
+
+    def completed(self, params: SamplingParams, recommended: SamplingParams) -> SamplingParams:
+        """`params` with what the model's makers recommend, but for the flags that were given."""
+        open_ = [name for name in _RECOMMENDED if getattr(self, name) is None]
+        return dataclasses.replace(params, **{name: getattr(recommended, name) for name in open_})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,6 +57,7 @@ def generate(
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
     with running_engine(config) as running:
+        params = sampling.completed(params, running.llm.get_default_sampling_params())
         if streamed:
             _stream(running, text, messages, params)
             return

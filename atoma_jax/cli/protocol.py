@@ -35,6 +35,10 @@ class ChatEngine(BenchEngine, Protocol):
         """How the start went."""
         ...
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's makers recommend."""
+        ...
+
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],

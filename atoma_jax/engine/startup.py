@@ -3,13 +3,11 @@
 Everything is checked from the file's header before anything large is allocated.
 """
 
-import logging
 import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -24,27 +22,24 @@ from atoma_jax.engine.memory import DeviceMemory, kv_cache_dtype, plan_pages
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
 from atoma_jax.engine.pages import PagePool
 from atoma_jax.engine.prefix_cache import PrefixCache
+from atoma_jax.engine.recommended_params import recommended_params
 from atoma_jax.engine.runner import Runner
 from atoma_jax.engine.sampler_state import SamplerShape
 from atoma_jax.engine.scheduler import Scheduler
 from atoma_jax.engine.step import StepSizes
 from atoma_jax.errors import ConfigError, UnsupportedModelError
 from atoma_jax.loading.fetch.hub import resolve
-from atoma_jax.loading.generation_defaults import GenerationDefaults
 from atoma_jax.loading.hf.checkpoint import HFCheckpoint
 from atoma_jax.loading.model_files import ModelFiles, open_model
 from atoma_jax.loading.orbax.checkpoint import OrbaxModel
 from atoma_jax.loading.threads import usable_cores
 from atoma_jax.model_spec import KVDtype, ModelSpec
-from atoma_jax.sampling_params import SamplingParams
 from atoma_jax.tokenizer import Tokenizer, load_folder_tokenizer, load_gguf_tokenizer
 
 CPU_SEQS, CPU_TOKENS, CPU_GROWTH = 16, 512, 16  # few programs: each takes a CPU seconds to compile
 GPU_SEQS, GPU_TOKENS, GPU_GROWTH = 64, 2048, 2
 
 OnPhase = Callable[[str, float], None]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -110,7 +105,7 @@ def start_engine(
             pool = runner.compile(setup.abstract(), threads=plan.threads)
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error nothing more compiles
             tokenizer = tokenizer_of(files)
-            default_params = _default_params(files.generation_defaults)
+            default_params = recommended_params(files.generation_defaults)
         with phases.phase("restore" if found.kind == "orbax" else "weights"):
             weights = setup.load(threads=plan.threads)
             jax.block_until_ready(weights)
@@ -246,22 +241,6 @@ def tokenizer_of(files: ModelFiles | OrbaxModel) -> Tokenizer:
     tokenizer = load_gguf_tokenizer(metadata, source=str(checkpoint.path))
     _check_vocabulary(tokenizer.vocab_size, files.spec, checkpoint.path)
     return tokenizer
-
-
-def _default_params(defaults: GenerationDefaults) -> SamplingParams:
-    """What the model's makers recommend; what they leave open is as in `SamplingParams`."""
-    given = {
-        "temperature": defaults.temperature,
-        "top_p": defaults.top_p,
-        "top_k": defaults.top_k,
-        "min_p": defaults.min_p,
-        "repetition_penalty": defaults.repetition_penalty,
-        "max_tokens": defaults.max_new_tokens,
-    }
-    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if chosen:
-        _log.info("default sampling parameters of the model: %s", chosen)
-    return SamplingParams(**chosen)
 
 
 def use_compile_cache(folder: str | None) -> None:

@@ -96,6 +96,9 @@ class FakeLLM:
     def get_tokenizer(self) -> FakeTokenizer:
         return FakeTokenizer()
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        return SamplingParams(temperature=0.25, top_k=40, repetition_penalty=1.5, max_tokens=3)
+
     def stats(self) -> Any:
         return SimpleNamespace(
             steps=10,

@@ -56,6 +56,14 @@ def test_sampling_flags_reach_the_request(run: Run, fake_llm: type[FakeLLM]) -> 
     assert (params.seed, params.stop, params.max_tokens, params.logprobs) == (3, ("END", "STOP"), 2, None)
 
 
+def test_flags_that_were_not_given_are_the_models_recommendation(run: Run, fake_llm: type[FakeLLM]) -> None:
+    result = run("generate", "--model", "m", "--prompt", "x", "--max-tokens", "2", "--top-k", "0")
+    assert result.exit_code == 0, result.stderr
+    ((_, params),) = fake_llm.built[0].asked
+    assert (params.temperature, params.repetition_penalty, params.top_p) == (0.25, 1.5, 1.0)
+    assert (params.top_k, params.max_tokens) == (0, 2), "flags win"
+
+
 def test_several_samples_are_numbered(run: Run, fake_llm: type[FakeLLM]) -> None:
     result = run("generate", "--model", "m", "--prompt", "x", "--max-tokens", "1", "--n", "2")
     assert result.stdout == "[1/2] 0 \n[2/2] 0 \n"
