@@ -47,9 +47,7 @@ def program(heads: Heads, softcap: float | None, fixed_parts: bool = False, deco
             fixed_parts=fixed_parts,
         )
         layer, scale = jnp.int32(LAYER), heads.H**-0.5
-        return ops.attend(
-            q, k, v, pages, batch, BACKEND, layer=layer, window=window, scale=scale, softcap=softcap
-        )
+        return ops.attend(q, k, v, pages, batch, BACKEND, layer=layer, window=window, scale=scale, softcap=softcap)
 
     return run
 
@@ -97,9 +95,7 @@ class Step:
     def check(self, out: np.ndarray, pages: KVPages, *, window: int = NO_WINDOW, softcap: float | None = None) -> None:
         idle = np.ones(len(out), np.bool_)
         for row, at, positions in self.rows:
-            want, error = attention_of(
-                self.contexts, pages, self.q[at], row, positions, window=window, softcap=softcap
-            )
+            want, error = attention_of(self.contexts, pages, self.q[at], row, positions, window=window, softcap=softcap)
             off = np.abs(out[at] - want)
             assert (off <= error).all(), f"row {row}: {off.max()} of {error.max()}"
             idle[at] = False
@@ -107,8 +103,8 @@ class Step:
 
 
 def mixed(heads: Heads, kv_dtype: str, *, as_bits: bool = True) -> Step:
-    """A context of one token, of one beyond a page, and a long one, cut into parts, decode; then a prompt of two blocks,
-    one token, and a chunk behind a context. Behind them padding."""
+    """Three contexts decode: of one token, of one beyond a page, and a long one, cut into parts. Then a prompt of two
+    blocks, one token, and a chunk behind a context; then padding."""
     lengths = [1, heads.S + 1, 300, 70, 41, 140]
     contexts = Contexts(heads, lengths, kv_dtype, width=LONGEST // heads.S, as_bits=as_bits)
     return Step(contexts, [1, heads.S + 1, 300], [(0, 70), (40, 1), (100, 40)])
