@@ -7,7 +7,7 @@ are multiplied by Pallas kernels; weights in rows and dense ones are XLA's every
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, no_type_check
+from typing import Any, Literal, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,17 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from atoma_jax.quant.qtensor import LayerVariants, Layout, QTensor
+from pallas_kernels import (
+    attention_work,
+    kv_pages,
+    kv_write_pallas,
+    paged_attention,
+    paged_attention_pallas,
+)
 from pallas_kernels import grouped_matmul as grouped_kernels
-from pallas_kernels import kv_pages
-from pallas_kernels import paged_attention as attention_kernels
 from pallas_kernels import quantized_matmul as matmul_kernels
-from pallas_kernels.kv_pages import KVPages, empty_pages
-from pallas_kernels.paged_attention import QueryBlocks
+from pallas_kernels.attention_work import DecodeParts, QueryBlocks
+from pallas_kernels.kv_pages import KVPages
 from pallas_kernels.planar_matmul import PlanarFormat, PlanarStack, planar_grouped_matmul, planar_matmul
 from pallas_kernels.quantized_matmul import pack_planar
 from pallas_kernels.ternary_matmul import is_ternary, ternary_matmul, ternary_matmul_xla
@@ -30,21 +35,25 @@ from pallas_kernels.tuning import matmul_tiles
 __all__ = [
     "AttentionBatch",
     "Backend",
+    "Chunks",
     "KVPages",
     "Kernels",
     "Platform",
-    "QueryBlocks",
     "attend",
+    "attention_batch",
     "embed",
     "empty_pages",
     "grouped_feed_forward",
     "linear",
     "pack_planar",
-    "query_blocks",
 ]
 
 # Integer products go group by group: with smaller groups, rounding the activations and multiplying floats is quicker.
 _INTEGER_GROUP = 128
+# Programs that a step of few sequences which decode is spread over: four for each multiprocessor of a large GPU.
+_PROGRAMS = 512
+_INTERPRETED_PROGRAMS = 16  # these run one after another
+_FIXED_PARTS = 8  # of the longest context, where how it is cut must not depend on others
 
 Platform = Literal["cpu", "cuda"]
 Kernels = Literal["xla", "pallas", "interpret"]
@@ -75,6 +84,15 @@ class AttentionBatch:
     page_table: Int32[Array, "B W"]
     decode_lengths: Int32[Array, " B"]  # context of each sequence that decodes, this step included; 0 for the others
     blocks: QueryBlocks | None  # work of the sequences that prefill; None: the program only decodes
+    parts: DecodeParts | None  # of the contexts of sequences that decode; None: kernels that take each whole
+
+
+class Chunks(NamedTuple):
+    """What each of B sequences prefills: its tokens in the flat batch. Rows lie in order, without gaps."""
+
+    start: Int32[Array, " B"]  # first token
+    count: Int32[Array, " B"]  # tokens; 0 for rows that decode and for padding
+    position: Int32[Array, " B"]  # of the first token, in its sequence
 
 
 def linear(
@@ -305,12 +323,73 @@ def embed(ids: Int32[Array, " T"], table: QTensor | Array) -> Float32[Array, "T 
     return matmul_kernels.dequantize(codes, scales, mins, zero=table.zero, table=table.table)
 
 
+def empty_pages(shape: tuple[int, int, int, int, int], kv_dtype: str, backend: Backend) -> KVPages:
+    """A KV cache of zeros: `shape` is (L, P, K, S, H), `kv_dtype` a name of `kv_pages.FORMATS`."""
+    return kv_pages.empty_pages(shape, kv_dtype, as_bits=backend.platform == "cpu")
+
+
+def attention_batch(
+    pages: KVPages,
+    num_heads: int,
+    backend: Backend,
+    *,
+    page: Int32[Array, " T"],
+    slot: Int32[Array, " T"],
+    page_table: Int32[Array, "B W"],
+    decode_lengths: Int32[Array, " B"],
+    chunks: Chunks | None,
+    fixed_parts: bool,
+) -> AttentionBatch:
+    """Where a step's tokens lie, and the work lists of its attention: built once, shared by all layers.
+
+    Args:
+        pages: the cache; its shape counts.
+        num_heads: query heads of a layer.
+        backend: where it runs.
+        page: as in `AttentionBatch`, like the next three.
+        slot: likewise.
+        page_table: likewise.
+        decode_lengths: likewise.
+        chunks: what is prefilled; None: the program only decodes.
+        fixed_parts: how a context is cut must not depend on the other contexts of the step.
+    """
+    T = page.shape[0]
+    blocks = parts = None
+    if backend.kernels == "xla":
+        if chunks is not None:
+            blocks = attention_work.query_blocks(*chunks, T, size=paged_attention.QUERY_BLOCK)
+    else:
+        longest = page_table.shape[1] * pages.k.shape[3]
+        part, num_parts = _context_parts(pages, backend, decode_lengths.shape[0], longest, fixed=fixed_parts)
+        block = paged_attention_pallas.context_block(pages)
+        parts = attention_work.decode_parts(
+            decode_lengths, block=block, num_parts=num_parts, part=part, cover_empty=chunks is None
+        )
+        if chunks is not None:
+            size = paged_attention_pallas.prefill_block(pages, num_heads)
+            blocks = attention_work.padded_query_blocks(*chunks, decode_lengths, T, size=size)
+    return AttentionBatch(
+        page=page, slot=slot, page_table=page_table, decode_lengths=decode_lengths, blocks=blocks, parts=parts
+    )
+
+
+def _context_parts(pages: KVPages, backend: Backend, B: int, longest: int, *, fixed: bool) -> tuple[int | None, int]:
+    """Blocks of a part of a context, None where the step decides, and how many parts B contexts have at most."""
+    if not fixed:
+        programs = _PROGRAMS if backend.kernels == "pallas" else _INTERPRETED_PROGRAMS
+        return None, B + -(-programs // pages.k.shape[2])
+    blocks = -(-longest // paged_attention_pallas.context_block(pages))
+    part = -(-blocks // _FIXED_PARTS)
+    return part, B * -(-blocks // part)
+
+
 def attend(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
     pages: KVPages,
     batch: AttentionBatch,
+    backend: Backend,
     *,
     layer: Int32[Array, ""],
     window: Int32[Array, ""],
@@ -325,42 +404,35 @@ def attend(
         v: values.
         pages: the cache of all layers; returned with the new entries, in place where donated.
         batch: where the tokens lie.
+        backend: where it runs.
         layer: index of the layer in the cache.
         window: how many positions back a query sees, itself included.
         scale: factor of the logits.
         softcap: limit of the logits' size, by tanh.
     """
-    pages = kv_pages.write_kv(pages, k, v, layer=layer, page=batch.page, slot=batch.slot)
-    B = batch.decode_lengths.shape[0]
-    decoded = attention_kernels.decode_attention(
-        q[:B],
-        pages,
-        layer=layer,
-        page_table=batch.page_table,
-        lengths=batch.decode_lengths,
-        window=window,
-        scale=scale,
-        softcap=softcap,
+    place: dict[str, Any] = {"layer": layer, "page": batch.page, "slot": batch.slot}
+    what: dict[str, Any] = {"layer": layer, "page_table": batch.page_table, "window": window}
+    what |= {"scale": scale, "softcap": softcap}
+    if batch.parts is None:
+        pages = kv_pages.write_kv(pages, k, v, **place)
+        return _attend_by_xla(q, pages, batch, what), pages
+    interpret = backend.kernels == "interpret"
+    pages = kv_write_pallas.write_kv(pages, k, v, **place, interpret=interpret)
+    out = paged_attention_pallas.decode_attention(
+        q, pages, batch.parts, lengths=batch.decode_lengths, **what, interpret=interpret
     )
-    if batch.blocks is None:
-        return decoded, pages
-    out = attention_kernels.ragged_attention(
-        q,
-        pages,
-        batch.blocks,
-        layer=layer,
-        page_table=batch.page_table,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-    )
-    decodes = (batch.decode_lengths > 0)[:, None, None]
-    out = out.at[:B].set(jnp.where(decodes, decoded, out[:B]))
+    if batch.blocks is not None:
+        out = paged_attention_pallas.ragged_attention(q, pages, batch.blocks, out, **what, interpret=interpret)
     return out, pages
 
 
-def query_blocks(
-    start: Int32[Array, " B"], count: Int32[Array, " B"], position: Int32[Array, " B"], num_tokens: int
-) -> QueryBlocks:
-    """The attention work list of a step with prefill; built once, shared by all layers."""
-    return attention_kernels.query_blocks(start, count, position, num_tokens)
+def _attend_by_xla(
+    q: Float[Array, "T N H"], pages: KVPages, batch: AttentionBatch, what: dict[str, Any]
+) -> Float32[Array, "T N H"]:
+    B = batch.decode_lengths.shape[0]
+    decoded = paged_attention.decode_attention(q[:B], pages, lengths=batch.decode_lengths, **what)
+    if batch.blocks is None:
+        return decoded
+    out = paged_attention.ragged_attention(q, pages, batch.blocks, **what)
+    decodes = (batch.decode_lengths > 0)[:, None, None]
+    return out.at[:B].set(jnp.where(decodes, decoded, out[:B]))

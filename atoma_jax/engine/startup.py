@@ -198,11 +198,13 @@ def _runner(config: EngineConfig, plan: _Plan, setup: ModelSetup, limits: Engine
         table_width=-(-plan.max_model_len // limits.page_size),
         page_size=limits.page_size,
         max_logprobs=min(limits.max_logprobs, setup.spec.vocab_size),
+        fixed_parts=config.compile.deterministic,
     )
     return Runner(
         setup.graph(),
         setup.spec,
         plan.sampler,
+        setup.backend,
         plan.buckets,
         sizes,
         num_pages=limits.num_pages,

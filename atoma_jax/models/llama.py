@@ -90,6 +90,7 @@ class LlamaLayer(nnx.Module):
             v,
             pages,
             batch,
+            self.backend,
             layer=layer,
             window=window,
             scale=spec.attention_scale,

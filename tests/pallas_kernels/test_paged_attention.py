@@ -11,6 +11,7 @@ import pytest
 
 from pallas_kernels import kv_pages
 from pallas_kernels import paged_attention as kernel
+from pallas_kernels.attention_work import query_blocks
 from tests.kv_cache import KV_DTYPES, SCALED, numbers, poisoned_pages
 
 NO_WINDOW = 1 << 30
@@ -92,7 +93,7 @@ def decode(scale: float, softcap: float | None):
 def ragged(scale: float, softcap: float | None):
     @jax.jit
     def run(q, pages, start, count, position, page_table, window, layer):
-        blocks = kernel.query_blocks(start, count, position, q.shape[0])
+        blocks = query_blocks(start, count, position, q.shape[0], size=kernel.QUERY_BLOCK)
         return kernel.ragged_attention(
             q, pages, blocks, layer=layer, page_table=page_table, window=window, scale=scale, softcap=softcap
         )
@@ -219,7 +220,7 @@ def test_prefill_with_softcap():
 
 
 def test_the_work_list_covers_every_token_once_and_always_fits():
-    make = jax.jit(kernel.query_blocks, static_argnums=3)
+    make = jax.jit(partial(query_blocks, size=kernel.QUERY_BLOCK), static_argnums=3)
     rng = np.random.default_rng(0)
     for _ in range(200):
         rows, tokens = int(rng.choice([1, 7])), int(rng.choice([8, 130, 600]))
