@@ -36,7 +36,7 @@ class ModelConfig:
     # CPU, where XLA multiplies them faster, planar elsewhere and for kernels that are interpreted.
     weight_layout: Literal["auto", "rows", "planar"] = "auto"
     # pallas: kernels for NVIDIA GPUs; xla: their twins in plain XLA; interpret: the Pallas kernels on any device, slow,
-    # for tests. auto: pallas on an NVIDIA GPU, xla on a CPU. Weights that lie in rows are always multiplied by XLA.
+    # for tests. auto: pallas on an NVIDIA GPU, unless dtype is float32, and xla elsewhere.
     kernels: Literal["auto", "xla", "pallas", "interpret"] = "auto"
     max_model_len: int | None = None  # tokens of prompt and output together; None: what the model was trained for
     seed: int = 0  # of requests that bring none

@@ -1,6 +1,7 @@
 """The one place that chooses a kernel: by platform, by the weight's layout, by shape.
 
-Today every platform runs the XLA routes of `pallas_kernels`. Models call these functions and know no kernel.
+Models call these functions and know no kernel. Where `Backend.kernels` asks for Pallas, weights in the planar layout
+are multiplied by Pallas kernels; weights in rows and dense ones are XLA's everywhere.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,10 @@ from pallas_kernels import grouped_matmul as grouped_kernels
 from pallas_kernels import quantized_matmul as matmul_kernels
 from pallas_kernels.attention_work import DecodeParts, QueryBlocks
 from pallas_kernels.kv_pages import KVPages
+from pallas_kernels.planar_matmul import PlanarFormat, PlanarStack, planar_grouped_matmul, planar_matmul
 from pallas_kernels.quantized_matmul import pack_planar
+from pallas_kernels.ternary_matmul import is_ternary, ternary_matmul, ternary_matmul_xla
+from pallas_kernels.tuning import matmul_tiles
 
 # Types and packings of the kernels that others need come from here: nobody else imports kernels.
 __all__ = [
@@ -63,6 +67,7 @@ class Backend:
     operands: Literal["float32", "bfloat16"]  # of products with quantized weights; sums are float32
     weight_layout: Layout  # of quantized weights
     kernels: Kernels = "xla"  # interpret: the Pallas kernels without a GPU, step by step; for tests
+    device: str = ""  # its kind, as JAX calls it, for sizes that were measured there; empty: not known
 
 
 @no_type_check  # JAX also fills it with abstract values
@@ -102,18 +107,23 @@ def linear(
 
     Args:
         x: activations.
-        weight: of one layer, or variants of all layers.
+        weight: of one layer, or of all layers: a stack, or variants.
         backend: where it runs.
-        layer: whose of the variants; None where there are none.
+        layer: whose of all layers'; without effect for the weight of one.
         int8_activations: each token of `x` is rounded to int8 first, because the model was trained so.
     """
     if isinstance(weight, LayerVariants):
         assert layer is not None, "variants are of several layers"
 
         def product(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "T N"]:
-            return linear(x, _picked(stack, place), backend, int8_activations=int8_activations)
+            return linear(x, stack, backend, layer=place, int8_activations=int8_activations)
 
         return _in_variant(weight, layer, product)
+    if isinstance(weight, QTensor) and _has_kernel(weight, backend):
+        return _kernel_linear(x, weight, backend, layer, int8_activations=int8_activations)
+    if (weight.lead if isinstance(weight, QTensor) else weight.shape[:-2]) != ():
+        assert layer is not None, "the weight is of several layers"
+        weight = _picked(weight, layer)
     if int8_activations:
         return _integer_linear(x, weight, backend)
     if isinstance(weight, QTensor):
@@ -121,8 +131,55 @@ def linear(
     return matmul_kernels.dot(x.astype(weight.dtype), weight)
 
 
+def _has_kernel(weight: QTensor, backend: Backend) -> bool:
+    """Whether Pallas multiplies a weight."""
+    return backend.kernels != "xla" and weight.layout == "planar" and _format(weight).is_aligned
+
+
+def _format(weight: QTensor) -> PlanarFormat:
+    return PlanarFormat(weight.bits, weight.plane, weight.group, weight.zero, weight.table)
+
+
+def _is_ternary(weight: QTensor) -> bool:
+    """Whether its products with int8 activations are sums of integers alone."""
+    return weight.layout == "planar" and weight.mins is None and is_ternary(_format(weight), weight.shape[1])
+
+
+def _stack(weight: QTensor) -> PlanarStack:
+    """A weight with its leading axes as one."""
+    parts = (weight.codes, weight.scales, weight.mins, weight.scale_supers, weight.min_supers)
+    return PlanarStack(*(None if part is None else part.reshape(-1, *part.shape[-2:]) for part in parts))
+
+
+def _kernel_linear(
+    x: Float[Array, "T K"],
+    weight: QTensor,
+    backend: Backend,
+    layer: Int32[Array, ""] | None,
+    *,
+    int8_activations: bool,
+) -> Float32[Array, "T N"]:
+    """`linear` of a weight, or of one of a stack, that Pallas reads in place."""
+    kind, stack, (N, K) = _format(weight), _stack(weight), weight.shape
+    place = jnp.int32(0) if layer is None or weight.lead == () else layer
+    if weight.permutation is not None:
+        x = x[:, weight.permutation.reshape(-1, K)[place]]
+    shape = {"M": x.shape[0], "N": N, "K": K, "bits": kind.bits, "group": kind.group}
+    interpret = backend.kernels == "interpret"
+    if int8_activations and _is_ternary(weight):
+        tiles = matmul_tiles(backend.device, "ternary_matmul", **shape)
+        return ternary_matmul(x, stack.words, stack.scales, place, kind, tiles, interpret=interpret)
+    tiles = matmul_tiles(backend.device, "planar_matmul", **shape)
+    if not int8_activations:
+        return planar_matmul(x, stack, place, kind, tiles, interpret=interpret)
+    codes, factor = matmul_kernels.quantize_tokens(x)  # exact in bfloat16
+    return planar_matmul(codes.astype(jnp.bfloat16), stack, place, kind, tiles, interpret=interpret) * factor
+
+
 def _integer_linear(x: Float[Array, "T K"], weight: QTensor | Array, backend: Backend) -> Float32[Array, "T N"]:
     """`linear` of tokens as int8. Their codes are exact in bfloat16 too, so that the factor of a token comes last."""
+    if isinstance(weight, QTensor) and weight.permutation is None and _is_ternary(weight):
+        return ternary_matmul_xla(x, weight.codes, weight.scales, _format(weight))
     exact = isinstance(weight, QTensor) and weight.layout == "rows" and weight.codes.dtype == jnp.int8
     if isinstance(weight, QTensor) and exact and weight.group >= _INTEGER_GROUP and weight.permutation is None:
         return matmul_kernels.matmul_int8(x, weight.codes, weight.scales, weight.mins)
@@ -198,6 +255,8 @@ def grouped_feed_forward(
 
     def grouped(rows: Float[Array, "padded K"], weight: QTensor | LayerVariants | Array) -> Float32[Array, "padded N"]:
         def product(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "padded N"]:
+            if isinstance(stack, QTensor) and _has_kernel(stack, backend) and stack.permutation is None:
+                return _kernel_grouped(rows, blocks, stack, place, backend, int8_activations=int8_activations)
             N = stack.shape[0] if isinstance(stack, QTensor) else stack.shape[2]
 
             def of_expert(block: Float[Array, "M K"], expert: Int32[Array, ""]) -> Float32[Array, "M N"]:
@@ -209,6 +268,38 @@ def grouped_feed_forward(
 
     hidden = activate(grouped(grouped_kernels.sorted_rows(x, blocks, E), gate_up))
     return grouped_kernels.combine(grouped(hidden, down), blocks, weights)
+
+
+def _kernel_grouped(
+    rows: Float[Array, "padded K"],
+    blocks: grouped_kernels.ExpertBlocks,
+    weight: QTensor,
+    layer: Int32[Array, ""],
+    backend: Backend,
+    *,
+    int8_activations: bool,
+) -> Float32[Array, "padded N"]:
+    """Products of `sorted_rows` with the weights `[L, E, N, K]` of their experts in one layer, by Pallas."""
+    kind, (N, K), E = _format(weight), weight.shape, weight.lead[1]
+    M = rows.shape[0] - blocks.pair.shape[0]
+    operation = "planar_grouped_matmul"
+    tiles = matmul_tiles(backend.device, operation, M=M, N=N, K=K, bits=kind.bits, group=kind.group)
+    factor: Float32[Array, "padded 1"] | None = None
+    if int8_activations:
+        codes, factor = matmul_kernels.quantize_tokens(rows)
+        rows = codes.astype(jnp.bfloat16)
+    y = planar_grouped_matmul(
+        rows,
+        _stack(weight),
+        blocks.used,
+        layer * E + blocks.expert,
+        blocks.start,
+        blocks.stop,
+        kind,
+        tiles,
+        interpret=backend.kernels == "interpret",
+    )
+    return y if factor is None else y * factor
 
 
 def embed(ids: Int32[Array, " T"], table: QTensor | Array) -> Float32[Array, "T D"]:

@@ -11,7 +11,6 @@ The reference is `quantized_matmul.matmul_planar`, which also says what the layo
   and experts are never copied out.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Float32, Int32, Num, UInt16
+from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.tuning import MatmulTiles
 from pallas_kernels.unpacking import unpack
@@ -29,13 +28,13 @@ SCALED_WEIGHTS = 64  # rows of a tile from which on weights are scaled instead o
 
 
 class PlanarStack(NamedTuple):
-    """Weights `[N, K]` in the planar layout, S of them, with what is static beside it in `PlanarFormat`."""
+    """Weights `[N, K]` in the planar layout, S of them: arrays, their shapes, or a kernel's refs."""
 
-    words: UInt16[Array, "S N W"]
-    scales: Num[Array, "S G N"]
-    mins: Num[Array, "S G N"] | None
-    scale_supers: Float32[Array, "S supergroups N"] | None
-    min_supers: Float32[Array, "S supergroups N"] | None
+    words: Any  # uint16 [S, N, K·bits/16]
+    scales: Any  # number [S, G, N]
+    mins: Any  # likewise, or None
+    scale_supers: Any  # f32 [S, supergroups, N], or None
+    min_supers: Any  # likewise
 
 
 class PlanarFormat(NamedTuple):
@@ -61,7 +60,7 @@ class PlanarFormat(NamedTuple):
 class _Rows(NamedTuple):
     """Rows of activations that a program reads and writes."""
 
-    index: Int32[Array, " block_m"]
+    place: Int32[Array, " block_m"]
     mask: Array  # bool [block_m]
 
 
@@ -186,7 +185,7 @@ def _store(out_ref: Any, tile: Array, rows: _Rows, block_n: int) -> None:
     """Writes a tile `[block_n, block_m]` to its place in `[splits, M, N]`."""
     features = pl.program_id(1) * block_n + lax.iota(jnp.int32, block_n)
     mask = rows.mask[None, :] & (features < out_ref.shape[2])[:, None]
-    plt.store(out_ref.at[pl.program_id(2), rows.index[None, :], features[:, None]], tile, mask=mask)
+    plt.store(out_ref.at[pl.program_id(2), rows.place[None, :], features[:, None]], tile, mask=mask)
 
 
 def _tile(
@@ -224,7 +223,7 @@ def _tile(
                 scale = factors(stack.scales, stack.scale_supers, group)
                 low = None if stack.mins is None else factors(stack.mins, stack.min_supers, group)
             x = _load(
-                x_ref, (rows.index[:, None], (b * kind.block + i * P + column)[None, :]), rows.mask[:, None]
+                x_ref, (rows.place[:, None], (b * kind.block + i * P + column)[None, :]), rows.mask[:, None]
             )  # [block_m, P]
             if scaled_weights:
                 number = number * scale.astype(jnp.bfloat16)[:, None]
@@ -239,7 +238,7 @@ def _tile(
                     total = total + part * scale[:, None]
                     if low is not None:
                         span = b if kind.group >= kind.block else group
-                        total = total - low[:, None] * _load(sums_ref, (span, rows.index), rows.mask)[None, :]
+                        total = total - low[:, None] * _load(sums_ref, (span, rows.place), rows.mask)[None, :]
                 part = scale = None
         return total
 

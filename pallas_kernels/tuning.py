@@ -44,29 +44,33 @@ def matmul_tiles(device: str, operation: str, *, M: int, N: int, K: int, bits: i
     """
     key = matmul_key(M=M, N=N, K=K, bits=bits, group=group)
     found = _tuned(device).get(operation, {}).get(key)
-    return default_tiles(operation, M=M, N=N, K=K) if found is None else MatmulTiles(**found)
+    return default_tiles(operation, M=M, N=N, K=K, bits=bits, group=group) if found is None else MatmulTiles(**found)
 
 
-def default_tiles(operation: str, *, M: int, N: int, K: int) -> MatmulTiles:
+def default_tiles(operation: str, *, M: int, N: int, K: int, bits: int, group: int) -> MatmulTiles:
     """Tiles of shapes that nobody measured. Few rows: small tiles, and K cut until all of a large GPU has work.
 
     From what compiles without spills and keeps two blocks on a multiprocessor; many rows take wider tiles, as each
     unpacks its weights once for all of them.
     """
+    block_k = min(64, group) * 16 // bits  # of words, with the widest plane that the group allows
     if M <= 16:
-        block_n, block_m, warps, stages = 64, 16, 4, 4
-    elif M <= 64:
-        block_n, block_m, warps, stages = 128, 32 if M <= 32 else 64, 8, 4
+        block_n, block_m, warps = 64, 16, 4
     else:
-        block_n, block_m, warps, stages = 128, 128, 8, 2
+        widest = 64 if block_k > 256 else 128
+        block_n, block_m, warps = 128, min(widest, 32 if M <= 32 else 64 if M <= 64 else 128), 8
+    of_x, of_weight = block_m * block_k * (1 if operation == "ternary_matmul" else 2), block_n * block_k * bits // 8
+    stages = max(2, min(4, _SHARED_MEMORY // (of_x + of_weight)))
+    if operation == "planar_grouped_matmul":  # its blocks of rows are many already
+        return MatmulTiles(block_n=block_n, block_m=block_m, splits=1, warps=warps, stages=stages)
     blocks = -(-N // block_n) * -(-M // block_m)
     splits = 1
     while splits < 8 and blocks * splits < _BLOCKS and K // (2 * splits) >= _SHORTEST_SPLIT:
         splits *= 2
-    del operation  # all start alike
     return MatmulTiles(block_n=block_n, block_m=block_m, splits=splits, warps=warps, stages=stages)
 
 
+_SHARED_MEMORY = 160 << 10  # bytes that the loads under way may take: an A100 has 163 KiB
 _BLOCKS = 2 * 132  # two for each multiprocessor of an H200
 _SHORTEST_SPLIT = 1024  # inputs: a shorter loop would not fill its pipeline
 

@@ -1,11 +1,14 @@
 """Inside kernels: words of the planar layout become numbers in bfloat16. Owns the bit tricks and nothing of a product.
 
-A word is as wide as the bfloat16 it becomes, so a tile of words has the register layout of the operand. 0x4300 is 128 in
-bfloat16, whose last seven bits count ones: `0x4300 | code` is 128 + code, exactly. As one register holds the words of
-two neighbours along K, a plane costs a shift, one three-input logic operation (lop3) and one subtraction for two weights.
+A word is as wide as the bfloat16 it becomes, so a tile of words has the register layout of the operand. 0x4300 is 128
+in bfloat16, whose last seven bits count ones: `0x4300 | code` is 128 + code, exactly. As one register holds the words
+of two neighbours along K, a plane costs a shift, one three-input logic operation (lop3) and a subtraction for two
+weights.
 
 Inline assembly says what the compiler does not find; it does not run without a GPU, where the same is said in `jnp`.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,93 +32,80 @@ def unpack(
         words: of one block along K.
         bits: of a code: 2, 4 or 8.
         zero: subtracted; 0 where there is a table.
-        table: of four-bit codes; whole numbers of at most eight significant bits.
+        table: of four-bit codes; whole numbers from −128 to 127.
         assembly: compiled for a GPU; otherwise plain `jnp`.
     """
-    if table is not None:
-        return _table_assembly(words, table) if assembly else _table(words, bits, table)
-    plane = _plane_assembly if assembly else _plane
-    return [plane(words, i, bits, zero) for i in range(16 // bits)]
+    planes = range(16 // bits)
+    if table is None:
+        return [_number(words, bits * i, bits, zero, assembly) for i in planes]
+    if not assembly:
+        return [_from_table(words >> np.uint16(bits * i), bits, table) for i in planes]
+    numbers = _looked_up(words, table)
+    return [_number(_bytes_of_plane(numbers, i), 0, 8, 128, assembly) for i in planes]
 
 
-def _plane(words: Array, i: int, bits: int, zero: int) -> Array:
-    codes = (words >> np.uint16(bits * i)) & np.uint16(2**bits - 1)
-    if bits < 8:
-        return _as_bfloat16(codes | np.uint16(_MAGIC)) - jnp.bfloat16(128 + zero)
-    # Seven bits fit the trick; the eighth is 128 or 256 less: (128 + low) − (256 − high) = low + high − 128.
-    low = _as_bfloat16((codes & np.uint16(127)) | np.uint16(_MAGIC))
-    high = _as_bfloat16((~codes & np.uint16(128)) | np.uint16(_MAGIC))
-    return low - high + jnp.bfloat16(128 - zero) if zero != 128 else low - high
+def _number(words: Array, shift: int, bits: int, zero: int, assembly: bool) -> Array:
+    """The field of `bits` bits at `shift`, less `zero`."""
 
-
-def _plane_assembly(words: Array, i: int, bits: int, zero: int) -> Array:
-    def masked(mask: int, truth: int) -> Array:
-        shift = bits * i
-        logic = f"{mask * _PAIR:#x}, {_MAGIC * _PAIR:#x}, {truth:#x};"
-        text = f"lop3.b32 $0, $1, {logic}"
-        if shift:
-            text = f"{{ .reg .b32 t; shr.u32 t, $1, {shift}; lop3.b32 $0, t, {logic} }}"
-        return _assembly(text, words, 1)[0]
+    def masked(mask: int, *, inverted: bool = False) -> Array:
+        if assembly:
+            return _masked_assembly(words, shift, mask, _NOT_AND_OR if inverted else _AND_OR)
+        field = (~words if inverted else words) >> np.uint16(shift) & np.uint16(mask)
+        return lax.bitcast_convert_type(field | np.uint16(_MAGIC), jnp.bfloat16)
 
     if bits < 8:
-        return masked(2**bits - 1, _AND_OR) - jnp.bfloat16(128 + zero)
-    number = masked(127, _AND_OR) - masked(128, _NOT_AND_OR)
-    return number + jnp.bfloat16(128 - zero) if zero != 128 else number
+        return masked(2**bits - 1) - jnp.bfloat16(128 + zero)
+    # Seven bits fit the trick. The eighth, inverted, adds 128 to 128: (128 + low) − (256 − high) = low + high − 128.
+    number = masked(127) - masked(128, inverted=True)
+    return number if zero == 128 else number + jnp.bfloat16(128 - zero)
 
 
-def _table(words: Array, bits: int, table: tuple[int, ...]) -> list[Array]:
-    planes: list[Array] = []
-    for i in range(16 // bits):
-        codes = (words >> np.uint16(bits * i)) & np.uint16(2**bits - 1)
-        number = jnp.full(words.shape, table[0], jnp.bfloat16)
-        for code, value in enumerate(table[1:], 1):  # a kernel may not close over an array
-            number = jnp.where(codes == np.uint16(code), jnp.bfloat16(value), number)
-        planes.append(number)
-    return planes
+def _masked_assembly(words: Array, shift: int, mask: int, truth: int) -> Array:
+    logic = f"{mask * _PAIR:#x}, {_MAGIC * _PAIR:#x}, {truth:#x};"
+    text = f"lop3.b32 $0, $1, {logic}"
+    if shift:
+        text = f"{{ .reg .b32 t; shr.u32 t, $1, {shift}; lop3.b32 $0, t, {logic} }}"
+    return _assembly(text, words, "=r,r", jnp.bfloat16)
 
 
-def _table_assembly(words: Array, table: tuple[int, ...]) -> list[Array]:
-    """Byte permutations look four codes of a word up at once, in each half of a table of eight registers.
+def _from_table(words: Array, bits: int, table: tuple[int, ...]) -> Array:
+    codes = words & np.uint16(2**bits - 1)
+    number = jnp.full(words.shape, table[0], jnp.bfloat16)
+    for code, value in enumerate(table[1:], 1):  # a kernel may not close over an array
+        number = jnp.where(codes == np.uint16(code), jnp.bfloat16(value), number)
+    return number
 
-    prmt picks four bytes of eight by the low three bits of four nibbles; which half of the table a code means, its
-    fourth bit, picks in the same way between the two results. Low and high bytes of the bfloat16s are looked up apart,
-    then bytes of two words are put together by plane.
+
+def _looked_up(words: Array, table: tuple[int, ...]) -> Array:
+    """int32 `[rows, P]`: what the four codes of each word stand for, plus 128, a byte each.
+
+    prmt picks four bytes of eight by the low three bits of four nibbles. A table of sixteen takes two, and a third
+    picks between their results by the fourth bit.
     """
     assert len(table) == 16, table
-    bits = np.asarray(table, np.float32).view(np.uint32) >> 16  # exact in bfloat16: its upper half
-    low, high = (bits & 0xFF).astype(np.uint8).view("<u4"), (bits >> 8).astype(np.uint8).view("<u4")
+    parts = (np.asarray(table, np.int16) + 128).astype(np.uint8).view("<u4")
     lines = [
-        ".reg .b32 s0, s1, h0, h1, a, b, l0, u0, l1, u1, p0, p1, q0, q1;",
-        *(f".reg .b32 t{i}; mov.b32 t{i}, {int(value):#x};" for i, value in enumerate((*low, *high))),
-        "and.b32 s0, $4, 0x77777777; shr.u32 s1, s0, 16;",
-        "and.b32 h0, $4, 0x88888888; shr.u32 h0, h0, 1; or.b32 h0, h0, 0x32103210; shr.u32 h1, h0, 16;",
+        ".reg .b32 s, h, a, b;",
+        *(f".reg .b32 t{i}; mov.b32 t{i}, {int(part):#x};" for i, part in enumerate(parts)),
+        "and.b32 s, $2, 0x77777777; and.b32 h, $2, 0x88888888; shr.u32 h, h, 1; or.b32 h, h, 0x32103210;",
+        "prmt.b32 a, t0, t1, s; prmt.b32 b, t2, t3, s; prmt.b32 $0, a, b, h;",
+        "shr.u32 s, s, 16; shr.u32 h, h, 16;",
+        "prmt.b32 a, t0, t1, s; prmt.b32 b, t2, t3, s; prmt.b32 $1, a, b, h;",
     ]
-    for word in (0, 1):
-        for out, first in ((f"l{word}", 0), (f"u{word}", 4)):
-            lines += [
-                f"prmt.b32 a, t{first}, t{first + 1}, s{word}; prmt.b32 b, t{first + 2}, t{first + 3}, s{word};",
-                f"prmt.b32 {out}, a, b, h{word};",
-            ]
-    lines += [
-        "prmt.b32 p0, l0, u0, 0x5140; prmt.b32 p1, l1, u1, 0x5140;",  # planes 0 and 1 of either word
-        "prmt.b32 q0, l0, u0, 0x7362; prmt.b32 q1, l1, u1, 0x7362;",  # planes 2 and 3
-        "prmt.b32 $0, p0, p1, 0x5410; prmt.b32 $1, p0, p1, 0x7632;",
-        "prmt.b32 $2, q0, q1, 0x5410; prmt.b32 $3, q0, q1, 0x7632;",
-    ]
-    return _assembly(f"{{ {' '.join(lines)} }}", words, 4)
+    # The input is read before the first output is written, and not afterwards.
+    return _assembly(f"{{ {' '.join(lines)} }}", words, "=r,=r,r", jnp.int32)
 
 
-def _assembly(text: str, words: Array, outputs: int) -> list[Array]:
-    """Runs assembly over registers of two words each."""
-    shape = jax.ShapeDtypeStruct(words.shape, jnp.bfloat16)
-    # An output may be written before the input was read for the last time where there are several.
-    out = "=r" if outputs == 1 else "=&r"
-    constraints = ",".join([*[out] * outputs, "r"])
-    found = plt.elementwise_inline_asm(
-        text, args=[words], constraints=constraints, pack=2, result_shape_dtypes=[shape] * outputs
+def _bytes_of_plane(numbers: Array, i: int) -> Array:
+    """int16 `[rows, P]` whose low bytes are byte i of each; high bytes are anything."""
+    selector = i | (4 + i) << 8  # in the low byte of either half
+    return _assembly(f"prmt.b32 $0, $1, $2, {selector:#x};", numbers, "=r,r,r", jnp.int16)
+
+
+def _assembly(text: str, argument: Array, constraints: str, dtype: jnp.dtype[Any]) -> Array:
+    """Runs assembly over pairs of neighbours."""
+    shape = jax.ShapeDtypeStruct(argument.shape, dtype)
+    [found] = plt.elementwise_inline_asm(
+        text, args=[argument], constraints=constraints, pack=2, result_shape_dtypes=[shape]
     )
-    return list(found)
-
-
-def _as_bfloat16(words: Array) -> Array:
-    return lax.bitcast_convert_type(words, jnp.bfloat16)
+    return found

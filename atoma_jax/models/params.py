@@ -59,8 +59,13 @@ def specs_of(model: nnx.Module) -> dict[str, ParamSpec]:
 
 
 def indexed(_path: Any, parameter: Any) -> bool:
-    """A filter for `nnx.split`: parameters that a layer gets whole, of all layers, and looks its own part up in."""
-    return isinstance(parameter, ExpertParam) or isinstance(parameter.get_value(), LayerVariants)
+    """A filter for `nnx.split`: parameters that a layer gets whole, of all layers, and looks its own part up in.
+
+    Packed weights are among them, as a GPU's kernels read them where they lie: a scan would copy a layer's out first.
+    """
+    value = parameter.get_value()
+    packed = isinstance(value, QTensor) and value.layout == "planar"
+    return packed or isinstance(parameter, ExpertParam) or isinstance(value, LayerVariants)
 
 
 def fill(model: nnx.Module, values: Mapping[str, Any]) -> None:

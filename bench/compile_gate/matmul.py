@@ -48,7 +48,7 @@ def stack_of(name: str, N: int, K: int, count: int = LAYERS) -> tuple[PlanarStac
 def case(name: str, M: int, N: int, K: int, *, tiles: MatmulTiles | None = None, quick: bool = False) -> KernelCase:
     """A product of M rows with a weight `[N, K]` of one of `FORMATS`."""
     stack, kind = stack_of(name, N, K)
-    tiles = tiles or default_tiles("planar_matmul", M=M, N=N, K=K)
+    tiles = tiles or default_tiles("planar_matmul", M=M, N=N, K=K, bits=kind.bits, group=kind.group)
     arguments = (ShapeDtypeStruct((M, K), jnp.bfloat16), stack, ShapeDtypeStruct((), jnp.int32))
     return KernelCase(
         name=f"{name}, {M} × {K} → {N}",
@@ -69,7 +69,7 @@ def _product(
 def ternary_case(M: int, N: int, K: int, *, quick: bool = False) -> KernelCase:
     """A product of M rows of int8 activations with a ternary weight `[N, K]`."""
     stack, kind = stack_of("ternary", N, K)
-    tiles = default_tiles("ternary_matmul", M=M, N=N, K=K)
+    tiles = default_tiles("ternary_matmul", M=M, N=N, K=K, bits=2, group=K)
     return KernelCase(
         name=f"ternary × int8, {M} × {K} → {N}",
         kernel="^ternary_matmul",

@@ -13,10 +13,13 @@ from pathlib import Path
 # Machine operations of the integer and half-width pipes that unpacking a weight competes for, and the conversions and
 # multiplications that scaling one takes. Operations of the uniform path and of addresses in memory are not among them.
 _ARITHMETIC = frozenset(
-    "LOP3 SHF PRMT IADD3 IADD IMAD HADD2 HFMA2 HMUL2 I2F I2FP F2F F2FP FADD FMUL FFMA SEL MOV LEA ISETP VIADD "
-    "VIADDMNMX FSETP FSEL HSETP2".split()
+    [
+        *("LOP3", "SHF", "PRMT", "IADD3", "IADD", "IMAD", "VIADD", "VIADDMNMX", "LEA", "ISETP", "SEL", "MOV"),
+        *("HADD2", "HFMA2", "HMUL2", "HSETP2", "I2F", "I2FP", "F2F", "F2FP"),
+        *("FADD", "FMUL", "FFMA", "FSETP", "FSEL"),
+    ]
 )
-_TENSOR_CORE = frozenset("HGMMA IGMMA QGMMA HMMA IMMA QMMA UTCHMMA UTCIMMA".split())
+_TENSOR_CORE = frozenset(["HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA", "QMMA", "UTCHMMA", "UTCIMMA"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
