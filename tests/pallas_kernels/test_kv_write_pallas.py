@@ -42,4 +42,5 @@ def test_it_writes_what_its_twin_writes_and_nothing_else(kv_dtype: str, as_bits:
 
     want, got = written(kv_pages.write_kv), written(partial(kv_write_pallas.write_kv, interpret=True))
     for left, right in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
-        assert np.asarray(left)[:, 1:].tobytes() == np.asarray(right)[:, 1:].tobytes(), "beyond page 0, which is scratch"
+        # Page 0 is scratch: tokens that are none may write there too.
+        assert np.asarray(left)[:, 1:].tobytes() == np.asarray(right)[:, 1:].tobytes()

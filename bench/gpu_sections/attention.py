@@ -1,14 +1,13 @@
-"""Attention over a paged cache on the device at hand: right, and how near to what the device can do.
+"""Attention over a paged cache: right beside float64, and how fast beside XLA's own way and torch's.
 
 One call of each case is what a layer of the engine does: K and V are written into their pages, then attended to, work
-lists included, over enough layers that no cache holds them. `python -m bench.gpu_attention --small` runs anywhere.
+lists included, over enough layers that no cache of the device holds them.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 from jaxtyping import Array
 
 from atoma_jax import ops
+from bench.gpu_sections.protocol import Context, Measurement
 from pallas_kernels import kv_pages
 
 PAGE_SIZE, TRIALS, MARGIN = 16, 8, 2e-4  # MARGIN: float32 sums of thousands of terms
@@ -62,20 +62,6 @@ class AttentionCase:
         return 4 * N * H * self.rows * seen
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """One case. Fractions are of the limit that the case runs into: copy bandwidth or the matrix units' peak."""
-
-    case: str
-    limit: str
-    microseconds: float  # of one layer
-    xla_microseconds: float | None
-    torch_microseconds: float | None
-    fraction: float | None
-    target: float | None
-    error: float  # largest, as a share of what rounding allows: right up to 1
-
-
 LLAMA, GEMMA = (32, 8, 128), (8, 4, 256)
 CASES = [
     AttentionCase(heads=LLAMA, rows=64, context=4096),
@@ -91,42 +77,33 @@ CASES = [
     AttentionCase(heads=LLAMA, rows=1, context=16384, chunk=2048),
     AttentionCase(heads=GEMMA, rows=1, context=4096, chunk=4096, window=1024),
 ]
-TARGETS = {CASES[0]: 0.80, CASES[8]: 0.55}
+TARGETS = {CASES[0].name: 0.80, CASES[8].name: 0.55}
 _TINY = [
     AttentionCase(heads=(4, 2, 64), rows=2, context=100, layers=2),
     AttentionCase(heads=(4, 2, 64), rows=2, context=100, chunk=40, kv_dtype="int8", window=30, layers=2),
 ]
 
 
-def attention(*, bandwidth: float | None, matrix_peak: float | None, small: bool) -> Iterator[Result]:
-    """Runs every case.
-
-    Args:
-        bandwidth: of a copy, bytes a second; None: no fraction is told.
-        matrix_peak: of bfloat16 products, operations a second; likewise.
-        small: tiny cases, kernels interpreted: for a machine without a GPU.
-    """
-    for case in _TINY if small else CASES:
-        run, pages, inputs = _prepared(case, "interpret" if small else "pallas", case.layers)
-        seconds, out, pages = _timed(run, pages, inputs, 1 if small else TRIALS)
+def measure(context: Context) -> Iterator[Measurement]:
+    """Every case. An `error` of 1 is what rounding may do."""
+    for case in _TINY if context.small else CASES:
+        run, pages, inputs = _prepared(case, context.kernels, case.layers)
+        seconds, out, pages = _timed(run, pages, inputs, 1 if context.small else TRIALS)
         error = _error(case, out, pages, inputs)
         del pages
-        limit, work = ("copy bandwidth", case.bytes_read) if case.chunk == 1 else ("matrix peak", case.operations)
-        most = bandwidth if case.chunk == 1 else matrix_peak
-        xla = torch = None
-        if not small:
-            xla = _attempt(lambda case=case: _xla_seconds(case))
-            torch = _attempt(lambda case=case: _torch_seconds(case))
-        each = seconds / case.layers
-        yield Result(
-            case=case.name,
-            limit=limit,
-            microseconds=each * 1e6,
-            xla_microseconds=None if xla is None else xla * 1e6,
-            torch_microseconds=None if torch is None else torch * 1e6,
-            fraction=None if most is None else work / each / most,
-            target=TARGETS.get(case),
+        others = {"xla": lambda case=case: _xla_seconds(case), "torch": lambda case=case: _torch_seconds(case)}
+        times = {name: _attempt(name, peer) for name, peer in others.items() if not context.small}
+        decodes = case.chunk == 1
+        yield Measurement(
+            name=case.name,
+            seconds=seconds / case.layers,
+            moved_bytes=case.bytes_read if decodes else 0,
+            operations=case.operations,
+            others={name: seconds for name, seconds in times.items() if seconds is not None},
             error=error,
+            allowed=1.0,
+            target=TARGETS.get(case.name),
+            fraction_of="bandwidth" if decodes else "peak",
         )
 
 
@@ -264,15 +241,10 @@ def _torch_seconds(case: AttentionCase) -> float:
     return best
 
 
-def _attempt(measure: Callable[[], float]) -> float | None:
+def _attempt(name: str, seconds: Callable[[], float]) -> float | None:
     """None where a peer cannot run a case, or is not there."""
     try:
-        return measure()
+        return seconds()
     except Exception as error:  # a peer's failure is no failure of ours
-        print(f"  no peer: {type(error).__name__}: {str(error)[:120]}", file=sys.stderr)
+        print(f"  no {name}: {type(error).__name__}: {str(error)[:120]}", file=sys.stderr)
         return None
-
-
-if __name__ == "__main__":
-    for result in attention(bandwidth=None, matrix_peak=None, small="--small" in sys.argv):
-        print(json.dumps(asdict(result), ensure_ascii=False), flush=True)
