@@ -77,7 +77,7 @@ def _results(hlo: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
     inside = False
     for line in hlo.splitlines():
         if line.endswith("{") and not line.startswith(" "):
-            inside = line.startswith("%fused") or line.startswith("%wrapped")
+            inside = line.startswith(("%fused", "%wrapped"))
         match = re.match(r"\s+(?:ROOT )?%(\S+) = \w+\[([\d,]*)\]\S* ([\w-]+)\(", line)
         if match and not inside:
             yield match[1], tuple(int(n) for n in match[2].split(",") if n), match[3]

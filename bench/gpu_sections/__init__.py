@@ -1,4 +1,4 @@
-"""Sections of the GPU benchmark, `python -m bench.gpu`: each a module with `measure(context)`, run in a process of its own.
+"""Sections of the GPU benchmark, `python -m bench.gpu`: modules with `measure(context)`, each run in its own process.
 
 A section yields `Measurement`s one by one, so that what was measured is kept when a later one fails. To add one: a
 module here, and its line in `SECTIONS`, in the order in which they run.

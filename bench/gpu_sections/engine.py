@@ -52,7 +52,7 @@ def measure(context: Context) -> Iterator[Measurement]:
         for rows in (1, 2) if context.small else DECODE_ROWS:
             yield _decode(context, engine, type_name, rows)
         for tokens in (32,) if context.small else PREFILL_TOKENS:
-            yield _prefill(context, engine, type_name, tokens)
+            yield _prefill(engine, type_name, tokens)
         del engine  # before the next weights are made
 
 
@@ -102,7 +102,7 @@ def _decode(context: Context, engine: _Engine, type_name: str, rows: int) -> Mea
     )
 
 
-def _prefill(context: Context, engine: _Engine, type_name: str, tokens: int) -> Measurement:
+def _prefill(engine: _Engine, type_name: str, tokens: int) -> Measurement:
     """A step that is one prompt."""
     program = Program("mixed", tokens, 1)
     words = np.zeros(batch_size(program, engine.sizes.table_width), np.int32)

@@ -1,4 +1,4 @@
-"""Products with packed weights: right beside float64, and how fast beside XLA's own way and a dense bfloat16 product."""
+"""Products with packed weights: right beside float64, and how fast beside XLA's own way and a dense product."""
 
 from collections.abc import Iterator
 from functools import partial
