@@ -6,7 +6,7 @@ Ends with 1 where a kernel spills, does not fit, or takes more than the committe
 import re
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -20,15 +20,17 @@ def main(
     only: Annotated[str | None, typer.Option(help="Cases whose names this regular expression finds.")] = None,
     target: Annotated[str | None, typer.Option(help="h200, a100 or b200.")] = None,
     write: Annotated[bool, typer.Option(help="Keep what is found in docs/kernels.json and docs/kernels.md.")] = False,
-    steps: Annotated[bool, typer.Option(help="Whole steps of Llama-3.1-8B too; --all includes them.")] = False,
+    steps: Annotated[bool, typer.Option(help="Check whole steps of Llama-3.1-8B instead; --all does both.")] = False,
 ) -> None:
     """Compile kernels for GPUs that are not here."""
     import jax
 
+    if target is not None and target not in get_args(Target):
+        raise typer.BadParameter(f"must be one of {', '.join(get_args(Target))}, got {target!r}")
     known = table.read()
     found: table.Rows = {}
     wrong: list[str] = []
-    for case, gpu in _chosen(every, only, target):
+    for case, gpu in [] if steps and not every else _chosen(every, only, target):
         try:
             row = measure(case, gpu)
         except Exception as error:  # the others are still worth knowing
@@ -42,6 +44,8 @@ def main(
     if write:
         kept = {name: known["cases"].get(name, {}) | rows for name, rows in found.items()}
         table.write(jax.__version__, kept)
+    if steps or (every and only is None):
+        wrong += _steps()
     for problem in wrong:
         print(problem, file=sys.stderr)
     raise typer.Exit(1 if wrong else 0)
@@ -67,6 +71,19 @@ def measure(case: KernelCase, target: Target) -> dict[str, Any]:
         "tensor_core": max(kernel.tensor_core for kernel in kernels),
         "operations_a_weight": None if case.weights is None else round(operations / case.weights, 3),
     }
+
+
+def _steps() -> list[str]:
+    """What is wrong with whole steps, compiled for an H200."""
+    from bench.compile_gate.steps import PROGRAMS, TYPES, check_step
+
+    wrong: list[str] = []
+    for type_name in TYPES:
+        for program in PROGRAMS:
+            found = check_step(type_name, program, "h200")
+            print(f"Llama-3.1-8B, {type_name}, {program}: {len(found)} problems", flush=True)
+            wrong += found
+    return wrong
 
 
 def _chosen(every: bool, only: str | None, target: str | None) -> Iterator[tuple[KernelCase, Target]]:

@@ -1,0 +1,88 @@
+"""Whole steps of Llama-3.1-8B compiled for a GPU; their HLO must neither copy weights or the KV cache nor hold a weight
+dequantized.
+
+Several devices are left out until the engine shards its weights.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from atoma_jax.engine.batch import batch_size
+from atoma_jax.engine.buckets import Program
+from atoma_jax.engine.sampler_state import SamplerShape
+from atoma_jax.engine.step import StepSizes, make_state, run_step
+from atoma_jax.ops import Backend
+from bench.compile_gate import aot
+from bench.compile_gate.cases import Target
+from bench.real_models import LLAMA_8B, abstract_values, graph_and_state, with_type
+
+PROGRAMS = (Program("decode", 8, 8), Program("mixed", 512, 8))
+TYPES = ("bf16", "Q4_K", "ternary")
+LAYERS = 4  # of 32: they are one loop
+PAGES, PAGE_SIZE, TABLE_WIDTH = 512, 16, 64
+
+
+def check_step(type_name: str, program: Program, target: Target) -> list[str]:
+    """What is wrong with the HLO of one step."""
+    spec = replace(with_type(LLAMA_8B, type_name), num_layers=LAYERS)
+    backend = Backend(platform="cuda", operands="bfloat16", weight_layout="planar", kernels="pallas")
+    graph, weights = graph_and_state(spec, backend, abstract_values(spec, type_name, backend))
+    sampler = SamplerShape(slots=8, vocab_size=spec.vocab_size, max_model_len=TABLE_WIDTH * PAGE_SIZE)
+    state = jax.eval_shape(
+        partial(make_state, spec, sampler, backend, num_pages=PAGES, page_size=PAGE_SIZE, kv_dtype="bfloat16")
+    )
+    sizes = StepSizes(table_width=TABLE_WIDTH, page_size=PAGE_SIZE, max_logprobs=20, fixed_parts=False)
+    words = jax.ShapeDtypeStruct((batch_size(program, TABLE_WIDTH),), jnp.int32)
+    step = partial(run_step, graph=graph, program=program, sizes=sizes)
+    compiled = aot.compiled(step, (weights, state, words), target, donate_argnums=1)
+    packed = type_name != "bf16"
+    return [
+        f"{type_name}, {program} on {target}: {problem}"
+        for problem in _problems(compiled.as_text(), spec, state, packed)
+    ]
+
+
+def _problems(hlo: str, spec: Any, state: Any, packed: bool) -> Iterator[str]:
+    D, F, L = spec.dim, spec.ffn_dim, spec.num_layers
+    heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    matrices = {"qkv": heads * D, "attn_out": D * D, "gate_up": 2 * F * D, "down": D * F}
+    cache = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.pages))
+    for name, shape, operation in _results(hlo):
+        size = math.prod(shape)
+        if size == cache and operation in ("copy", "copy-start", "transpose", "convert"):
+            yield f"{name} copies the KV cache"
+        for matrix, elements in matrices.items():
+            if size == elements and packed and operation not in ("parameter", "get-tuple-element", "bitcast"):
+                yield f"{name} holds {matrix} of a layer, dequantized"
+            if size >= elements * L and operation in ("copy", "copy-start", "transpose", "convert"):
+                yield f"{name} copies a stack as large as all layers' {matrix}"
+    fused = set(re.findall(r"%(\S*dynamic-slice\S*) = \S+ fusion\(", hlo))
+    for name in sorted(fused):
+        line = next(line for line in hlo.splitlines() if f"%{name} = " in line)
+        shape = _shape(line)
+        words = {elements * bits // 16 for elements in matrices.values() for bits in (2, 4, 8)} if packed else set()
+        if shape is not None and math.prod(shape) in words | set(matrices.values()):
+            yield f"{name} copies a layer's weights out of their stack"
+
+
+def _results(hlo: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and operation of every instruction outside of fusions, whose values never reach memory."""
+    inside = False
+    for line in hlo.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            inside = line.startswith(("%fused", "%wrapped"))
+        match = re.match(r"\s+(?:ROOT )?%(\S+) = \w+\[([\d,]*)\]\S* ([\w-]+)\(", line)
+        if match and not inside:
+            yield match[1], tuple(int(n) for n in match[2].split(",") if n), match[3]
+
+
+def _shape(line: str) -> tuple[int, ...] | None:
+    match = re.search(r"= \w+\[([\d,]+)\]", line)
+    return None if match is None else tuple(int(n) for n in match[1].split(","))
