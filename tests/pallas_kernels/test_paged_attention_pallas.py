@@ -75,9 +75,9 @@ class Step:
         used = len(decodes)
         for row, (position, count) in enumerate(chunks, start=len(decodes)):
             self.chunks[:, row] = used, count, position
-            self.rows.append((row, used + np.arange(count), position + np.arange(count)))
+            if count:
+                self.rows.append((row, used + np.arange(count), position + np.arange(count)))
             used += count
-        self.used = used
         self.q, self.k, self.v = (
             np.full((tokens, n, heads.H), np.nan, np.float32) for n in (heads.N, heads.K, heads.K)
         )
