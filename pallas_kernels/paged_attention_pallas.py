@@ -5,8 +5,8 @@ context go to different programs, whose partial sums a second kernel combines. A
 large tile, rows being (token, query head of the group), and walks its context alone. The cache of all layers is passed
 whole, so that no layer's pages are copied.
 
-Products take their operands in the type of the cache, bfloat16 for codes of one byte (bfloat16 holds those exactly),
-and sum in float32. Logits are kept in units of ln 2, as exp2 is what the hardware has.
+Products take their operands in the type of the cache, bfloat16 for int8 and float16 for fp8, and sum in float32. Logits
+are kept in units of ln 2, as exp2 is what the hardware has.
 """
 
 import math
@@ -32,6 +32,7 @@ CONTEXT_TILE = 64 * 128 * 2  # bytes of K multiplied at once, as many of V; seve
 COMBINED_AT_ONCE = 16  # parts
 
 _LOG2E = math.log2(math.e)
+_SMALLEST_SCALE = 1e-37  # below every scale of a vector
 
 
 class _Shape(NamedTuple):
@@ -191,8 +192,10 @@ def _shape(q: Array, pages: KVPages, scale: float, softcap: float | None, interp
 
 
 def _operands(form: KVFormat) -> Any:
-    """Type that products take."""
-    return jnp.bfloat16 if form.largest is not None else form.codes
+    """Type that products take. Each holds the codes exactly; they are what codes become in the fewest operations."""
+    if form.largest is None:
+        return form.codes
+    return jnp.bfloat16 if form.codes == jnp.int8 else jnp.float16
 
 
 def _prefill_rows(pages: KVPages, G: int) -> int:
@@ -343,13 +346,11 @@ def _walk(
             )
             return decode(stored, shape.form).astype(_operands(shape.form))
 
-        def scaled(by_token: Array, scales: Any) -> Array:
-            if scales is None:
-                return by_token
-            return by_token * plt.load(scales.at[token], mask=seen, other=0.0)[None]
+        def scales(ref: Any) -> Array:
+            return plt.load(ref.at[token], mask=seen, other=0.0)
 
-        logits = scaled(plt.dot(queries, read(cache.k), trans_b=True, precision=shape.precision), cache.k_scale)
-        logits = _in_bits(logits, shape)
+        logits = plt.dot(queries, read(cache.k), trans_b=True, precision=shape.precision)
+        logits = _in_bits(logits if cache.k_scale is None else logits * scales(cache.k_scale)[None], shape)
         if masked:
             logits = jnp.where(seen[None] if sees is None else seen[None] & sees(at), logits, NEVER)
         # Where nothing was seen yet, weights of masked tokens are 1; the first token that is seen decays them to 0.
@@ -357,10 +358,15 @@ def _walk(
         weights = jnp.exp2(logits - largest[:, None])
         decay = jnp.exp2(state.largest - largest)
         total = state.total * decay + jnp.sum(weights, axis=1)
-        weights = scaled(weights, cache.v_scale).astype(_operands(shape.form))
-        return _Softmax(
-            state.acc * decay[:, None] + plt.dot(weights, read(cache.v), precision=shape.precision), largest, total
-        )
+        unit = None
+        if cache.v_scale is not None:
+            by_token = scales(cache.v_scale)
+            if _operands(shape.form) == jnp.float16:  # which knows no small numbers: the largest scale becomes 1
+                unit = jnp.maximum(jnp.max(by_token, axis=0), _SMALLEST_SCALE)
+                by_token = by_token / unit
+            weights = weights * by_token[None]
+        values = plt.dot(weights.astype(_operands(shape.form)), read(cache.v), precision=shape.precision)
+        return _Softmax(state.acc * decay[:, None] + (values if unit is None else values * unit), largest, total)
 
     return lax.fori_loop(*blocks, step, state)
 

@@ -21,7 +21,7 @@ from bench.gpu_sections.protocol import Context, Measurement
 from pallas_kernels import kv_pages
 
 PAGE_SIZE, TRIALS, MARGIN = 16, 8, 2e-4  # MARGIN: float32 sums of thousands of terms
-ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11, "fp8_e4m3": 2.0**-8, "int8": 2.0**-8}
+ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11, "fp8_e4m3": 2.0**-11, "int8": 2.0**-8}
 NO_WINDOW = 1 << 30
 
 
@@ -201,7 +201,7 @@ def _error(case: AttentionCase, out: Array, pages: ops.KVPages, inputs: Any) -> 
             values = np.asarray(kv_pages.decode(cache[-1][where], form).astype(jnp.float32), np.float64)
             return values if scales is None else values * np.asarray(scales[-1][where], np.float64)[:, None]
 
-        operand = form.codes if form.largest is None else jnp.bfloat16
+        operand = {"int8": jnp.bfloat16, "fp8_e4m3": jnp.float16}.get(case.kv_dtype, form.codes)
         query = np.asarray(q[token, head].astype(operand).astype(jnp.float32), np.float64)
         k, v = read(pages.k, pages.k_scale), read(pages.v, pages.v_scale)
         logits = k @ query * case.heads[2] ** -0.5
