@@ -1,6 +1,6 @@
 """Chooses the tiles of products offline. Two steps, as the first needs no GPU and the second no compile gate:
 
-`python -m bench.tune candidates` compiles every way to cut a product and keeps what fits and does not spill (extra `gate`);
+`python -m bench.tune candidates` compiles every way to cut a product and keeps what fits (needs the extra `gate`);
 `python -m bench.tune time` times those on the GPU of this machine and writes `pallas_kernels/tuned/DEVICE.json`, which
 `pallas_kernels/tuning.py` reads. Nothing is tuned while serving.
 """

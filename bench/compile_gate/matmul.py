@@ -89,7 +89,20 @@ def _mixture(
     )
 
 
+def dense_case(M: int, N: int, K: int, *, quick: bool = False) -> KernelCase:
+    """A product of M rows with one of a stack of bfloat16 weights."""
+    stack = ShapeDtypeStruct((LAYERS, N, K), jnp.bfloat16)
+    return KernelCase(
+        name=f"bf16, {M} × {K} → {N}",
+        kernel="^dense_matmul",
+        function=partial(_linear, int8=False),
+        arguments=(ShapeDtypeStruct((M, K), jnp.bfloat16), stack, ShapeDtypeStruct((), jnp.int32)),
+        quick=quick,
+    )
+
+
 CASES = [
+    *(dense_case(M, 4096, 4096, quick=M == 1) for M in (1, 64, 512)),
     *(
         case(type_name, M, 4096, 4096, quick=type_name in QUICK and M != 64)
         for type_name in TYPES

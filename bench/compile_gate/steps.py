@@ -54,22 +54,19 @@ def _problems(hlo: str, spec: Any, state: Any, packed: bool) -> Iterator[str]:
     heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     matrices = {"qkv": heads * D, "attn_out": D * D, "gate_up": 2 * F * D, "down": D * F}
     cache = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.pages))
+    widths = (2, 4, 8) if packed else (16,)
+    sliced = {name: {elements * bits // 16 for bits in widths} for name, elements in matrices.items()}
     for name, shape, operation in _results(hlo):
         size = math.prod(shape)
         if size == cache and operation in ("copy", "copy-start", "transpose", "convert"):
             yield f"{name} copies the KV cache"
         for matrix, elements in matrices.items():
+            if size in sliced[matrix] and operation in ("fusion", "dynamic-slice", "copy"):
+                yield f"{name} copies {matrix} of a layer out of its stack"
             if size == elements and packed and operation not in ("parameter", "get-tuple-element", "bitcast"):
                 yield f"{name} holds {matrix} of a layer, dequantized"
             if size >= elements * L and operation in ("copy", "copy-start", "transpose", "convert"):
                 yield f"{name} copies a stack as large as all layers' {matrix}"
-    fused = set(re.findall(r"%(\S*dynamic-slice\S*) = \S+ fusion\(", hlo))
-    for name in sorted(fused):
-        line = next(line for line in hlo.splitlines() if f"%{name} = " in line)
-        shape = _shape(line)
-        words = {elements * bits // 16 for elements in matrices.values() for bits in (2, 4, 8)} if packed else set()
-        if shape is not None and math.prod(shape) in words | set(matrices.values()):
-            yield f"{name} copies a layer's weights out of their stack"
 
 
 def _results(hlo: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
@@ -81,8 +78,3 @@ def _results(hlo: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
         match = re.match(r"\s+(?:ROOT )?%(\S+) = \w+\[([\d,]*)\]\S* ([\w-]+)\(", line)
         if match and not inside:
             yield match[1], tuple(int(n) for n in match[2].split(",") if n), match[3]
-
-
-def _shape(line: str) -> tuple[int, ...] | None:
-    match = re.search(r"= \w+\[([\d,]+)\]", line)
-    return None if match is None else tuple(int(n) for n in match[1].split(","))
