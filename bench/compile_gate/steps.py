@@ -67,12 +67,15 @@ def hlo_problems(hlo: str, spec: ModelSpec, state: Any, weights: Any, *, packed:
     cache = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.pages))
     stacks = [leaf for leaf in jax.tree.leaves(weights) if leaf.ndim == 3 and leaf.size > _LARGE * L]
     sliced = {(_SHORT[str(leaf.dtype)], leaf.shape[1:]) for leaf in stacks}
+    as_bytes = {leaf.size * leaf.dtype.itemsize for leaf in stacks}
     for name, dtype, shape, operation in _results(hlo):
         size = math.prod(shape)
         if size == cache and operation in _COPIES:
             yield f"{name} copies the KV cache"
         if (dtype, _without_ones(shape)) in sliced and operation in ("fusion", "dynamic-slice", "copy"):
             yield f"{name} copies a layer's weight, {dtype}{list(shape)}, out of its stack"
+        if dtype in ("u8", "s8") and size in as_bytes and operation != "bitcast":
+            yield f"{name} writes a stack of weights anew, as bytes"
         for matrix, elements in matrices.items():
             if size == elements and packed and operation not in ("parameter", "get-tuple-element", "bitcast"):
                 yield f"{name} holds {matrix} of a layer, dequantized"
