@@ -1,7 +1,7 @@
 """The one place that chooses a kernel: by platform, by the weight's layout, by shape.
 
 Models call these functions and know no kernel. Where `Backend.kernels` asks for Pallas, weights in the planar layout
-are multiplied by Pallas kernels; weights in rows and dense ones are XLA's everywhere.
+and stacks of bfloat16 matrices are multiplied by Pallas kernels; weights in rows are XLA's everywhere.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,7 @@ from pallas_kernels import (
 from pallas_kernels import grouped_matmul as grouped_kernels
 from pallas_kernels import quantized_matmul as matmul_kernels
 from pallas_kernels.attention_work import DecodeParts, QueryBlocks
+from pallas_kernels.dense_matmul import dense_matmul
 from pallas_kernels.kv_pages import KVPages
 from pallas_kernels.planar_matmul import PlanarFormat, PlanarStack, planar_grouped_matmul, planar_matmul
 from pallas_kernels.quantized_matmul import pack_planar
@@ -121,6 +122,8 @@ def linear(
         return _in_variant(weight, layer, product)
     if isinstance(weight, QTensor) and _has_kernel(weight, backend):
         return _kernel_linear(x, weight, backend, layer, int8_activations=int8_activations)
+    if isinstance(weight, Array) and backend.kernels != "xla" and weight.ndim == 3 and weight.dtype == jnp.bfloat16:
+        return _dense_linear(x, weight, backend, layer, int8_activations=int8_activations)
     if (weight.lead if isinstance(weight, QTensor) else weight.shape[:-2]) != ():
         assert layer is not None, "the weight is of several layers"
         weight = _picked(weight, layer)
@@ -129,6 +132,26 @@ def linear(
     if isinstance(weight, QTensor):
         return _quantized_linear(x, weight, backend)
     return matmul_kernels.dot(x.astype(weight.dtype), weight)
+
+
+def _dense_linear(
+    x: Float[Array, "T K"],
+    stack: Array,
+    backend: Backend,
+    layer: Int32[Array, ""] | None,
+    *,
+    int8_activations: bool,
+) -> Float32[Array, "T N"]:
+    """`linear` of one of a stack of bfloat16 matrices, read in place."""
+    assert layer is not None, "the weight is of several layers"
+    factor: Float32[Array, "T 1"] | None = None
+    if int8_activations:
+        codes, factor = matmul_kernels.quantize_tokens(x)
+        x = codes.astype(jnp.bfloat16)
+    N, K = stack.shape[1:]
+    tiles = matmul_tiles(backend.device, "dense_matmul", M=x.shape[0], N=N, K=K, bits=16, group=1)
+    y = dense_matmul(x, stack, layer, tiles, interpret=backend.kernels == "interpret")
+    return y if factor is None else y * factor
 
 
 def _has_kernel(weight: QTensor, backend: Backend) -> bool:

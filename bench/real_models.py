@@ -52,6 +52,10 @@ FORMATS: dict[str, GroupFormat | None] = {
     "Q4_0": GroupFormat(bits=4, group=32, zero=8, scale_dtype=F16),
     "W4 g128": GroupFormat(bits=4, group=128, zero=8, scale_dtype=F16),
     "IQ4_NL": GroupFormat(bits=4, group=32, table=IQ4_NL, scale_dtype=F16),
+    "W4 g128 mins": GroupFormat(bits=4, group=128, scale_dtype=F16, min_dtype=F16),  # AWQ
+    "Q2_K": GroupFormat(bits=2, group=16, scale_dtype=I8, min_dtype=I8, supergroup=256),
+    "Q5_K": GroupFormat(bits=8, group=32, scale_dtype=I8, min_dtype=I8, supergroup=256),
+    "Q6_K": GroupFormat(bits=8, group=16, zero=32, scale_dtype=I8, supergroup=256),
     "Q8_0": GroupFormat(bits=8, group=32, zero=128, scale_dtype=F16),
     "Q4_K": GroupFormat(bits=4, group=32, scale_dtype=I8, min_dtype=I8, supergroup=256),
     "ternary": GroupFormat(bits=2, group=0, zero=1, scale_dtype=F32),  # one scale a row

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from importlib import resources
 
+DENSE_BLOCK = 64  # inputs of bfloat16 weights in one turn: what one request of the matrix units' tiles swizzles
 ROW_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # measured at; a call takes the next one up
 
 
@@ -39,8 +40,8 @@ def matmul_tiles(device: str, operation: str, *, M: int, N: int, K: int, bits: i
         M: rows.
         N: out-features.
         K: inputs.
-        bits: of a code.
-        group: inputs that share a scale.
+        bits: of a code; 16: bfloat16.
+        group: inputs that share a scale; without effect for bfloat16.
     """
     key = matmul_key(M=M, N=N, K=K, bits=bits, group=group)
     found = _tuned(device).get(operation, {}).get(key)
@@ -53,7 +54,8 @@ def default_tiles(operation: str, *, M: int, N: int, K: int, bits: int, group: i
     From what compiles without spills and keeps two blocks on a multiprocessor; many rows take wider tiles, as each
     unpacks its weights once for all of them.
     """
-    block_k = min(64, group) * 16 // bits  # of words, with the widest plane that the group allows
+    # Of words, with the widest plane that the group allows.
+    block_k = DENSE_BLOCK if bits == 16 else min(64, group) * 16 // bits
     if M <= 16:
         block_n, block_m, warps = 64, 16, 4
     else:

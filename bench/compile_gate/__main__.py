@@ -28,7 +28,6 @@ def main(
     if target is not None and target not in get_args(Target):
         raise typer.BadParameter(f"must be one of {', '.join(get_args(Target))}, got {target!r}")
     known = table.read()
-    found: table.Rows = {}
     wrong: list[str] = []
     for case, gpu in [] if steps and not every else _chosen(every, only, target):
         try:
@@ -37,13 +36,11 @@ def main(
             wrong.append(f"{case.name} on {gpu}: {type(error).__name__}: {str(error)[:400]}")
             print(f"{case.name:<44} {gpu}  FAILED", flush=True)
             continue
-        found.setdefault(case.name, {})[gpu] = row
         print(f"{case.name:<44} {gpu}  {_line(row)}", flush=True)
+        if write:
+            table.write(jax.__version__, {case.name: {gpu: row}})
         if row["spill_bytes"] or not write:
             wrong += table.problems(case.name, gpu, row, known, same_jax=known["jax"] == jax.__version__)
-    if write:
-        kept = {name: known["cases"].get(name, {}) | rows for name, rows in found.items()}
-        table.write(jax.__version__, kept)
     if steps or (every and only is None):
         wrong += _steps()
     for problem in wrong:

@@ -1,97 +1,121 @@
-"""The compile gate's cases of products with packed weights, at the shapes of real models."""
+"""The compile gate's cases of products with packed weights, as `ops` chooses them, at the shapes of real models."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 
+from atoma_jax import ops
+from atoma_jax.quant.qtensor import QTensor
 from bench.compile_gate.cases import KernelCase
-from pallas_kernels.planar_matmul import PlanarFormat, PlanarStack, planar_matmul
-from pallas_kernels.ternary_matmul import ternary_matmul
-from pallas_kernels.tuning import MatmulTiles, default_tiles
+from bench.real_models import packed_weight
+from pallas_kernels.tuning import matmul_tiles
 
 LAYERS = 4  # of a stack: more change nothing
+BACKEND = ops.Backend(platform="cuda", operands="bfloat16", weight_layout="planar", kernels="pallas")
+QUICK = frozenset(["Q4_0", "Q4_K", "IQ4_NL", "Q8_0", "W4 g128 mins"])
+TYPES = (*sorted(QUICK), "W4 g128", "Q2_K", "Q5_K", "Q6_K", "ternary")
 
-IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-
-# What files of each type have on the device; see docs/formats.md.
-FORMATS: dict[str, tuple[PlanarFormat, Any, Any, int | None]] = {  # format, scales, mins, supergroup
-    "W4 g128": (PlanarFormat(4, 64, 128, 8, None), jnp.float16, None, None),
-    "W4 g128 mins": (PlanarFormat(4, 64, 128, 0, None), jnp.float16, jnp.float16, None),
-    "Q4_0": (PlanarFormat(4, 32, 32, 8, None), jnp.float16, None, None),
-    "Q4_K": (PlanarFormat(4, 32, 32, 0, None), jnp.int8, jnp.int8, 256),
-    "IQ4_NL": (PlanarFormat(4, 32, 32, 0, IQ4_NL), jnp.float16, None, None),
-    "Q8_0": (PlanarFormat(8, 32, 32, 128, None), jnp.float16, None, None),
-    "Q5_K": (PlanarFormat(8, 32, 32, 0, None), jnp.int8, jnp.int8, 256),
-    "Q6_K": (PlanarFormat(8, 16, 16, 32, None), jnp.int8, None, 256),
-    "ternary": (PlanarFormat(2, 64, 0, 1, None), jnp.float32, None, None),  # one scale a row
+# Out-features and inputs of the widest and of the deepest product of a layer, and a type that files of it have.
+MODELS: dict[str, tuple[tuple[str, ...], tuple[tuple[int, int], ...]]] = {
+    "Llama-3.1-8B": (("Q4_K", "Q8_0"), ((28672, 4096), (4096, 14336))),
+    "Qwen3-0.6B": (("Q4_K", "Q8_0"), ((6144, 1024), (1024, 3072))),
+    "Gemma 3 4B": (("Q4_0", "Q6_K"), ((20480, 2560), (2560, 10240))),
+    "BitNet 2B4T": (("ternary", "ternary × int8"), ((13824, 2560), (2560, 6912))),
 }
 
 
-def stack_of(name: str, N: int, K: int, count: int = LAYERS) -> tuple[PlanarStack, PlanarFormat]:
-    """A stack of abstract weights of one of `FORMATS`."""
-    kind, scales, mins, supergroup = FORMATS[name]
-    kind = kind._replace(group=kind.group or K)
-    G = K // kind.group
-    supers = None if supergroup is None else ShapeDtypeStruct((count, K // supergroup, N), jnp.float32)
-    return PlanarStack(
-        words=ShapeDtypeStruct((count, N, K * kind.bits // 16), jnp.uint16),
-        scales=ShapeDtypeStruct((count, G, N), scales),
-        mins=None if mins is None else ShapeDtypeStruct((count, G, N), mins),
-        scale_supers=supers,
-        min_supers=supers if mins == jnp.int8 else None,
-    ), kind
-
-
-def case(name: str, M: int, N: int, K: int, *, tiles: MatmulTiles | None = None, quick: bool = False) -> KernelCase:
-    """A product of M rows with a weight `[N, K]` of one of `FORMATS`."""
-    stack, kind = stack_of(name, N, K)
-    tiles = tiles or default_tiles("planar_matmul", M=M, N=N, K=K, bits=kind.bits, group=kind.group)
-    arguments = (ShapeDtypeStruct((M, K), jnp.bfloat16), stack, ShapeDtypeStruct((), jnp.int32))
+def case(type_name: str, M: int, N: int, K: int, *, model: str = "", quick: bool = False) -> KernelCase:
+    """A product of M rows with a weight `[N, K]`; "× int8" in the type: of activations of eight bits."""
+    kind, int8 = type_name.removesuffix(" × int8"), type_name.endswith(" × int8")
+    weight = packed_weight(kind, LAYERS, N, K)
+    kernel = "ternary_matmul" if int8 else "planar_matmul"
+    tiles = matmul_tiles(BACKEND.device, kernel, M=M, N=N, K=K, bits=weight.bits, group=weight.group)
     return KernelCase(
-        name=f"{name}, {M} × {K} → {N}",
-        kernel="^planar_matmul",
-        function=partial(_product, kind=kind, tiles=tiles),
-        arguments=arguments,
-        weights=tiles.block_n * kind.block / (32 * tiles.warps),
+        name=f"{model + ': ' if model else ''}{type_name}, {M} × {K} → {N}",
+        kernel=f"^{kernel}",
+        function=partial(_linear, int8=int8),
+        arguments=(ShapeDtypeStruct((M, K), jnp.bfloat16), weight, ShapeDtypeStruct((), jnp.int32)),
+        weights=tiles.block_n * weight.plane * (16 // weight.bits) / (32 * tiles.warps),
         quick=quick,
     )
 
 
-def _product(
-    x: jax.Array, stack: PlanarStack, index: jax.Array, *, kind: PlanarFormat, tiles: MatmulTiles
-) -> jax.Array:
-    return planar_matmul(x, stack, index, kind, tiles)
-
-
-def ternary_case(M: int, N: int, K: int, *, quick: bool = False) -> KernelCase:
-    """A product of M rows of int8 activations with a ternary weight `[N, K]`."""
-    stack, kind = stack_of("ternary", N, K)
-    tiles = default_tiles("ternary_matmul", M=M, N=N, K=K, bits=2, group=K)
+def grouped_case(type_name: str, T: int, *, used: int, count: int, N: int, K: int, quick: bool = False) -> KernelCase:
+    """A mixture's products: T tokens, each with `used` of `count` experts of weights `[2N, K]` and `[K, N]`."""
+    gate_up, down = (_experts(type_name, count, *shape) for shape in ((2 * N, K), (K, N)))
     return KernelCase(
-        name=f"ternary × int8, {M} × {K} → {N}",
-        kernel="^ternary_matmul",
-        function=partial(_ternary, kind=kind, tiles=tiles),
+        name=f"{type_name}, {used} of {count} experts, {T} × {K} → {2 * N} → {K}",
+        kernel="^planar_grouped_matmul",
+        function=_mixture,
         arguments=(
-            ShapeDtypeStruct((M, K), jnp.bfloat16),
-            stack.words,
-            stack.scales,
+            ShapeDtypeStruct((T, K), jnp.float32),
+            ShapeDtypeStruct((T, used), jnp.int32),
+            ShapeDtypeStruct((T, used), jnp.float32),
+            gate_up,
+            down,
             ShapeDtypeStruct((), jnp.int32),
         ),
-        weights=tiles.block_n * kind.block / (32 * tiles.warps),
         quick=quick,
     )
 
 
-def _ternary(
-    x: jax.Array, words: jax.Array, scales: jax.Array, index: jax.Array, *, kind: PlanarFormat, tiles: MatmulTiles
+def _experts(type_name: str, count: int, N: int, K: int) -> QTensor:
+    """Of all layers: one more axis than a stack."""
+    return jax.tree.map(
+        lambda part: ShapeDtypeStruct((LAYERS, count, *part.shape[1:]), part.dtype),
+        packed_weight(type_name, 1, N, K),
+    )
+
+
+def _linear(x: jax.Array, weight: QTensor, layer: jax.Array, *, int8: bool) -> jax.Array:
+    return ops.linear(x, weight, BACKEND, layer=layer, int8_activations=int8)
+
+
+def _mixture(
+    x: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    gate_up: QTensor,
+    down: QTensor,
+    layer: jax.Array,
 ) -> jax.Array:
-    return ternary_matmul(x, words, scales, index, kind, tiles)
+    def activate(h: jax.Array) -> jax.Array:
+        return jax.nn.silu(h[:, : h.shape[1] // 2]) * h[:, h.shape[1] // 2 :]
+
+    return ops.grouped_feed_forward(
+        x, experts, weights, gate_up, down, activate, BACKEND, layer=layer, int8_activations=False
+    )
+
+
+def dense_case(M: int, N: int, K: int, *, quick: bool = False) -> KernelCase:
+    """A product of M rows with one of a stack of bfloat16 weights."""
+    stack = ShapeDtypeStruct((LAYERS, N, K), jnp.bfloat16)
+    return KernelCase(
+        name=f"bf16, {M} × {K} → {N}",
+        kernel="^dense_matmul",
+        function=partial(_linear, int8=False),
+        arguments=(ShapeDtypeStruct((M, K), jnp.bfloat16), stack, ShapeDtypeStruct((), jnp.int32)),
+        quick=quick,
+    )
 
 
 CASES = [
-    *(case(name, M, 4096, 4096, quick=True) for name in FORMATS for M in (1, 64, 512)),
-    *(ternary_case(M, 2560, 2560, quick=True) for M in (1, 64, 512)),
+    *(dense_case(M, 4096, 4096, quick=M == 1) for M in (1, 64, 512)),
+    *(
+        case(type_name, M, 4096, 4096, quick=type_name in QUICK and M != 64)
+        for type_name in TYPES
+        for M in (1, 64, 512)
+    ),
+    *(
+        case(type_name, M, N, K, model=model, quick=type_name == "ternary × int8" and M == 1 and K == 6912)
+        for model, (types, shapes) in MODELS.items()
+        for type_name in types
+        for N, K in shapes
+        for M in (1, 512)
+    ),
+    grouped_case("Q4_K", 1, used=8, count=128, N=768, K=2048, quick=True),  # Qwen3-30B-A3B
+    grouped_case("Q4_K", 512, used=8, count=128, N=768, K=2048),
+    grouped_case("Q8_0", 512, used=2, count=8, N=14336, K=4096),  # Mixtral-8x7B
 ]

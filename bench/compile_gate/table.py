@@ -20,8 +20,10 @@ def read() -> dict[str, Any]:
 
 
 def write(jax_version: str, rows: Rows) -> None:
-    """Replaces the rows of these cases in the table, and the page's table by the whole of it."""
-    cases = read()["cases"] | rows
+    """Replaces these rows in the table, and the page's table by the whole of it."""
+    cases: Rows = read()["cases"]
+    for name, targets in rows.items():
+        cases[name] = cases.get(name, {}) | targets
     value = {"jax": jax_version, "cases": dict(sorted(cases.items()))}
     TABLE.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     page = PAGE.read_text(encoding="utf-8")

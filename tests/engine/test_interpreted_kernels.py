@@ -13,9 +13,9 @@ def answers(llm: LLM) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
 
 
-def test_greedy_answers_are_those_of_xla(tiny_path: Path, llm: LLM) -> None:
+def test_greedy_answers_are_those_of_xla(tiny_path: Path, shared_llm: LLM) -> None:
     sizes = SIZES | {"dtype": "auto", "max_num_seqs": 2, "decode_rows": (2,), "prefill_tokens": (32,)}
     interpreted = LLM(str(tiny_path), **sizes, kernels="interpret")
     assert interpreted.startup.kernels == "interpret"
-    assert answers(interpreted) == answers(llm)
+    assert answers(interpreted) == answers(shared_llm)
     interpreted.shutdown()

@@ -55,7 +55,7 @@ def packed(kind: PlanarFormat, *, S: int, N: int, K: int, mins: bool = False, su
 def activations(M: int, K: int, seed: int = 0) -> np.ndarray:
     """Random rows that bfloat16 holds exactly, as float32."""
     x = np.random.default_rng(seed).standard_normal((M, K)).astype(np.float32)
-    return np.asarray(jnp.asarray(x).astype(jnp.bfloat16).astype(jnp.float32))
+    return np.array(jnp.asarray(x).astype(jnp.bfloat16).astype(jnp.float32))  # a copy, that tests may write to
 
 
 def index(value: int) -> jax.Array:
