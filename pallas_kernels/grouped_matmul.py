@@ -20,6 +20,7 @@ class ExpertBlocks(NamedTuple):
     used: Int32[Array, ""]  # the first so many blocks hold work
     expert: Int32[Array, " blocks"]
     start: Int32[Array, " blocks"]  # first row of the block, among the sorted pairs
+    stop: Int32[Array, " blocks"]  # behind its last row
     pair: Int32[Array, " P"]  # of each sorted row
     row: Int32[Array, " P"]  # of each pair, among the sorted ones
 
@@ -35,8 +36,10 @@ def expert_blocks(experts: Int32[Array, "T k"], count: int) -> ExpertBlocks:
     ends = jnp.cumsum(blocks_of)
     block = jnp.arange(P // M + min(P, count), dtype=jnp.int32)
     expert = jnp.minimum(jnp.searchsorted(ends, block, side="right"), count - 1).astype(jnp.int32)
-    start = (jnp.cumsum(counts) - counts)[expert] + (block - (ends - blocks_of)[expert]) * M
-    return ExpertBlocks(ends[-1].astype(jnp.int32), expert, start.astype(jnp.int32), pair, row)
+    ends_of = jnp.cumsum(counts)  # of each expert's rows
+    start = (ends_of - counts)[expert] + (block - (ends - blocks_of)[expert]) * M
+    stop = jnp.minimum(start + M, ends_of[expert])
+    return ExpertBlocks(ends[-1].astype(jnp.int32), expert, start.astype(jnp.int32), stop.astype(jnp.int32), pair, row)
 
 
 def block_rows(pairs: int, count: int) -> int:

@@ -8,7 +8,7 @@ magnitude over the largest code, value = code · scale. Codes are rounded to the
 holds NaN or an infinity gets the scale NaN: int8 knows neither, and whoever attends to it shall see that it is lost.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -27,18 +27,23 @@ class KVFormat(NamedTuple):
     largest: float | None  # code of a vector's largest magnitude; None: codes are values, and there are no scales
 
 
-# bfloat16 and fp8 are kept as bits: XLA:CPU computes with neither, and widens whatever array of them it slices or
-# scatters into. That would copy the whole cache in each layer. The other types it takes as they are.
 FORMATS: Mapping[str, KVFormat] = MappingProxyType(
     {
         "float32": KVFormat(jnp.float32, jnp.float32, None),
-        "bfloat16": KVFormat(jnp.uint16, jnp.bfloat16, None),
+        "bfloat16": KVFormat(jnp.bfloat16, jnp.bfloat16, None),
         "float16": KVFormat(jnp.float16, jnp.float16, None),
-        "fp8_e4m3": KVFormat(jnp.uint8, jnp.float8_e4m3fn, 448.0),
+        "fp8_e4m3": KVFormat(jnp.float8_e4m3fn, jnp.float8_e4m3fn, 448.0),
         "int8": KVFormat(jnp.int8, jnp.int8, 127.0),
     }
 )
-_FORMAT_OF = MappingProxyType({jnp.dtype(form.stored): form for form in FORMATS.values()})
+# What a CPU keeps instead: XLA:CPU computes with neither bfloat16 nor fp8, and widens whatever array of them it slices
+# or scatters into. That would copy the whole cache in each layer. A GPU keeps the types themselves: Triton moves them
+# to where its matrix units read them without a stop in registers.
+_BITS = MappingProxyType({"bfloat16": jnp.uint16, "fp8_e4m3": jnp.uint8})
+_FORMAT_OF = MappingProxyType(
+    {jnp.dtype(form.stored): form for form in FORMATS.values()}
+    | {jnp.dtype(bits): FORMATS[name]._replace(stored=bits) for name, bits in _BITS.items()}
+)
 
 
 class KVPages(NamedTuple):
@@ -59,14 +64,26 @@ class KVChunk(NamedTuple):
     v_scale: Float32[Array, "K C"] | None
 
 
-def empty_pages(shape: tuple[int, int, int, int, int], kv_dtype: str) -> KVPages:
-    """A cache of zeros: `shape` is (L, P, K, S, H), `kv_dtype` a name of `FORMATS`."""
+def format_of(pages: KVPages) -> KVFormat:
+    """How a cache keeps values."""
+    return _FORMAT_OF[pages.k.dtype]
+
+
+def empty_pages(shape: tuple[int, int, int, int, int], kv_dtype: str, *, as_bits: bool) -> KVPages:
+    """A cache of zeros.
+
+    Args:
+        shape: (L, P, K, S, H).
+        kv_dtype: a name of `FORMATS`.
+        as_bits: types that XLA:CPU does not compute with are kept as integers of their bits.
+    """
     form = FORMATS[kv_dtype]
+    stored = _BITS.get(kv_dtype, form.stored) if as_bits else form.stored
 
     def scales() -> Array | None:
         return None if form.largest is None else jnp.zeros(shape[:-1], jnp.float32)
 
-    return KVPages(jnp.zeros(shape, form.stored), jnp.zeros(shape, form.stored), scales(), scales())
+    return KVPages(jnp.zeros(shape, stored), jnp.zeros(shape, stored), scales(), scales())
 
 
 def write_kv(
@@ -81,7 +98,7 @@ def write_kv(
     """Puts each token's K and V at its page and slot. Several tokens may share a place in page 0 alone."""
 
     def put(cache: Array, scales: Array | None, x: Array) -> tuple[Array, Array | None]:
-        stored, scale = _encode(x, _FORMAT_OF[cache.dtype])
+        stored, scale = encode(x, _FORMAT_OF[cache.dtype])
         cache = cache.at[layer, page, :, slot].set(stored)
         return cache, None if scales is None else scales.at[layer, page, :, slot].set(scale)
 
@@ -105,26 +122,34 @@ def read_chunk(pages: KVPages, *, layer: Array, ids: Int32[Array, " n"], seen: B
     form = _FORMAT_OF[pages.k.dtype]
     v_scale = scales(pages.v_scale)
     return KVChunk(
-        _decode(read(pages.k), form),
-        jnp.where(seen[None, :, None], _decode(read(pages.v), form), 0.0),
+        decode(read(pages.k), form).astype(jnp.float32),
+        jnp.where(seen[None, :, None], decode(read(pages.v), form).astype(jnp.float32), 0.0),
         scales(pages.k_scale),
         None if v_scale is None else jnp.where(seen, v_scale, 0.0),
     )
 
 
-def _encode(x: Float[Array, "T K H"], form: KVFormat) -> tuple[Shaped[Array, "T K H"], Float32[Array, "T K"] | None]:
-    """What is stored of vectors, and their scales."""
+def encode(
+    x: Float[Array, "*n H"], form: KVFormat, *, to_integers: Callable[[Array], Array] = jnp.round
+) -> tuple[Shaped[Array, "*n H"], Float32[Array, "*n"] | None]:
+    """What is stored of vectors, and their scales. `to_integers` rounds to the nearest, halves to even."""
     if form.largest is None:
-        return lax.bitcast_convert_type(x.astype(form.codes), form.stored), None
+        return _bits(x.astype(form.codes), form.stored), None
     x = x.astype(jnp.float32)
-    magnitude = jnp.max(jnp.abs(x), -1)  # [T, K]
-    finite = jnp.all(jnp.isfinite(x), -1)  # asked of each, as XLA:CPU's maximum may pass over a NaN
+    magnitude = jnp.max(jnp.abs(x), -1)
+    # Asked of each, as XLA:CPU's maximum may pass over a NaN; by a maximum, as Triton reduces by few functions.
+    finite = jnp.max(jnp.where(jnp.isfinite(x), 0.0, 1.0), -1) == 0.0
     scale = jnp.where(finite, jnp.maximum(magnitude, SMALLEST) / form.largest, jnp.nan)
     codes = jnp.where(finite[..., None], x / scale[..., None], 0.0)
     if form.codes == jnp.int8:  # a conversion to integers would drop the fraction
-        codes = jnp.clip(jnp.round(codes), -form.largest, form.largest)
-    return lax.bitcast_convert_type(codes.astype(form.codes), form.stored), scale
+        codes = jnp.clip(to_integers(codes), -form.largest, form.largest)
+    return _bits(codes.astype(form.codes), form.stored), scale
 
 
-def _decode(stored: Shaped[Array, "K C H"], form: KVFormat) -> Float32[Array, "K C H"]:
-    return lax.bitcast_convert_type(stored, form.codes).astype(jnp.float32)
+def decode(stored: Shaped[Array, "*n"], form: KVFormat) -> Shaped[Array, "*n"]:
+    """Codes of what is stored, in their own type."""
+    return _bits(stored, form.codes)
+
+
+def _bits(x: Shaped[Array, "*n"], dtype: Any) -> Shaped[Array, "*n"]:
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)

@@ -14,21 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.attention_work import QueryBlocks
 from pallas_kernels.kv_pages import KVChunk, KVPages, read_chunk
 
 CHUNK = 128  # tokens of context read at once
-QUERY_BLOCK = 128  # tokens of one sequence that share a read of its context in prefill
+QUERY_BLOCK = 128  # tokens of one sequence that share a read of its context in prefill: the size of its blocks
 NEVER = -1e30  # logit of a masked slot; finite, so that a fully masked chunk gives no NaN
-
-
-class QueryBlocks(NamedTuple):
-    """The work list of one prefill step, shared by its layers. The first `used` entries hold work."""
-
-    used: Int32[Array, ""]
-    row: Int32[Array, " blocks"]  # of the sequence
-    token: Int32[Array, " blocks"]  # first token of the block, in the flat batch
-    size: Int32[Array, " blocks"]  # tokens
-    position: Int32[Array, " blocks"]  # of the first token, in its sequence
 
 
 def decode_attention(
@@ -77,27 +68,6 @@ def decode_attention(
     # Row by row, as each then reads its own context alone: for XLA:CPU that beats one gather for all rows, which costs
     # the longest context for each of them.
     return lax.map(row, (q, _padded(page_table, per_chunk), lengths)).reshape(-1, N, H)
-
-
-def query_blocks(
-    start: Int32[Array, " B"], count: Int32[Array, " B"], position: Int32[Array, " B"], num_tokens: int
-) -> QueryBlocks:
-    """Cuts the ragged queries of a step into blocks of one sequence each.
-
-    Args:
-        start: first token of each row in the flat batch of `num_tokens`; rows lie in order, without gaps.
-        count: tokens of each row, 0 for padding.
-        position: of each row's first token in its sequence.
-        num_tokens: size of the flat batch.
-    """
-    blocks_of_row = -(-count // QUERY_BLOCK)
-    ends = jnp.cumsum(blocks_of_row)
-    block = jnp.arange(-(-num_tokens // QUERY_BLOCK) + start.shape[0] - 1, dtype=jnp.int32)
-    row = jnp.minimum(jnp.searchsorted(ends, block, side="right"), start.shape[0] - 1).astype(jnp.int32)
-    offset = (block - (ends - blocks_of_row)[row]) * QUERY_BLOCK
-    return QueryBlocks(
-        ends[-1], row, start[row] + offset, jnp.clip(count[row] - offset, 0, QUERY_BLOCK), position[row] + offset
-    )
 
 
 def ragged_attention(

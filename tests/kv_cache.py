@@ -13,15 +13,13 @@ SCALED = ("fp8_e4m3", "int8")
 
 def poison_of(array: np.ndarray) -> int | float:
     """What an array of a cache holds where it is NaN. int8 knows none: there, a large number beside the scale's NaN."""
-    if array.dtype.kind == "f":
-        return np.nan
-    return {"uint16": 0x7FC0, "uint8": 0x7F, "int8": 77}[array.dtype.name]
+    return {"uint16": 0x7FC0, "uint8": 0x7F, "int8": 77}.get(array.dtype.name, np.nan)
 
 
 def poisoned_pages(shape: tuple[int, int, int, int, int], kv_dtype: str) -> KVPages:
     """A cache of nothing but NaN."""
     return jax.tree.map(
-        lambda array: jnp.full(array.shape, poison_of(array), array.dtype), empty_pages(shape, kv_dtype)
+        lambda array: jnp.full(array.shape, poison_of(array), array.dtype), empty_pages(shape, kv_dtype, as_bits=True)
     )
 
 

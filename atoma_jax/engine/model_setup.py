@@ -129,11 +129,10 @@ def _own_platform() -> Platform:
 
 
 def _backend(config: ModelConfig, platform: Platform) -> Backend:
-    is_cpu = platform == "cpu"
+    is_cpu, kernels = platform == "cpu", _kernels(config, platform)
     operands, layout = config.dtype, config.weight_layout
     if operands == "auto":
-        operands = "float32" if is_cpu and not cpu_multiplies_bfloat16() else "bfloat16"
-    kernels = _kernels(config, platform)
+        operands = "float32" if is_cpu and kernels != "interpret" and not cpu_multiplies_bfloat16() else "bfloat16"
     if layout == "auto":
         layout = "tiles" if kernels == "native" else "rows" if is_cpu and kernels == "xla" else "planar"
     if (layout == "tiles") != (kernels == "native"):
@@ -151,6 +150,7 @@ def _backend(config: ModelConfig, platform: Platform) -> Backend:
         weight_layout=layout,
         kernels=kernels,
         precision=config.cpu_precision,
+        device=jax.devices()[0].device_kind if platform == _own_platform() else "",
     )
 
 
@@ -163,9 +163,15 @@ def _kernels(config: ModelConfig, platform: Platform) -> Kernels:
             raise ConfigError("kernels", "native", "cannot run here, for the reason logged above; xla can")
     if config.kernels in ("auto", "native") and platform == "cpu":
         return "native" if has_native_kernels() else "xla"
-    if config.kernels in ("auto", "xla"):
+    if config.kernels == "xla":
         return "xla"
+    if config.kernels == "auto":
+        return "pallas" if platform == "cuda" and config.dtype != "float32" else "xla"
     if config.kernels == "pallas" and platform == "cpu":
         raise ConfigError("kernels", "pallas", "needs an NVIDIA GPU: on a CPU use xla, or interpret for tests")
-    problem = "is not there yet: the kernels of this version are xla; leave --kernels out"
-    raise ConfigError("kernels", config.kernels, problem)
+    if config.dtype == "float32":
+        problem = (
+            f"contradicts --kernels {config.kernels}, which multiplies in bfloat16: use bfloat16, or --kernels xla"
+        )
+        raise ConfigError("dtype", config.dtype, problem)
+    return config.kernels

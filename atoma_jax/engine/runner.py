@@ -20,6 +20,7 @@ from atoma_jax.engine.plan import StepPlan
 from atoma_jax.engine.sampler_state import SamplerShape, SlotRules, empty_row, write_slot
 from atoma_jax.engine.step import EngineState, StepOutput, StepSizes, Weights, make_state, run_step
 from atoma_jax.model_spec import KVDtype, ModelSpec
+from atoma_jax.ops import Backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class Runner:
         graph: Any,
         spec: ModelSpec,
         sampler: SamplerShape,
+        backend: Backend,
         buckets: Buckets,
         sizes: StepSizes,
         *,
@@ -78,7 +80,7 @@ class Runner:
         self.buckets = buckets
         self._graph, self._sizes, self._split_prefill = graph, sizes, split_prefill
         self._new_state = partial(
-            make_state, spec, sampler, num_pages=num_pages, page_size=sizes.page_size, kv_dtype=kv_dtype
+            make_state, spec, sampler, backend, num_pages=num_pages, page_size=sizes.page_size, kv_dtype=kv_dtype
         )
         self._tables = SlotTables.empty(sampler.slots, sizes.table_width)
         self._write_slot_shape = (jax.ShapeDtypeStruct((), jnp.int32), empty_row(sampler))

@@ -45,6 +45,7 @@ class Scorer:
         self.model, self.vocab_size, self.max_model_len = config.model.model, spec.vocab_size, length
         self.tokenizer = tokenizer
         self._spec = spec
+        self._backend = setup.backend
         self._kv_dtype = kv_cache_dtype(config.cache, is_cpu=setup.backend.platform == "cpu")
         self._weights = setup.load(threads=usable_cores())
         jax.block_until_ready(self._weights)
@@ -84,7 +85,7 @@ class Scorer:
         table_width = -(-context // PAGE_SIZE)
         spec = self._spec
         shape = (spec.num_layers, 1 + table_width, spec.num_kv_heads, PAGE_SIZE, spec.head_dim)
-        pages = ops.empty_pages(shape, self._kv_dtype)
+        pages = ops.empty_pages(shape, self._kv_dtype, self._backend)
         for start in range(0, len(token_ids), CHUNK):
             chunk = token_ids[start : start + CHUNK]
             pages, logprobs = self._run(
@@ -204,12 +205,16 @@ def _run_chunk(
     model: Decoder = nnx.merge(graph, weights)
     index = jnp.arange(CHUNK, dtype=jnp.int32)
     position, none = start + index, jnp.zeros(1, jnp.int32)
-    batch = ops.AttentionBatch(
+    batch = ops.attention_batch(
+        pages,
+        model.spec.num_heads,
+        model.backend,
         page=jnp.where(index < count, 1 + position // PAGE_SIZE, 0),  # padding writes to the scratch page
         slot=position % PAGE_SIZE,
         page_table=1 + jnp.arange(table_width, dtype=jnp.int32)[None],  # [1, W]
         decode_lengths=none,
-        blocks=ops.query_blocks(none, count[None], start[None], CHUNK),
+        chunks=ops.Chunks(none, count[None], start[None]),
+        fixed_parts=False,
     )
     hidden, pages = model.hidden(tokens, position, pages, batch)
     return pages, jax.nn.log_softmax(model.logits(hidden))

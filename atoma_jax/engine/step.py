@@ -54,14 +54,15 @@ class StepSizes:
     table_width: int  # pages of a page table
     page_size: int
     max_logprobs: int
+    fixed_parts: bool  # attention cuts a context alike whatever else the step holds
 
 
 def make_state(
-    spec: ModelSpec, sampler: SamplerShape, *, num_pages: int, page_size: int, kv_dtype: KVDtype
+    spec: ModelSpec, sampler: SamplerShape, backend: ops.Backend, *, num_pages: int, page_size: int, kv_dtype: KVDtype
 ) -> EngineState:
     """An empty state."""
     shape = (spec.num_layers, num_pages, spec.num_kv_heads, page_size, spec.head_dim)
-    return EngineState(pages=ops.empty_pages(shape, kv_dtype), sampler=init_state(sampler))
+    return EngineState(pages=ops.empty_pages(shape, kv_dtype, backend), sampler=init_state(sampler))
 
 
 def run_step(
@@ -86,7 +87,8 @@ def run_step(
     model: Decoder = nnx.merge(graph, weights)
     batch = unpack(words, program, sizes.table_width)
     tokens = _input_tokens(batch, state.sampler)
-    hidden, pages = model.hidden(tokens, batch.position, state.pages, _attention_batch(batch, program, sizes))
+    attention = _attention_batch(model, state.pages, batch, program, sizes)
+    hidden, pages = model.hidden(tokens, batch.position, state.pages, attention)
     logits = model.logits(hidden[batch.logit_token])
     with jax.named_scope("sample"):
         rows = decode_rows(batch.sampling)
@@ -110,16 +112,20 @@ def _input_tokens(batch: BatchFields, sampler: SamplerState) -> Int32[Array, " T
     return jnp.where(from_slot > 0, last, batch.tokens)
 
 
-def _attention_batch(batch: BatchFields, program: Program, sizes: StepSizes) -> ops.AttentionBatch:
+def _attention_batch(
+    model: Decoder, pages: ops.KVPages, batch: BatchFields, program: Program, sizes: StepSizes
+) -> ops.AttentionBatch:
     index = jnp.arange(program.tokens, dtype=jnp.int32)
     page = batch.page_table[batch.row, batch.position // sizes.page_size]
-    blocks = None
-    if program.kind != "decode":
-        blocks = ops.query_blocks(batch.chunk_start, batch.chunk_count, batch.chunk_position, program.tokens)
-    return ops.AttentionBatch(
+    chunks = ops.Chunks(batch.chunk_start, batch.chunk_count, batch.chunk_position)
+    return ops.attention_batch(
+        pages,
+        model.spec.num_heads,
+        model.backend,
         page=jnp.where(index < batch.num_tokens[0], page, 0),  # padding writes to the scratch page
         slot=batch.position % sizes.page_size,
         page_table=batch.page_table,
         decode_lengths=batch.decode_length,
-        blocks=blocks,
+        chunks=None if program.kind == "decode" else chunks,
+        fixed_parts=sizes.fixed_parts,
     )

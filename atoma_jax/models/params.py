@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
@@ -59,10 +60,17 @@ def specs_of(model: nnx.Module) -> dict[str, ParamSpec]:
 
 
 def indexed(_path: Any, parameter: Any) -> bool:
-    """A filter for `nnx.split`: parameters that a layer gets whole, of all layers, and looks its own part up in."""
+    """A filter for `nnx.split`: parameters that a layer gets whole, of all layers, and looks its own part up in.
+
+    Packed weights and bfloat16 matrices are among them, as kernels read them where they lie: a scan would copy a
+    layer's out first.
+    """
     value = parameter.get_value()
-    in_tiles = isinstance(value, QTensor) and value.layout == "tiles"  # native kernels take a stack and an index
-    return isinstance(parameter, ExpertParam) or isinstance(value, LayerVariants) or in_tiles
+    if isinstance(parameter, ExpertParam) or isinstance(value, LayerVariants):
+        return True
+    if isinstance(value, QTensor):
+        return value.layout != "rows"
+    return len(value.shape) == 3 and value.dtype == jnp.bfloat16
 
 
 def fill(model: nnx.Module, values: Mapping[str, Any]) -> None:

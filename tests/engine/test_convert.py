@@ -240,10 +240,10 @@ class TestSettings:
         convert_model(ModelConfig(model=str(converted / "tiny.gguf")), tmp_path / "tiles")
         setup, _ = load(tmp_path / "tiles")
         assert (setup.backend.weight_layout, setup.backend.kernels) == ("tiles", "native")
-        with pytest.raises(ConfigError, match="written in layout tiles"):
+        with pytest.raises(ConfigError, match=r"written in layout tiles"):
             load(tmp_path / "tiles", kernels="xla")
         monkeypatch.setattr(model_setup, "has_native_kernels", lambda: False)
-        with pytest.raises(ConfigError, match="written in layout tiles.*--weight-layout rows"):
+        with pytest.raises(ConfigError, match=r"written in layout tiles.*--weight-layout rows"):
             load(tmp_path / "tiles")
 
     def test_a_cpu_runs_both_layouts(self, converted: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ class TestSettingsAgainstTheModel:
             ({"kv_cache_memory_bytes": 5000}, "kv_cache_memory_bytes", 5000, "there is room for 0"),
             ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization", 0.5, "there is no GPU"),
             ({"kernels": "pallas"}, "kernels", "pallas", "needs an NVIDIA GPU: on a CPU use xla, or interpret"),
-            ({"kernels": "interpret"}, "kernels", "interpret", "is not there yet"),
+            ({"kernels": "interpret", "dtype": "float32"}, "dtype", "float32", "contradicts --kernels interpret"),
         ],
     )
     def test_what_does_not_fit_is_refused(

@@ -265,8 +265,17 @@ class Paged:
 
     def _step(self, weights, pages, ids, position, page, slot, table, start, count, first, length, blocks=True):
         model = nnx.merge(self._graph, weights)
-        work = ops.query_blocks(start, count, first, ids.shape[0]) if blocks else None
-        batch = ops.AttentionBatch(page=page, slot=slot, page_table=table, decode_lengths=length, blocks=work)
+        batch = ops.attention_batch(
+            pages,
+            self.spec.num_heads,
+            model.backend,
+            page=page,
+            slot=slot,
+            page_table=table,
+            decode_lengths=length,
+            chunks=ops.Chunks(start, count, first) if blocks else None,
+            fixed_parts=False,
+        )
         x, pages = model.hidden(ids, position, pages, batch)
         return model.logits(x), pages
 

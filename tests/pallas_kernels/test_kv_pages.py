@@ -144,7 +144,7 @@ def test_writing_leaves_every_foreign_slot_bit_identical(kv_dtype: str) -> None:
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_a_new_cache_is_as_large_as_its_format_says_and_holds_zeros(kv_dtype: str) -> None:
-    pages = kv_pages.empty_pages((LAYERS, PAGES, K, S, H), kv_dtype)
+    pages = kv_pages.empty_pages((LAYERS, PAGES, K, S, H), kv_dtype, as_bits=True)
     vector = {"float32": 4 * H, "bfloat16": 2 * H, "float16": 2 * H}.get(kv_dtype, H + 4)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(pages)) == 2 * LAYERS * PAGES * K * S * vector
     for kept in numbers(pages, kv_dtype):
@@ -167,7 +167,7 @@ def test_a_layers_loop_writes_and_reads_in_place(kv_dtype: str) -> None:
         (pages, x), _ = jax.lax.scan(layer, (pages, x), jnp.arange(shape[0], dtype=jnp.int32))
         return pages, x
 
-    pages = jax.eval_shape(partial(kv_pages.empty_pages, shape, kv_dtype))
+    pages = jax.eval_shape(partial(kv_pages.empty_pages, shape, kv_dtype, as_bits=True))
     x, ids = jax.ShapeDtypeStruct((8, K, H), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.int32)
     memory = jax.jit(step, donate_argnums=0).lower(pages, x, ids).compile().memory_analysis()
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pages))

@@ -11,6 +11,7 @@ import pytest
 
 from pallas_kernels import kv_pages
 from pallas_kernels import paged_attention as kernel
+from pallas_kernels.attention_work import query_blocks
 from tests.kv_cache import KV_DTYPES, SCALED, numbers, poisoned_pages
 
 NO_WINDOW = 1 << 30
@@ -92,7 +93,7 @@ def decode(scale: float, softcap: float | None):
 def ragged(scale: float, softcap: float | None):
     @jax.jit
     def run(q, pages, start, count, position, page_table, window, layer):
-        blocks = kernel.query_blocks(start, count, position, q.shape[0])
+        blocks = query_blocks(start, count, position, q.shape[0], size=kernel.QUERY_BLOCK)
         return kernel.ragged_attention(
             q, pages, blocks, layer=layer, page_table=page_table, window=window, scale=scale, softcap=softcap
         )
@@ -216,28 +217,6 @@ def test_a_prefill_query_sees_its_window_and_nothing_before_it(window):
 
 def test_prefill_with_softcap():
     check_ragged(Shape(4, 2, 64, 16), [150, 20], [30, 20], softcap=1.5)
-
-
-def test_the_work_list_covers_every_token_once_and_always_fits():
-    make = jax.jit(kernel.query_blocks, static_argnums=3)
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        rows, tokens = int(rng.choice([1, 7])), int(rng.choice([8, 130, 600]))
-        cuts = np.sort(rng.integers(0, tokens + 1, rows))
-        count = np.diff(cuts, prepend=0).astype(np.int32)
-        start = (cuts - count).astype(np.int32)
-        position = rng.integers(0, 1000, rows).astype(np.int32)
-        blocks = make(start, count, position, tokens)
-        assert int(blocks.used) <= blocks.row.shape[0]
-        seen = [
-            (row, first + i, token + i)
-            for row, token, size, first in zip(
-                *(np.asarray(part)[: int(blocks.used)] for part in blocks[1:]), strict=True
-            )
-            for i in range(int(size))
-        ]
-        wanted = [(r, position[r] + i, start[r] + i) for r in range(rows) for i in range(count[r])]
-        assert seen == wanted
 
 
 class TestFormats:

@@ -1,0 +1,412 @@
+"""Attention over a paged KV cache as Pallas kernels (Triton). What they compute is `paged_attention.py`'s to say.
+
+A sequence that decodes has one query: the query heads of a kv head are the rows of a small tile, and the parts of its
+context go to different programs, whose partial sums a second kernel combines. A block of a prefill's queries fills a
+large tile, rows being (token, query head of the group), and walks its context alone. The cache of all layers is passed
+whole, so that no layer's pages are copied.
+
+Products take their operands in the type of the cache, bfloat16 for int8 and float16 for fp8, and sum in float32. Logits
+are kept in units of ln 2, as exp2 is what the hardware has.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.attention_work import DecodeParts, QueryBlocks
+from pallas_kernels.kv_pages import KVFormat, KVPages, decode, format_of
+from pallas_kernels.paged_attention import NEVER
+
+# Defaults that fit the shared memory and the registers of every GPU since sm_80, head dims up to 256.
+PREFILL_TILE = 128 * 128  # elements of a block's queries, where they are of two bytes
+DECODE_ROWS = 16  # the smallest tile that tensor cores take
+CONTEXT_TILE = 64 * 128 * 2  # bytes of K multiplied at once, as many of V; several such reads are in flight
+COMBINED_AT_ONCE = 16  # parts
+
+_LOG2E = math.log2(math.e)
+_SMALLEST_SCALE = 1e-37  # below every scale of a vector
+
+
+class _Shape(NamedTuple):
+    """Static sizes of one call."""
+
+    G: int  # query heads of a kv head
+    S: int
+    H: int
+    width: int  # of tiles: H up to the next power of two
+    decode_rows: int  # G likewise
+    prefill_rows: int  # (token, query head) pairs
+    span: int  # tokens of context read at once
+    scale: float
+    softcap: float | None
+    form: KVFormat
+    precision: Any  # of products
+
+
+class _Cache(NamedTuple):
+    """References to what all programs read."""
+
+    layer: Any  # i32 [1]
+    window: Any  # i32 [1]
+    table: Any  # i32 [B, W]
+    k: Any  # [L, P, K, S, H]
+    v: Any
+    k_scale: Any  # f32 [L, P, K, S], or None
+    v_scale: Any
+
+
+class _Softmax(NamedTuple):
+    """Running softmax of M queries: weighted sum of V, largest logit, sum of weights."""
+
+    acc: Array  # f32 [M, width]
+    largest: Array  # f32 [M]
+    total: Array  # f32 [M]
+
+
+class _Place(NamedTuple):
+    """Which context a program reads: scalars."""
+
+    layer: Array
+    row: Array  # of the page table
+    head: Array  # kv head
+    start: Array  # first position that any of its queries sees
+    stop: Array  # behind the last
+
+
+class _Tokens(NamedTuple):
+    """Tokens of a context that are read at once."""
+
+    at: Array  # positions
+    seen: Array  # whether any query sees each
+    page: Array  # of each, or of all
+    slot: Array
+
+
+def prefill_block(pages: KVPages, num_heads: int) -> int:
+    """Tokens of a prefill block for so many query heads."""
+    G = num_heads // pages.k.shape[2]
+    return max(1, _prefill_rows(pages, G) // G)
+
+
+def context_block(pages: KVPages) -> int:
+    """Tokens of context read at once: what parts of contexts are counted in."""
+    width = pl.next_power_of_2(pages.k.shape[-1]) * jnp.dtype(_operands(format_of(pages))).itemsize
+    return max(16, min(64, CONTEXT_TILE // width))
+
+
+def decode_attention(
+    q: Float[Array, "T N H"],
+    pages: KVPages,
+    parts: DecodeParts,
+    *,
+    layer: Int32[Array, ""],
+    page_table: Int32[Array, "B W"],
+    lengths: Int32[Array, " B"],
+    window: Int32[Array, ""],
+    scale: float,
+    softcap: float | None,
+    interpret: bool = False,
+) -> Float32[Array, "T N H"]:
+    """Attention of one query a sequence: token i is the query of row i, for the rows that `parts` covers.
+
+    Arguments as in `paged_attention.decode_attention`; `parts` counts contexts in blocks of `context_block`. Tokens of
+    other rows, and those behind the B-th, are left as they happen to be.
+    """
+    T, N, H = q.shape
+    K, W, B = pages.k.shape[2], parts.items.shape[0], lengths.shape[0]
+    shape = _shape(q, pages, scale, softcap, interpret)
+    cache = _cache(pages, layer, window, page_table)
+    out, acc, largest, total = pl.pallas_call(
+        partial(_decode_kernel, shape=shape),
+        grid=(W, K),
+        out_shape=[
+            jax.ShapeDtypeStruct((T, N, H), jnp.float32),
+            jax.ShapeDtypeStruct((W, N, H), jnp.float32),
+            jax.ShapeDtypeStruct((W, N), jnp.float32),
+            jax.ShapeDtypeStruct((W, N), jnp.float32),
+        ],
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="paged_attention_decode",
+    )(parts.items, lengths, q, cache)
+    return pl.pallas_call(
+        partial(_combine_kernel, H=H, width=shape.width),
+        grid=(B, N),
+        out_shape=jax.ShapeDtypeStruct((T, N, H), jnp.float32),
+        input_output_aliases={4: 0},
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="paged_attention_combine",
+    )(parts.rows, acc, largest, total, out)
+
+
+def ragged_attention(
+    q: Float[Array, "T N H"],
+    pages: KVPages,
+    blocks: QueryBlocks,
+    out: Float32[Array, "T N H"],
+    *,
+    layer: Int32[Array, ""],
+    page_table: Int32[Array, "B W"],
+    window: Int32[Array, ""],
+    scale: float,
+    softcap: float | None,
+    interpret: bool = False,
+) -> Float32[Array, "T N H"]:
+    """Causal attention of the tokens that `blocks` cover, written into `out`, which is donated.
+
+    Arguments as in `paged_attention.ragged_attention`; blocks are of `prefill_block` tokens. Those without a context,
+    which `padded_query_blocks` adds, get zeros.
+    """
+    T, N, H = q.shape
+    K = pages.k.shape[2]
+    shape = _shape(q, pages, scale, softcap, interpret)
+    operands = (blocks.row, blocks.token, blocks.size, blocks.position, q, _cache(pages, layer, window, page_table))
+    return pl.pallas_call(
+        partial(_prefill_kernel, shape=shape),
+        grid=(blocks.row.shape[0], K),
+        out_shape=jax.ShapeDtypeStruct((T, N, H), jnp.float32),
+        input_output_aliases={len(jax.tree.leaves(operands)): 0},
+        compiler_params=plt.CompilerParams(num_warps=8, num_stages=2 if shape.width > 128 else 3),
+        interpret=interpret,
+        name="paged_attention_prefill",
+    )(*operands, out)
+
+
+def _shape(q: Array, pages: KVPages, scale: float, softcap: float | None, interpret: bool) -> _Shape:
+    K, S, H = pages.k.shape[2:]
+    G, form = q.shape[1] // K, format_of(pages)
+    # Three products of TF32 make one of float32. A CPU knows no TF32.
+    exact = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    return _Shape(
+        G=G,
+        S=S,
+        H=H,
+        width=pl.next_power_of_2(H),
+        decode_rows=max(DECODE_ROWS, pl.next_power_of_2(G)),
+        prefill_rows=_prefill_rows(pages, G),
+        span=context_block(pages),
+        scale=scale,
+        softcap=softcap,
+        form=form,
+        precision=exact if _operands(form) == jnp.float32 else None,
+    )
+
+
+def _operands(form: KVFormat) -> Any:
+    """Type that products take. Each holds the codes exactly; they are what codes become in the fewest operations."""
+    if form.largest is None:
+        return form.codes
+    return jnp.bfloat16 if form.codes == jnp.int8 else jnp.float16
+
+
+def _prefill_rows(pages: KVPages, G: int) -> int:
+    itemsize = jnp.dtype(_operands(format_of(pages))).itemsize
+    # Twice the size also takes twice the registers for each number, three products being one.
+    rows = PREFILL_TILE // (pl.next_power_of_2(pages.k.shape[-1]) * (itemsize // 2) ** 2)
+    return max(16, min(128, rows), pl.next_power_of_2(G))
+
+
+def _cache(pages: KVPages, layer: Array, window: Array, page_table: Array) -> _Cache:
+    return _Cache(layer.reshape(1), window.reshape(1), page_table, *pages)
+
+
+def _decode_kernel(
+    items: Any, lengths: Any, q: Any, cache: _Cache, out: Any, acc: Any, largest: Any, total: Any, *, shape: _Shape
+) -> None:
+    """One part of one row's context, for the query heads of one kv head."""
+    item, head = pl.program_id(0), pl.program_id(1)
+    row, num_parts = items[item, 0], items[item, 3]
+
+    @pl.when(num_parts > 0)
+    def _() -> None:
+        stop = lengths[row]
+        start = jnp.maximum(stop - cache.window[0], 0)
+        group = jnp.arange(shape.decode_rows, dtype=jnp.int32)
+        heads, dims = head * shape.G + group, jnp.arange(shape.width, dtype=jnp.int32)
+        is_head = group < shape.G
+        inside = is_head[:, None] & (dims < shape.H)[None]
+        tile = (row, heads[:, None], dims[None])
+        queries = plt.load(q.at[tile], mask=inside, other=0.0).astype(_operands(shape.form))
+        blocks = jnp.maximum(items[item, 1], lax.div(start, shape.span)), items[item, 2]
+        state = _walk(
+            queries, _empty(shape, group.shape[0]), cache, shape, _Place(cache.layer[0], row, head, start, stop), blocks
+        )
+        alone = num_parts == 1
+        plt.store(out.at[tile], _finish(state), mask=inside & alone)
+        plt.store(acc.at[item, heads[:, None], dims[None]], state.acc, mask=inside & ~alone)
+        plt.store(largest.at[item, heads], state.largest, mask=is_head & ~alone)
+        plt.store(total.at[item, heads], state.total, mask=is_head & ~alone)
+
+
+def _combine_kernel(rows: Any, acc: Any, largest: Any, total: Any, _: Any, out: Any, *, H: int, width: int) -> None:
+    """The whole of one row and query head from its parts, in order."""
+    row, head = pl.program_id(0), pl.program_id(1)
+    first, num_parts = rows[row, 0], rows[row, 1]
+
+    @pl.when(num_parts > 1)
+    def _() -> None:
+        dims = jnp.arange(width, dtype=jnp.int32)
+
+        def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            summed, peak, weight = carry
+            part = i * COMBINED_AT_ONCE + jnp.arange(COMBINED_AT_ONCE, dtype=jnp.int32)
+            exists = part < num_parts
+            item = first + part
+            logits = plt.load(largest.at[item, head], mask=exists, other=NEVER)
+            totals = plt.load(total.at[item, head], mask=exists, other=0.0)
+            sums = plt.load(acc.at[item[:, None], head, dims[None]], mask=exists[:, None] & (dims < H)[None], other=0.0)
+            higher = jnp.maximum(peak, jnp.max(logits, axis=0))
+            decay, factor = jnp.exp2(peak - higher), jnp.exp2(logits - higher)
+            return (
+                summed * decay + jnp.sum(sums * factor[:, None], axis=0),
+                higher,
+                weight * decay + jnp.sum(totals * factor, axis=0),
+            )
+
+        begin = jnp.zeros(width, jnp.float32), jnp.float32(NEVER), jnp.float32(0)
+        summed, _peak, weight = lax.fori_loop(0, pl.cdiv(num_parts, COMBINED_AT_ONCE), step, begin)
+        plt.store(out.at[row, head, dims], summed / weight, mask=dims < H)
+
+
+def _prefill_kernel(
+    rows: Any, tokens: Any, sizes: Any, positions: Any, q: Any, cache: _Cache, _: Any, out: Any, *, shape: _Shape
+) -> None:
+    """One block of queries of one sequence, for the query heads of one kv head."""
+    block, head = pl.num_programs(0) - 1 - pl.program_id(0), pl.program_id(1)  # a prompt's last blocks take longest
+    size = sizes[block]
+
+    @pl.when(size > 0)
+    def _() -> None:
+        position, window, span = positions[block], cache.window[0], shape.span
+        pair = jnp.arange(shape.prefill_rows, dtype=jnp.int32)
+        offset, dims = lax.div(pair, shape.G), jnp.arange(shape.width, dtype=jnp.int32)
+        inside = (offset < size)[:, None] & (dims < shape.H)[None]
+        heads = head * shape.G + lax.rem(pair, shape.G)
+        tile = ((tokens[block] + offset)[:, None], heads[:, None], dims[None])
+        queries = plt.load(q.at[tile], mask=inside, other=0.0).astype(_operands(shape.form))
+        # The context lies between what the first query sees first and what the last one sees last. Blocks that all
+        # queries see whole need no mask: those from `clear` to `ragged`.
+        start, stop = jnp.maximum(position - window + 1, 0), jnp.maximum(position + size, 0)
+        first, last = lax.div(start, span), pl.cdiv(stop, span)
+        clear = jnp.minimum(pl.cdiv(jnp.maximum(position + size - window, 0), span), last)
+        ragged = jnp.maximum(lax.div(jnp.maximum(position + 1, 0), span), clear)
+        walk = partial(
+            _walk, queries, cache=cache, shape=shape, place=_Place(cache.layer[0], rows[block], head, start, stop)
+        )
+
+        def sees(at: Array) -> Array:
+            return (at[None] <= (position + offset)[:, None]) & (at[None] > (position + offset - window)[:, None])
+
+        state = walk(_empty(shape, shape.prefill_rows), blocks=(first, clear), sees=sees)
+        state = walk(state, blocks=(clear, ragged), masked=False)
+        state = walk(state, blocks=(ragged, last), sees=sees)
+        plt.store(out.at[tile], _finish(state), mask=inside)
+
+
+def _walk(
+    queries: Array,
+    state: _Softmax,
+    cache: _Cache,
+    shape: _Shape,
+    place: _Place,
+    blocks: tuple[Array, Array],
+    *,
+    sees: Callable[[Array], Array] | None = None,
+    masked: bool = True,
+) -> _Softmax:
+    """Attends to some blocks of a context.
+
+    Args:
+        queries: `[M, width]`.
+        state: so far.
+        cache: what is read.
+        shape: static sizes.
+        place: whose context.
+        blocks: first, and behind the last.
+        sees: positions of some tokens to whether each query sees each of them, `[M, tokens]`; None: all that the place
+            has.
+        masked: False: all queries see all of these blocks.
+    """
+
+    def step(block: Array, state: _Softmax) -> _Softmax:
+        tokens = _tokens(block, cache, shape, place, masked=masked)
+        logits = plt.dot(queries, _vectors(cache.k, tokens, shape, place), trans_b=True, precision=shape.precision)
+        if cache.k_scale is not None:
+            logits = logits * _scales(cache.k_scale, tokens, place)[None]
+        logits = _in_bits(logits, shape)
+        if masked:
+            seen = tokens.seen[None] if sees is None else tokens.seen[None] & sees(tokens.at)
+            logits = jnp.where(seen, logits, NEVER)
+        # Where nothing was seen yet, weights of masked tokens are 1; the first token that is seen decays them to 0.
+        largest = jnp.maximum(state.largest, jnp.max(logits, axis=1))
+        weights = jnp.exp2(logits - largest[:, None])
+        decay = jnp.exp2(state.largest - largest)
+        total = state.total * decay + jnp.sum(weights, axis=1)
+        unit = None
+        if cache.v_scale is not None:
+            by_token = _scales(cache.v_scale, tokens, place)
+            if _operands(shape.form) == jnp.float16:  # which knows no small numbers: the largest scale becomes 1
+                unit = jnp.maximum(jnp.max(by_token, axis=0), _SMALLEST_SCALE)
+                by_token = by_token / unit
+            weights = weights * by_token[None]
+        vectors = _vectors(cache.v, tokens, shape, place)
+        values = plt.dot(weights.astype(vectors.dtype), vectors, precision=shape.precision)
+        return _Softmax(state.acc * decay[:, None] + (values if unit is None else values * unit), largest, total)
+
+    return lax.fori_loop(*blocks, step, state)
+
+
+def _tokens(block: Array, cache: _Cache, shape: _Shape, place: _Place, *, masked: bool) -> _Tokens:
+    """The tokens of one block of a context."""
+    at = block * shape.span + jnp.arange(shape.span, dtype=jnp.int32)
+    seen = (at >= place.start) & (at < place.stop) if masked else jnp.full(shape.span, True)
+    if shape.span <= shape.S:  # one page holds them all
+        page = cache.table[place.row, lax.div(block * shape.span, shape.S)]
+    else:
+        page = plt.load(cache.table.at[place.row, lax.div(at, shape.S)], mask=seen, other=0)
+    return _Tokens(at, seen, page, lax.rem(at, shape.S))
+
+
+def _vectors(cache: Any, tokens: _Tokens, shape: _Shape, place: _Place) -> Array:
+    """K or V of some tokens, `[tokens, width]`, as products take them; zeros where unseen."""
+    dims = jnp.arange(shape.width, dtype=jnp.int32)
+    page = tokens.page[:, None] if tokens.page.ndim else tokens.page
+    stored = plt.load(
+        cache.at[place.layer, page, place.head, tokens.slot[:, None], dims[None]],
+        mask=tokens.seen[:, None] & (dims < shape.H)[None],
+        other=0.0 if jnp.issubdtype(cache.dtype, jnp.floating) else 0,  # of the array's own kind
+    )
+    return decode(stored, shape.form).astype(_operands(shape.form))
+
+
+def _scales(scales: Any, tokens: _Tokens, place: _Place) -> Array:
+    """Of the vectors of some tokens; zeros where unseen."""
+    return plt.load(scales.at[place.layer, tokens.page, place.head, tokens.slot], mask=tokens.seen, other=0.0)
+
+
+def _in_bits(products: Array, shape: _Shape) -> Array:
+    """Logits in units of ln 2."""
+    if shape.softcap is None:
+        return products * (shape.scale * _LOG2E)
+    # tanh(x) = 1 − 2 / (e^2x + 1)
+    power = jnp.exp2(products * (shape.scale / shape.softcap * 2 * _LOG2E))
+    return (shape.softcap * _LOG2E) * (1.0 - 2.0 / (power + 1.0))
+
+
+def _empty(shape: _Shape, M: int) -> _Softmax:
+    return _Softmax(
+        jnp.zeros((M, shape.width), jnp.float32), jnp.full(M, NEVER, jnp.float32), jnp.zeros(M, jnp.float32)
+    )
+
+
+def _finish(state: _Softmax) -> Array:
+    return state.acc / jnp.where(state.total > 0, state.total, 1.0)[:, None]

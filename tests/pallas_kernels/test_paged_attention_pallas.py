@@ -1,0 +1,189 @@
+"""A step's attention by the Pallas kernels, interpreted, equals attention in float64: tokens are written into their
+pages, contexts are cut into parts and blocks, and nothing of what the cache holds elsewhere gets in.
+
+A program takes seconds to compile, a step milliseconds: each case is one program, and its steps cover many things."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atoma_jax import ops
+from pallas_kernels.kv_pages import KVPages
+from tests.pallas_kernels.contexts import LAYER, NO_WINDOW, Contexts, Heads, attention_of
+
+BACKEND = ops.Backend(platform="cpu", operands="float32", weight_layout="rows", kernels="interpret")
+B, T, LONGEST = 6, 128, 384  # rows and tokens of a step, positions of a page table
+CASES = {
+    "three heads a kv head": (Heads(6, 2, 64, 16), "float32", None),
+    "seven heads a kv head, H 80": (Heads(7, 1, 80, 8), "bfloat16", None),
+    "a head a kv head, H 96, softcap": (Heads(2, 2, 96, 128), "int8", 1.5),
+    "fp8 in pages of 32": (Heads(4, 2, 64, 32), "fp8_e4m3", None),
+    "H 256, softcap": (Heads(4, 1, 256, 64), "float16", 1.5),
+}
+
+
+@lru_cache
+def program(heads: Heads, softcap: float | None, fixed_parts: bool = False, decode_only: bool = False):
+    """A step of one layer: q, k, v of its tokens, the cache, and where everything lies → out and the cache."""
+
+    @jax.jit
+    def run(q, k, v, pages, page, slot, table, lengths, chunks, window):
+        batch = ops.attention_batch(
+            pages,
+            heads.N,
+            BACKEND,
+            page=page,
+            slot=slot,
+            page_table=table,
+            decode_lengths=lengths,
+            chunks=None if decode_only else ops.Chunks(*chunks),
+            fixed_parts=fixed_parts,
+        )
+        layer, scale = jnp.int32(LAYER), heads.H**-0.5
+        return ops.attend(q, k, v, pages, batch, BACKEND, layer=layer, window=window, scale=scale, softcap=softcap)
+
+    return run
+
+
+class Step:
+    """Decodes first, then chunks of prefill, then padding, which is NaN."""
+
+    def __init__(
+        self,
+        contexts: Contexts,
+        decodes: Sequence[int],
+        chunks: Sequence[tuple[int, int]] = (),
+        tokens: int = T,
+        seed: int = 0,
+    ):
+        """`decodes`: lengths of contexts, 0 for rows without one. `chunks`: first position and tokens."""
+        heads, rng = contexts.heads, np.random.default_rng(seed)
+        self.contexts = contexts
+        self.rows: list[tuple[int, np.ndarray, np.ndarray]] = []  # row, tokens, positions
+        self.lengths = np.pad(np.asarray(decodes, np.int32), (0, B - len(decodes)))
+        self.chunks = np.zeros((3, B), np.int32)
+        for row, length in enumerate(decodes):
+            if length:
+                self.rows.append((row, np.asarray([row]), np.asarray([length - 1])))
+        used = len(decodes)
+        for row, (position, count) in enumerate(chunks, start=len(decodes)):
+            self.chunks[:, row] = used, count, position
+            if count:
+                self.rows.append((row, used + np.arange(count), position + np.arange(count)))
+            used += count
+        self.q, self.k, self.v = (
+            np.full((tokens, n, heads.H), np.nan, np.float32) for n in (heads.N, heads.K, heads.K)
+        )
+        self.page, self.slot = np.zeros(tokens, np.int32), np.zeros(tokens, np.int32)
+        for row, at, positions in self.rows:
+            for x in (self.q, self.k, self.v):
+                x[at] = rng.standard_normal((len(at), *x.shape[1:]))
+            self.page[at], self.slot[at] = contexts.place(row, positions)
+
+    def run(self, run, pages: KVPages, window: int = NO_WINDOW) -> tuple[np.ndarray, KVPages]:
+        places = (self.page, self.slot, self.contexts.table, self.lengths, self.chunks)
+        out, pages = run(self.q, self.k, self.v, pages, *places, np.int32(window))
+        return np.asarray(out), pages
+
+    def check(self, out: np.ndarray, pages: KVPages, *, window: int = NO_WINDOW, softcap: float | None = None) -> None:
+        idle = np.ones(len(out), np.bool_)
+        for row, at, positions in self.rows:
+            want, error = attention_of(self.contexts, pages, self.q[at], row, positions, window=window, softcap=softcap)
+            off = np.abs(out[at] - want)
+            assert (off <= error).all(), f"row {row}: {off.max()} of {error.max()}"
+            idle[at] = False
+        np.testing.assert_array_equal(out[idle], 0.0)
+
+
+def mixed(heads: Heads, kv_dtype: str, *, as_bits: bool = True) -> Step:
+    """Three contexts decode: of one token, of one beyond a page, and a long one, cut into parts. Then a prompt of two
+    blocks, one token, and a chunk behind a context; then padding."""
+    lengths = [1, heads.S + 1, 300, 70, 41, 140]
+    contexts = Contexts(heads, lengths, kv_dtype, width=LONGEST // heads.S, as_bits=as_bits)
+    return Step(contexts, [1, heads.S + 1, 300], [(0, 70), (40, 1), (100, 40)])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mixed_step_is_right_with_and_without_a_window(case: str) -> None:
+    heads, kv_dtype, softcap = CASES[case]
+    step = mixed(heads, kv_dtype)
+    for window in (NO_WINDOW, 37, 1):
+        out, pages = step.run(program(heads, softcap), step.contexts.pages(), window)
+        step.check(out, pages, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8_e4m3"])
+def test_types_that_a_gpu_keeps_as_they_are_give_the_same_bits(kv_dtype: str) -> None:
+    heads = Heads(4, 2, 64, 32)
+    outs = []
+    for as_bits in (True, False):
+        step = mixed(heads, kv_dtype, as_bits=as_bits)
+        outs.append(step.run(program(heads, None), step.contexts.pages())[0])
+    np.testing.assert_array_equal(*outs)
+
+
+def test_steps_of_any_mixture_up_to_the_limits_are_right() -> None:
+    heads, kv_dtype, softcap = CASES["three heads a kv head"]
+    contexts = Contexts(heads, [128, 384, 16, 2, 384, 17], kv_dtype, width=LONGEST // heads.S)
+    for step in (
+        Step(contexts, [], [(0, 128)]),  # one prompt that fills the bucket
+        Step(contexts, [], [(7, 1)]),  # a single token
+        Step(contexts, [128, 384, 16, 2, 384, 17]),  # nothing to prefill
+        Step(contexts, [], [(0, 0), (256, 100), (0, 16), (0, 2)]),
+        Step(contexts, []),  # no work at all
+    ):
+        out, pages = step.run(program(heads, softcap), contexts.pages())
+        step.check(out, pages)
+
+
+@pytest.mark.parametrize("fixed_parts", [False, True])
+def test_a_step_that_only_decodes(fixed_parts: bool) -> None:
+    """Rows without a context yield zeros, wherever they are."""
+    heads = Heads(6, 2, 64, 16)
+    contexts = Contexts(heads, [1, 300, 128, 2, 384, 15], "float32", width=LONGEST // heads.S)
+    run = program(heads, None, fixed_parts, decode_only=True)
+    for lengths in ([1, 300, 0, 2, 384, 15], [0, 0, 128, 0, 0, 0], [0] * B):
+        step = Step(contexts, lengths, tokens=B)
+        for window in (NO_WINDOW, 20):
+            out, pages = step.run(run, contexts.pages(), window)
+            step.check(out, pages, window=window)
+
+
+def test_with_fixed_parts_a_row_is_bit_equal_whatever_stands_beside_it() -> None:
+    heads = Heads(6, 2, 64, 16)
+    contexts = Contexts(heads, [300, 384, 128, 2, 384, 15], "float32", width=LONGEST // heads.S)
+    run = program(heads, None, True, decode_only=True)
+    alone = Step(contexts, [300, 0, 0, 0, 0, 0], tokens=B).run(run, contexts.pages())[0]
+    among = Step(contexts, [300, 384, 128, 2, 384, 15], tokens=B).run(run, contexts.pages())[0]
+    np.testing.assert_array_equal(alone[0], among[0])
+
+
+@pytest.mark.parametrize("case", ["three heads a kv head", "a head a kv head, H 96, softcap"])
+def test_nan_in_one_context_stays_in_its_row_and_kv_head(case: str) -> None:
+    heads, kv_dtype, softcap = CASES[case]
+    step = mixed(heads, kv_dtype)
+    run = program(heads, softcap)
+    clean, pages = step.run(run, step.contexts.pages())
+    page, slot = (part[0] for part in step.contexts.place(2, np.asarray([37])))
+    sick = "k" if pages.k_scale is None else "k_scale"
+    bad = step.contexts.pages()
+    bad = bad._replace(**{sick: getattr(bad, sick).at[LAYER, page, 1, slot].set(jnp.nan)})
+    out, _ = step.run(run, bad)
+    group = heads.N // heads.K
+    assert np.isnan(out[2, group:]).all()
+    np.testing.assert_array_equal(out[2, :group], clean[2, :group])
+    np.testing.assert_array_equal(np.delete(out, 2, 0), np.delete(clean, 2, 0))
+
+
+def test_kv_heads_may_be_split_over_devices() -> None:
+    command = [sys.executable, "-m", "tests.pallas_kernels.sharded_attention"]
+    ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["2", "devices,", "equal"]

@@ -1,0 +1,133 @@
+"""The kernel's products are those of float64, for every kind of packed weight, at and off the borders of its tiles."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import quantized_matmul
+from pallas_kernels.planar_matmul import PlanarFormat, planar_grouped_matmul, planar_matmul
+from pallas_kernels.tuning import MatmulTiles
+from tests.pallas_kernels.packed_weights import IQ4_NL, Packed, activations, index, packed
+
+FEW = MatmulTiles(block_n=32, block_m=16, splits=2, warps=4, stages=4)
+MANY = MatmulTiles(block_n=32, block_m=64, splits=1, warps=8, stages=2)
+
+KINDS = {
+    "Q4_0": (PlanarFormat(4, 32, 32, 8, None), False, None),
+    "Q4_K": (PlanarFormat(4, 32, 32, 0, None), True, 256),
+    "AWQ": (PlanarFormat(4, 64, 128, 0, None), True, None),
+    "group of two blocks, mins": (PlanarFormat(4, 16, 128, 0, None), True, None),
+    "IQ4_NL": (PlanarFormat(4, 32, 32, 0, IQ4_NL), False, None),
+    "Q8_0": (PlanarFormat(8, 32, 32, 128, None), False, None),
+    "Q6_K": (PlanarFormat(8, 16, 16, 32, None), False, 256),
+    "Q5_K": (PlanarFormat(8, 32, 64, 0, None), True, 256),
+    "Q2_K": (PlanarFormat(2, 16, 16, 0, None), True, 256),
+    "ternary": (PlanarFormat(2, 32, 512, 1, None), False, None),
+}
+K = 512
+QUICK = {"xla_backend_optimization_level": 0}  # compiling is what takes time here; arithmetic is the same
+
+
+@partial(jax.jit, static_argnums=(3, 4), compiler_options=QUICK)
+def product(x, stack, place, kind, tiles):
+    return planar_matmul(x, stack, place, kind, tiles, interpret=True)
+
+
+def weight(name: str, N: int) -> Packed:
+    kind, mins, supergroup = KINDS[name]
+    return packed(kind, S=2, N=N, K=K, mins=mins, supergroup=supergroup)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_few_rows_are_exact_but_for_sums_in_float32(name):
+    """Numbers are exact in bfloat16, and so are activations: nothing but the order of sums is left."""
+    w = weight(name, 40)  # a tile, and a quarter of one
+    x = activations(17, K)
+    got = np.asarray(product(x, w.stack, index(1), w.kind, FEW), np.float64)
+    bound = np.abs(x) @ w.sizes[1].T
+    assert (np.abs(got - x @ w.values[1].T) <= 2e-6 * bound).all()
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
+def test_of_many_rows_weights_are_rounded_to_bfloat16(name):
+    w = weight(name, 64)
+    x = activations(130, K)
+    got = np.asarray(product(x, w.stack, index(0), w.kind, MANY), np.float64)
+    want = x @ w.values[0].T
+    # Scale, product, min and difference are rounded to 8 bits each, by half of 2^-8 at most.
+    assert (np.abs(got - want) <= 2 * 2.0**-8 * (np.abs(x) @ w.sizes[0].T)).all()
+    assert np.linalg.norm(got - want) < 4e-3 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("M", [1, 64])
+def test_any_number_of_rows(M):
+    w = weight("Q4_0", 40)
+    x = activations(M, K)
+    got = product(x, w.stack, index(1), w.kind, FEW)
+    np.testing.assert_allclose(got, x @ w.values[1].T, rtol=1e-5, atol=2e-5)
+
+
+def test_it_is_the_product_of_plain_xla():
+    w = weight("Q4_K", 40)
+    x = activations(17, K)
+    scales, mins = (
+        quantized_matmul.flat_factors(values[1], supers[1])
+        for values, supers in ((w.stack.scales, w.stack.scale_supers), (w.stack.mins, w.stack.min_supers))
+    )
+    want = quantized_matmul.matmul_planar(
+        jnp.asarray(x),
+        w.stack.words[1],
+        scales,
+        mins,
+        bits=4,
+        plane=w.kind.plane,
+        zero=0,
+        table=None,
+        operands=jnp.dtype("float32"),
+    )
+    np.testing.assert_allclose(product(x, w.stack, index(1), w.kind, FEW), want, rtol=1e-5, atol=1e-4)
+
+
+def test_a_row_that_holds_nan_stays_alone():
+    w = weight("Q4_K", 40)
+    x = activations(17, K)
+    x[16] = np.nan  # the first of its tile, beside rows that are not there
+    got = np.asarray(product(x, w.stack, index(1), w.kind, FEW))
+    assert np.isnan(got[16]).all()
+    assert np.isfinite(got[:16]).all()
+
+
+@pytest.mark.parametrize(
+    ("plane", "group", "aligned"), [(32, 32, True), (32, 256, True), (16, 48, False), (64, 96, False), (64, 32, False)]
+)
+def test_groups_are_whole_blocks_or_blocks_whole_groups(plane, group, aligned):
+    assert PlanarFormat(4, plane, group, 8, None).is_aligned == aligned
+
+
+def test_on_several_devices_each_sums_its_part_of_k():
+    """Row-parallel: whole blocks along K to each device. The kernel's outputs carry no claim about replication."""
+    w = weight("Q4_0", 32)
+    x = activations(3, K)
+    devices = jax.make_mesh((len(jax.devices()),), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = type(w.stack)(P(None, None, "tensor"), P(None, "tensor"), None, None, None)
+
+    def local(x, stack):
+        return jax.lax.psum(product(x, stack, index(1), w.kind, FEW), "tensor")
+
+    run = jax.shard_map(local, mesh=devices, in_specs=(P(None, "tensor"), specs), out_specs=P(), check_vma=False)
+    np.testing.assert_allclose(jax.jit(run)(x, w.stack), x @ w.values[1].T, rtol=1e-5, atol=2e-5)
+
+
+def test_groups_of_rows_have_weights_of_their_own():
+    """Blocks of one to sixteen rows, each with its expert's weight; work behind the last used block is not done."""
+    w = weight("Q4_K", 40)
+    x = activations(24, K)
+    start, stop, expert = np.int32([0, 3, 19, 0]), np.int32([3, 19, 20, 16]), np.int32([1, 0, 1, 0])
+    run = jax.jit(partial(planar_grouped_matmul, kind=w.kind, tiles=FEW, interpret=True), compiler_options=QUICK)
+    got = np.asarray(run(x, w.stack, index(3), expert, start, stop))
+    for first, last, one in zip(start[:3], stop[:3], expert[:3], strict=True):
+        np.testing.assert_allclose(got[first:last], x[first:last] @ w.values[one].T, rtol=1e-5, atol=2e-5)

@@ -1,0 +1,50 @@
+"""Tiles come from what was measured on a device, and from stated defaults elsewhere."""
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from pallas_kernels import tuning
+from pallas_kernels.tuning import MatmulTiles, default_tiles, matmul_key, matmul_tiles
+
+SHAPE = {"N": 4096, "K": 4096, "bits": 4, "group": 32}
+
+
+def test_an_unknown_device_and_shape_get_the_defaults():
+    assert matmul_tiles("", "planar_matmul", M=1, **SHAPE) == default_tiles("planar_matmul", M=1, **SHAPE)
+    assert matmul_tiles("No Such GPU", "planar_matmul", M=1, **SHAPE) == default_tiles("planar_matmul", M=1, **SHAPE)
+
+
+def test_what_was_measured_counts_for_its_bucket_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    best = {"block_n": 32, "block_m": 16, "splits": 1, "warps": 2, "stages": 5}
+    (tmp_path / "tuned").mkdir()
+    key = matmul_key(M=8, **SHAPE)
+    file = tmp_path / "tuned" / "nvidia-h200-141gb.json"
+    file.write_text(json.dumps({"planar_matmul": {key: best}}), encoding="utf-8")
+    monkeypatch.setattr(resources, "files", lambda _: tmp_path)
+    device = "NVIDIA H200 (141GB)"
+    for rows in (2, 5, 8):
+        assert matmul_tiles(device, "planar_matmul", M=rows, **SHAPE) == MatmulTiles(**best)
+    assert matmul_tiles(device, "planar_matmul", M=9, **SHAPE) == default_tiles("planar_matmul", M=9, **SHAPE)
+    assert matmul_tiles(device, "ternary_matmul", M=8, **SHAPE) == default_tiles("ternary_matmul", M=8, **SHAPE)
+    tuning._tuned.cache_clear()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("M", [1, 16, 17, 64, 65, 4096])
+def test_default_tiles_leave_room_in_shared_memory_and_are_powers_of_two(M, bits):
+    tiles = default_tiles("planar_matmul", M=M, N=4096, K=4096, bits=bits, group=4096 if bits == 2 else 128)
+    block_k = 64 * 16 // bits
+    loads = tiles.block_m * block_k * 2 + tiles.block_n * block_k * bits // 8
+    assert tiles.stages * loads <= 163 << 10  # of an A100
+    assert tiles.stages >= 2
+    for size in (tiles.block_n, tiles.block_m, tiles.splits, tiles.warps):
+        assert size & (size - 1) == 0
+
+
+def test_few_out_features_are_spread_by_cutting_k():
+    few = default_tiles("planar_matmul", M=1, N=1024, K=8192, bits=4, group=32)
+    many = default_tiles("planar_matmul", M=1, N=65536, K=8192, bits=4, group=32)
+    assert few.splits > many.splits == 1
