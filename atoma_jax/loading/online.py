@@ -10,15 +10,15 @@ from atoma_jax.loading.checkpoint import Checkpoint, Floats, Permutation, Rows, 
 from atoma_jax.loading.weight_sources import WeightSource
 from atoma_jax.models.params import ParamSpec
 from atoma_jax.quant.groups import GroupCodes, GroupFormat
-from atoma_jax.quant.online import Scheme, quantize_rows, scheme_format
+from atoma_jax.quant.online import LoadScheme, quantize_rows, scheme_format
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedTensor:
+class QuantizedOnLoad:
     """A dense tensor whose rows are quantized when they are read: a `StoredTensor`."""
 
     dense: StoredTensor
-    scheme: Scheme
+    scheme: LoadScheme
 
     @property
     def name(self) -> str:
@@ -67,7 +67,7 @@ class OnlineCheckpoint:
     tensors: Mapping[str, StoredTensor]
 
 
-SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+SCHEMES: Mapping[str, LoadScheme] = MappingProxyType(
     {"int8": "int8", "int4": "int4", "fp8": "fp8", "ternary": "ternary", "w8a8": "int8_channel"}
 )
 
@@ -98,7 +98,7 @@ def quantized_on_load(
         kinds = sorted({checkpoint.tensors[name].type_name for name in names})
         problem = f"has nothing to quantize: the layers of {checkpoint.path.name} are {', '.join(kinds)} already"
         raise ConfigError("quantization", option, f"{problem}; leave it out, or give a dense model")
-    changed = {name: QuantizedTensor(checkpoint.tensors[name], SCHEMES[option]) for name in dense}
+    changed = {name: QuantizedOnLoad(checkpoint.tensors[name], SCHEMES[option]) for name in dense}
     for tensor in changed.values():
         _ = tensor.format  # refuses inputs that do not fit, before anything is read
     return OnlineCheckpoint(checkpoint.path, {**checkpoint.tensors, **changed})

@@ -29,7 +29,7 @@ from atoma_jax.quant.groups import F16, FLOAT8, Factors, GroupCodes, GroupFormat
 from atoma_jax.quant.quantizers import check_range
 from atoma_jax.quant.scale_search import affine_fit
 
-Scheme: TypeAlias = Literal["int8", "int8_channel", "int4", "fp8", "ternary"]
+LoadScheme: TypeAlias = Literal["int8", "int8_channel", "int4", "fp8", "ternary"]
 _Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 _F = np.float32
@@ -39,7 +39,7 @@ _TERNARY_GROUPS = (256, 128, 64, 32)  # the error hardly depends on it, so the l
 _CHUNK = 1 << 16  # elements: what the search works on stays in the cache of a core
 
 
-def scheme_format(scheme: Scheme, K: int) -> GroupFormat:
+def scheme_format(scheme: LoadScheme, K: int) -> GroupFormat:
     """What `quantize_rows` makes of rows of K inputs.
 
     Raises:
@@ -56,7 +56,7 @@ def scheme_format(scheme: Scheme, K: int) -> GroupFormat:
     return GroupFormat(bits=2, group=_fitting(scheme, K, _TERNARY_GROUPS), zero=1, scale_dtype=F16)
 
 
-def quantize_rows(values: Float32[np.ndarray, "N K"], scheme: Scheme, field: str = "values") -> GroupCodes:
+def quantize_rows(values: Float32[np.ndarray, "N K"], scheme: LoadScheme, field: str = "values") -> GroupCodes:
     """Quantizes rows, each for itself. Thread-safe; results own their memory.
 
     Args:
@@ -72,7 +72,7 @@ def quantize_rows(values: Float32[np.ndarray, "N K"], scheme: Scheme, field: str
     return _QUANTIZERS[scheme](np.ascontiguousarray(values), kind)
 
 
-def _fitting(scheme: Scheme, K: int, groups: tuple[int, ...]) -> int:
+def _fitting(scheme: LoadScheme, K: int, groups: tuple[int, ...]) -> int:
     for group in groups:
         if K % group == 0:
             return group
@@ -133,6 +133,6 @@ def _ternary(values: _Floats, kind: GroupFormat) -> GroupCodes:
     return GroupCodes((trits + 1).astype(np.uint8).reshape(values.shape), Factors(scales), None, kind)
 
 
-_QUANTIZERS: Mapping[Scheme, Callable[[_Floats, GroupFormat], GroupCodes]] = MappingProxyType(
+_QUANTIZERS: Mapping[LoadScheme, Callable[[_Floats, GroupFormat], GroupCodes]] = MappingProxyType(
     {"int8": _symmetric, "int8_channel": _symmetric, "int4": _int4, "fp8": _fp8, "ternary": _ternary}
 )

@@ -12,9 +12,9 @@ import pytest
 
 from atoma_jax.errors import UserError
 from atoma_jax.quant.groups import GroupCodes
-from atoma_jax.quant.online import Scheme, quantize_rows, scheme_format
+from atoma_jax.quant.online import LoadScheme, quantize_rows, scheme_format
 
-SCHEMES: tuple[Scheme, ...] = ("int8", "int8_channel", "int4", "fp8", "ternary")
+SCHEMES: tuple[LoadScheme, ...] = ("int8", "int8_channel", "int4", "fp8", "ternary")
 N, K = 16, 512
 F32_ROUNDING, F16_ROUNDING = 2.0**-24, 2.0**-11
 SMALLEST_HALF = 2.0**-24  # f16 keeps small scales to half of that
@@ -48,7 +48,7 @@ def mean_squared_error(values: np.ndarray, weights: np.ndarray) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_result_has_the_form_that_was_announced(scheme: Scheme, kind: str) -> None:
+def test_the_result_has_the_form_that_was_announced(scheme: LoadScheme, kind: str) -> None:
     result = quantize_rows(weights(kind), scheme)
     announced = scheme_format(scheme, K)
     assert result.format == announced
@@ -67,7 +67,7 @@ def test_the_result_has_the_form_that_was_announced(scheme: Scheme, kind: str) -
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("scheme", "scale_rounding"), [("int8", F16_ROUNDING), ("int8_channel", F32_ROUNDING)])
 def test_int8_scales_reach_the_largest_value_and_codes_are_the_nearest(
-    scheme: Scheme, scale_rounding: float, kind: str
+    scheme: LoadScheme, scale_rounding: float, kind: str
 ) -> None:
     rows = weights(kind)
     result = quantize_rows(rows, scheme)
@@ -82,7 +82,7 @@ def test_int8_scales_reach_the_largest_value_and_codes_are_the_nearest(
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8_channel"])
-def test_int8_is_symmetric(scheme: Scheme) -> None:
+def test_int8_is_symmetric(scheme: LoadScheme) -> None:
     rows = weights("heavy-tailed")
     np.testing.assert_array_equal(quantize_rows(-rows, scheme).values(), -quantize_rows(rows, scheme).values())
     assert quantize_rows(rows, scheme).signed().min() == -127
@@ -165,7 +165,7 @@ def test_weights_that_are_ternary_already_are_kept_exactly(density: float) -> No
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_rows_are_quantized_each_for_itself(scheme: Scheme) -> None:
+def test_rows_are_quantized_each_for_itself(scheme: LoadScheme) -> None:
     rows = np.concatenate([weights("heavy-tailed", seed) for seed in range(20)])  # more than a chunk of the search
     whole, part = quantize_rows(rows, scheme), quantize_rows(rows[130:140], scheme)
     np.testing.assert_array_equal(part.codes, whole.codes[130:140])
@@ -179,7 +179,7 @@ def test_ternary_takes_the_largest_group_that_fits(K: int, group: int) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "ternary"])
-def test_rows_that_groups_do_not_fit_are_refused(scheme: Scheme) -> None:
+def test_rows_that_groups_do_not_fit_are_refused(scheme: LoadScheme) -> None:
     with pytest.raises(UserError, match=r"multiple of 32 inputs and this tensor has 100; w8a8 and fp8"):
         scheme_format(scheme, 100)
     assert quantize_rows(np.ones((2, 100), np.float32), "int8_channel").values().tolist() == [[1.0] * 100] * 2
@@ -187,7 +187,7 @@ def test_rows_that_groups_do_not_fit_are_refused(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
-def test_what_is_no_number_is_refused(scheme: Scheme, bad: float) -> None:
+def test_what_is_no_number_is_refused(scheme: LoadScheme, bad: float) -> None:
     rows = weights("normal")
     rows[3, 7] = bad
     with pytest.raises(UserError, match=r"blk\.0\.ffn_up: must be finite"):

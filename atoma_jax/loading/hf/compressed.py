@@ -109,7 +109,8 @@ class _Group:
         if self.targets.matches(name, field):
             return 2
         # No classes are known here. A quantized weight is one of the targeted class, or its file contradicts itself.
-        return int(any("." not in target for target in self.targets.names))
+        # A class has a capital and no dot; "lm_head" is a layer.
+        return int(any("." not in target and target[:1].isupper() for target in self.targets.names))
 
 
 @dataclass(frozen=True, slots=True)

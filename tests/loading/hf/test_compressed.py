@@ -190,6 +190,18 @@ def test_each_layer_is_read_as_the_group_that_names_it_most_closely(hf_folder: W
     assert checkpoint.activation_scheme is None  # the groups differ
 
 
+def test_a_layer_of_the_top_is_no_class(hf_folder: Write) -> None:
+    tensors, values = layers(a_up="w4", lm_head="w8")
+    tensors = {name.replace("lm.head", "lm_head"): part for name, part in tensors.items()}
+    groups = {
+        "eight": {"targets": ["lm_head"], "weights": W8, "format": "int-quantized"},
+        "four": {"targets": ["Linear"], "weights": W4, "format": "pack-quantized"},
+    }
+    checkpoint = HFCheckpoint.open(hf_folder(tensors, mixed(groups)))
+    assert_tensor_is(checkpoint.tensors["lm_head.weight"], values["lm.head"])
+    assert_tensor_is(checkpoint.tensors["a.up.weight"], values["a.up"])
+
+
 def test_usual_expressions_are_within_the_limits() -> None:
     usual = ("re:.*mlp.gate$", "re:.*self_attn.*", r"re:model\.layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj")
     found = NamePatterns.of("ignore", ("lm_head", *usual))
