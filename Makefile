@@ -51,7 +51,7 @@ $(STAMP): $(VENV)/.installed
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	@echo "installing atoma-jax[bench] (compiles llama.cpp: takes cmake, a C++ compiler and minutes)"
-	@$(INSTALL) '.[bench]'
+	@$(PIP) install --quiet --editable '.[bench]' # isolated: llama-cpp-python brings its own build requirements
 	@touch $@
 
 # Without a compiler, the engine does without.

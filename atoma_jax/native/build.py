@@ -122,11 +122,15 @@ def sources() -> list[Path]:
     return sorted(found, key=lambda path: (not flags_of(path), path.name))
 
 
+def takes(running: tuple[int, int], built: tuple[int, int]) -> bool:
+    """Whether a jaxlib runs handlers: those of its own version of the FFI and of minor ones before it."""
+    return built[0] == running[0] and built[1] <= running[1]
+
+
 def is_current(library: Path = LIBRARY) -> bool:
-    """Whether it is there, of these sources, and for this jaxlib's version of the FFI."""
-    if not library.exists():
-        return False
-    return Stamp.of(library) == Stamp(source_digest(), ffi_version(include_folder()))
+    """Whether it is there, of these sources, and for a version of the FFI that this jaxlib runs."""
+    stamp = Stamp.of(library) if library.exists() else None
+    return stamp is not None and stamp.sources == source_digest() and takes(ffi_version(include_folder()), stamp.ffi)
 
 
 def build_program(main: Path, target: Path, *flags: str) -> Path:
@@ -147,13 +151,13 @@ def build_program(main: Path, target: Path, *flags: str) -> Path:
 
 
 def build(target: Path = LIBRARY) -> Path:
-    """Compiles and links, or copies what is there and current. The library appears whole or not at all.
+    """Compiles and links, unless what is there is current. The library appears whole or not at all.
 
     Raises:
         BuildError: there is no compiler, or it fails.
     """
-    if target != LIBRARY and is_current():
-        return _put(LIBRARY, target)
+    if is_current():
+        return target if target == LIBRARY else _put(LIBRARY, target)
     include = include_folder()
     stamp = f'-DATOMA_SOURCES="{source_digest()}"'
     with tempfile.TemporaryDirectory(prefix="atoma-native-") as scratch:
@@ -195,10 +199,9 @@ def _run(*command: str) -> None:
 
 
 def main() -> None:
-    """Builds unless the library is current."""
+    """For the command line."""
     try:
-        if not is_current():
-            build()
+        build()
     except BuildError as error:
         sys.exit(f"the native kernels were not built: {error}")
 

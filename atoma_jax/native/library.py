@@ -14,7 +14,7 @@ from typing import Final
 import jax
 
 from atoma_jax.cores import usable_cores
-from atoma_jax.native.build import LIBRARY, BuildError, Stamp, ffi_version, source_digest
+from atoma_jax.native.build import LIBRARY, BuildError, Stamp, ffi_version, source_digest, takes
 
 VARIANTS: Final = ("portable", "avx2", "avx512-vnni")  # as in src/variant.h
 # Names that handlers are registered under; the library exports each.
@@ -101,8 +101,3 @@ def load(path: Path) -> Library:
     for name in HANDLERS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
     return Library(loaded)
-
-
-def takes(running: tuple[int, int], built: tuple[int, int]) -> bool:
-    """Whether a jaxlib runs handlers: those of its own version of the FFI and of minor ones before it."""
-    return built[0] == running[0] and built[1] <= running[1]

@@ -85,7 +85,7 @@ def assert_same_bits(a: Any, b: Any) -> None:
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Q8_0 model and its folder, in rows; never changed."""
+    """A tiny Q8_0 model and its folder, in this machine's own layout; never changed."""
     folder = tmp_path_factory.mktemp("converted")
     write_tiny_llama(folder / "tiny.gguf", embedding_scale=0.35)
     convert_model(ModelConfig(model=str(folder / "tiny.gguf")), folder / "tiny")
@@ -100,9 +100,9 @@ def copied(converted: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
-    """A folder of float32 to break."""
+    """A folder of float32 to break, that any device reads."""
     write_tiny_llama(tmp_path / "dense.gguf", kind=Q.F32)
-    convert_model(ModelConfig(model=str(tmp_path / "dense.gguf")), tmp_path / "dense")
+    convert_model(ModelConfig(model=str(tmp_path / "dense.gguf"), weight_layout="rows"), tmp_path / "dense")
     return tmp_path / "dense"
 
 
@@ -253,8 +253,9 @@ class TestSettings:
         with pytest.raises(ConfigError, match="written in layout planar"):
             load(tmp_path / "planar", weight_layout="rows")
 
-    def test_a_gpu_wants_its_own_layout(self, converted: Path) -> None:
-        model = OrbaxModel.open(converted / "tiny")
+    def test_a_gpu_wants_its_own_layout(self, converted: Path, tmp_path: Path) -> None:
+        convert_model(ModelConfig(model=str(converted / "tiny.gguf"), weight_layout="rows"), tmp_path / "rows")
+        model = OrbaxModel.open(tmp_path / "rows")
         gpu = Backend(platform="cuda", operands="bfloat16", weight_layout="planar")
         with pytest.raises(ConfigError, match="--weight-layout planar"):
             model.backend(ModelConfig(model="m"), gpu)

@@ -77,10 +77,13 @@ def values_of(weight) -> np.ndarray:
     mins = np.zeros_like(scales) if weight.mins is None else factors_of(weight.mins, weight.min_supers)
     lead = weight.lead
     if weight.layout == "tiles":
-        shape = (weight.shape[0], weight.shape[1] // weight.group, weight.group)
-        codes = untiled(codes, weight.bits).reshape(*lead, *shape)
+        rows, groups = weight.shape[0], weight.shape[1] // weight.group
+        codes = untiled(codes, weight.bits)[..., :rows, : weight.shape[1]]
+        codes = codes.reshape(*lead, rows, groups, weight.group)
         codes = codes.astype(np.int32) - 128 if weight.bits == 8 else codes
-        scales, mins = (part.swapaxes(-1, -2).reshape(*lead, *shape[:2]) for part in (scales, mins))
+        scales, mins = (  # the last tile is filled up
+            part.swapaxes(-1, -2).reshape(*lead, -1, part.shape[-2])[..., :rows, :groups] for part in (scales, mins)
+        )
     if weight.layout == "planar":
         fields = np.arange(0, 16, weight.bits)[:, None]
         codes = codes.reshape(*lead, weight.shape[0], -1, 1, weight.plane) >> fields & (2**weight.bits - 1)

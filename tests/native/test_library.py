@@ -9,7 +9,8 @@ import pytest
 
 from atoma_jax.cores import _quota, usable_cores
 from atoma_jax.native import build, library
-from atoma_jax.native.library import VARIANTS, Library, UnfitError, load, takes
+from atoma_jax.native.build import takes
+from atoma_jax.native.library import VARIANTS, Library, UnfitError, load
 from atoma_jax.native.probe import probe
 
 
