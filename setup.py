@@ -3,10 +3,14 @@
 Where they cannot be built the package is complete without them: the engine then says so and runs on XLA.
 """
 
+import atexit
 import importlib.util
-import sys
+import logging
+import shutil
+import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 from setuptools import Command, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -31,7 +35,7 @@ class BuildNative(Command):
     """A sub-command of `build`, in setuptools' protocol: into the wheel's tree, or into the sources if editable."""
 
     description = "compile the native kernels"
-    user_options = []
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
 
     def initialize_options(self) -> None:
         self.build_lib: str | None = None
@@ -46,7 +50,7 @@ class BuildNative(Command):
         try:
             builder.build(folder / PLACE / builder.LIBRARY.name)
         except builder.BuildError as error:
-            print(f"warning: the native kernels were not built: {error}", file=sys.stderr)
+            logging.warning("the native kernels were not built: %s", error)
 
     def get_outputs(self) -> list[str]:
         built = Path(self.build_lib or ".") / PLACE / _builder().LIBRARY.name
@@ -60,9 +64,14 @@ class BuildNative(Command):
 
 
 class Build(build):
-    """With the kernels."""
+    """With the kernels, and in a folder of its own: what an older build left in `build/` stays out of the wheel."""
 
-    sub_commands = [*build.sub_commands, ("build_native", None)]
+    sub_commands: ClassVar = [*build.sub_commands, ("build_native", None)]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.build_base = tempfile.mkdtemp(prefix="atoma-build-")
+        atexit.register(shutil.rmtree, self.build_base, ignore_errors=True)
 
 
 class Wheel(bdist_wheel):

@@ -130,7 +130,9 @@ class TestTypes:
             ("dtype", ["auto", "float32", "bfloat16"]),
             ("kv_cache_dtype", ["auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"]),
             ("scheduling_policy", ["fcfs", "priority"]),
-            ("kernels", ["auto", "xla", "pallas", "interpret"]),
+            ("kernels", ["auto", "xla", "pallas", "interpret", "native"]),
+            ("cpu_precision", ["default", "high", "exact"]),
+            ("weight_layout", ["auto", "rows", "planar", "tiles"]),
         ],
     )
     def test_what_is_no_choice(self, name: str, choices: list[str]) -> None:

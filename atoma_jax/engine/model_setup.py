@@ -103,7 +103,9 @@ def set_up_model(config: ModelConfig, files: ModelFiles | OrbaxModel, platform: 
         if config.weight_layout == "planar":
             problem = "contradicts --quantization w8a8, whose integer products read rows; leave one of them out"
             raise ConfigError("weight_layout", config.weight_layout, problem)
-        spec, backend = replace(spec, int8_activations=True), replace(backend, weight_layout="rows")
+        spec = replace(spec, int8_activations=True)
+        if backend.weight_layout == "planar":
+            backend = replace(backend, weight_layout="rows")
     wanted = specs_of(Decoder(spec, backend))
     sources = files.sources(wanted)
     checkpoint: Checkpoint = files.checkpoint

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,23 @@ def is_current(library: Path = LIBRARY) -> bool:
     return Stamp.of(library) == Stamp(source_digest(), ffi_version(include_folder()))
 
 
+def build_program(main: Path, target: Path, *flags: str) -> Path:
+    """Compiles the kernels without their handlers and links them to a program of its own; for tests.
+
+    Args:
+        main: its source.
+        target: where it goes.
+        flags: beyond those of the library.
+
+    Raises:
+        BuildError: there is no compiler, or it fails.
+    """
+    kernels = [path for path in sources() if path.stem != "library" and not path.stem.endswith("_handler")]
+    with tempfile.TemporaryDirectory(prefix="atoma-native-") as scratch:
+        _run(compiler(), *_compile((*kernels, main), Path(scratch), flags), "-pthread", *flags, "-o", str(target))
+    return target
+
+
 def build(target: Path = LIBRARY) -> Path:
     """Compiles and links, or copies what is there and current. The library appears whole or not at all.
 
@@ -136,22 +154,30 @@ def build(target: Path = LIBRARY) -> Path:
     """
     if target != LIBRARY and is_current():
         return _put(LIBRARY, target)
-    command, include = compiler(), include_folder()
-    digest = source_digest()
+    include = include_folder()
+    stamp = f'-DATOMA_SOURCES="{source_digest()}"'
     with tempfile.TemporaryDirectory(prefix="atoma-native-") as scratch:
-        with ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0)))) as pool:
-
-            def compiled(source: Path) -> str:
-                output = Path(scratch) / f"{source.stem}.o"
-                defines = (f'-DATOMA_SOURCES="{digest}"',) if source.name == "library.cc" else ()
-                places = ("-isystem", str(include), "-I", str(SOURCES))
-                _run(command, *FLAGS, *flags_of(source), *defines, *places, "-c", str(source), "-o", str(output))
-                return str(output)
-
-            objects = list(pool.map(compiled, sources()))
+        objects = _compile(sources(), Path(scratch), ("-isystem", str(include)), {"library": stamp})
         linked = Path(scratch) / target.name
-        _run(command, *LINK_FLAGS, *objects, "-o", str(linked))
+        _run(compiler(), *LINK_FLAGS, *objects, "-o", str(linked))
         return _put(linked, target)
+
+
+def _compile(
+    files: Sequence[Path], scratch: Path, flags: Sequence[str], own: Mapping[str, str] | None = None
+) -> list[str]:
+    """Object files, made at once. `own` are flags of single files, by their stems."""
+    command = compiler()
+
+    def compiled(source: Path) -> str:
+        output = str(scratch / f"{source.stem}.o")
+        extra = [flag for stem, flag in (own or {}).items() if stem == source.stem]
+        places = ("-I", str(SOURCES), "-c", str(source), "-o", output)
+        _run(command, *FLAGS, *flags_of(source), *flags, *extra, *places)
+        return output
+
+    with ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0)))) as pool:
+        return list(pool.map(compiled, files))
 
 
 def _put(library: Path, target: Path) -> Path:

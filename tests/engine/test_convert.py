@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from atoma_jax import LLM, SamplingParams
+from atoma_jax import LLM, SamplingParams, ops
 from atoma_jax.config import ModelConfig
+from atoma_jax.engine import model_setup
 from atoma_jax.engine.convert import convert_model
 from atoma_jax.engine.export import export_gguf
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
@@ -106,7 +107,7 @@ def dense(tmp_path: Path) -> Path:
 
 
 class TestTheWeights:
-    @pytest.mark.parametrize("layout", ["rows", "planar"])
+    @pytest.mark.parametrize("layout", ["rows", "planar", "tiles"])
     @pytest.mark.parametrize("mix", MIXES)
     @pytest.mark.usefixtures("any_tokenizer")
     def test_come_back_bit_by_bit_and_as_planned(self, tmp_path: Path, mix: str, layout: str) -> None:
@@ -150,7 +151,7 @@ class TestTheWeights:
         assert after.spec.experts is not None
         assert read_manifest(tmp_path / "out").quantization == quantization
 
-    @pytest.mark.parametrize("layout", ["rows", "planar"])
+    @pytest.mark.parametrize("layout", ["rows", "planar", "tiles"])
     @pytest.mark.parametrize("mix", MIXES)
     @pytest.mark.usefixtures("any_tokenizer")
     def test_become_the_files_values_again(self, tmp_path: Path, mix: str, layout: str) -> None:
@@ -231,10 +232,22 @@ class TestSettings:
         assert caught.value.field == field
         assert f"`atoma-jax convert {converted / 'tiny.gguf'} OUT {command}`" in str(caught.value)
 
+    def test_tiles_need_native_kernels(self, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not ops.has_native_kernels():
+            pytest.skip("the native kernels are not built, or do not fit; the log says why")
+        convert_model(ModelConfig(model=str(converted / "tiny.gguf")), tmp_path / "tiles")
+        setup, _ = load(tmp_path / "tiles")
+        assert (setup.backend.weight_layout, setup.backend.kernels) == ("tiles", "native")
+        with pytest.raises(ConfigError, match="written in layout tiles"):
+            load(tmp_path / "tiles", kernels="xla")
+        monkeypatch.setattr(model_setup, "has_native_kernels", lambda: False)
+        with pytest.raises(ConfigError, match="written in layout tiles.*--weight-layout rows"):
+            load(tmp_path / "tiles")
+
     def test_a_cpu_runs_both_layouts(self, converted: Path, tmp_path: Path) -> None:
         convert_model(ModelConfig(model=str(converted / "tiny.gguf"), weight_layout="planar"), tmp_path / "planar")
         setup, _ = load(tmp_path / "planar")
-        assert setup.backend.weight_layout == "planar"
+        assert (setup.backend.weight_layout, setup.backend.kernels) == ("planar", "xla")
         with pytest.raises(ConfigError, match="written in layout planar"):
             load(tmp_path / "planar", weight_layout="rows")
 

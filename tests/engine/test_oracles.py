@@ -127,7 +127,6 @@ def test_the_kernels_default_arithmetic_is_as_near_as_llama_cpps(name: str, requ
     )
     data = np.load(DATA / "oracle_nll.npz")
     nll, wanted = nll_of(llm, data[f"{name}_ids"][:SHORT].tolist()), data[f"{name}_llama_cpp"][: SHORT - 1]
-    print("default", np.abs(nll - wanted).max(), nll.mean(), wanted.mean())
     assert nll.mean() == pytest.approx(wanted.mean(), rel=0.005)
     for generation in oracle(name, "loose")["generations"]:
         prompt, answer = generation["prompt_ids"], generation["output_ids"]

@@ -14,6 +14,7 @@ from atoma_jax.config import EngineConfig
 from atoma_jax.engine.runner import Runner
 from atoma_jax.engine.startup import start_engine
 from atoma_jax.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+from atoma_jax.native.library import library
 from tests.engine.conftest import BUCKETS, SIZES
 from tests.tiny_model import write_tiny_llama
 
@@ -136,7 +137,7 @@ class TestReport:
         assert dict(told) == report.phases
         assert report.total == pytest.approx(sum(seconds for _, seconds in told))
         assert report.compile_cache_misses == 0
-        assert report.kernels == "xla"
+        assert report.kernels == ("native" if library() else "xla")
         assert report.compile_cache_hits >= 5
         assert engine.num_recompilations == 0
         engine.close()

@@ -50,7 +50,8 @@ def load(tmp_path, tiny_model):
     def load(*, layout="rows", operands="float32", platform="cpu", threads=2, **changes):
         path = tmp_path / "model.gguf"
         exact = tiny_model(**changes).write(path)
-        backend = Backend(platform=platform, operands=operands, weight_layout=layout)
+        kernels = "native" if layout == "tiles" else "xla"
+        backend = Backend(platform=platform, operands=operands, weight_layout=layout, kernels=kernels)
         return Loaded(path, exact, backend, threads)
 
     return load
@@ -72,6 +73,11 @@ def values_of(weight) -> np.ndarray:
     codes, scales = np.asarray(weight.codes), factors_of(weight.scales, weight.scale_supers)
     mins = np.zeros_like(scales) if weight.mins is None else factors_of(weight.mins, weight.min_supers)
     lead = weight.lead
+    if weight.layout == "tiles":
+        shape = (weight.shape[0], weight.shape[1] // weight.group, weight.group)
+        codes = untiled(codes, weight.bits).reshape(*lead, *shape)
+        codes = codes.astype(np.int32) - 128 if weight.bits == 8 else codes
+        scales, mins = (part.swapaxes(-1, -2).reshape(*lead, *shape[:2]) for part in (scales, mins))
     if weight.layout == "planar":
         fields = np.arange(0, 16, weight.bits)[:, None]
         codes = codes.reshape(*lead, weight.shape[0], -1, 1, weight.plane) >> fields & (2**weight.bits - 1)
@@ -79,6 +85,17 @@ def values_of(weight) -> np.ndarray:
         scales, mins = scales.swapaxes(-1, -2), mins.swapaxes(-1, -2)
     values = (codes.astype(np.float32) - np.float32(weight.zero)) * scales[..., None] - mins[..., None]
     return values.reshape(*lead, *weight.shape)
+
+
+def untiled(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes `[*lead, N, K]` from tiles of 32 rows and blocks of 32 inputs, as native/src/matmul.h says."""
+    *lead, tiles, blocks, _ = codes.shape
+    steps = codes.reshape(*lead, tiles, blocks, bits, 32, 4)
+    out = np.zeros((*lead, tiles, 32, blocks, 8, 4), np.uint8)
+    for step in range(8):
+        field = steps[..., step % bits, :, :] >> (step // bits * bits) & (2**bits - 1)  # [*lead, tiles, blocks, 32, 4]
+        out[..., step, :] = field.swapaxes(-2, -3)
+    return out.reshape(*lead, tiles * 32, blocks * 32)
 
 
 def fused_qkv(exact, layer: int, suffix: str) -> np.ndarray:
@@ -107,7 +124,7 @@ MIXES |= {
 }
 
 
-@pytest.mark.parametrize("layout", ["rows", "planar"])
+@pytest.mark.parametrize("layout", ["rows", "planar", "tiles"])
 @pytest.mark.parametrize("mix", MIXES)
 def test_every_type_and_every_mix_keeps_its_exact_values(load, mix, layout):
     got = load(layout=layout, types=MIXES[mix])
@@ -128,7 +145,7 @@ def test_every_type_and_every_mix_keeps_its_exact_values(load, mix, layout):
     np.testing.assert_array_equal(got.values["layers.ffn_norm"][1], exact["blk.1.ffn_norm.weight"])
 
 
-@pytest.mark.parametrize("layout", ["rows", "planar"])
+@pytest.mark.parametrize("layout", ["rows", "planar", "tiles"])
 @pytest.mark.parametrize("mix", ["Q4_K", "Q8_0", "inside of a weight", "F16"])
 def test_the_plan_is_what_comes(load, mix, layout):
     got = load(layout=layout, types=MIXES[mix])

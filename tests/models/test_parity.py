@@ -105,7 +105,7 @@ def wide_llama() -> Any:
     return llama(hidden_size=256, intermediate_size=256, num_key_value_heads=2, initializer_range=0.06).eval()
 
 
-@pytest.mark.parametrize("layout", ["rows", "planar"])
+@pytest.mark.parametrize("layout", ["rows", "planar", "tiles"])
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_quantized_file_gives_the_logits_of_its_exact_weights(mix, layout, recipe, save, paged, work):
     model = wide_llama()

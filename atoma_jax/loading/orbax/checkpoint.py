@@ -106,11 +106,14 @@ class OrbaxModel:
             self._refuse(
                 "quantization", config.quantization, f"is done when a model is converted, from {stored.source}"
             )
-        any_layout = preferred.platform == "cpu" and config.weight_layout == "auto"
+        readable = stored.layout != "tiles" or preferred.kernels == "native"
+        free = config.weight_layout == "auto" and config.kernels == "auto" and config.cpu_precision == "default"
+        any_layout = preferred.platform == "cpu" and free and readable  # XLA reads the two others
         if preferred.weight_layout != stored.layout and not any_layout:
             problem = f"is what is wanted here, and the weights were written in layout {stored.layout}"
             self._refuse("weight_layout", preferred.weight_layout, problem)
-        backend = replace(preferred, weight_layout=stored.layout)
+        kernels = "xla" if preferred.kernels == "native" and stored.layout != "tiles" else preferred.kernels
+        backend = replace(preferred, weight_layout=stored.layout, kernels=kernels)
         every = [one for form in stored.forms.values() for one in _stacks(form)]
         narrow = {str(form.dtype) for form in every if isinstance(form, DenseForm)} - {"float32"}
         if backend.platform == "cpu":  # which widens such weights in every step

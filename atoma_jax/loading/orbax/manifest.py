@@ -19,7 +19,7 @@ from atoma_jax.loading.spec_limits import MAX_LAYERS
 from atoma_jax.loading.weight_forms import DenseForm, Form, QuantizedForm, Shape, VariantsForm
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.quant.groups import BF16, F16, F32, I8, GroupFormat
-from atoma_jax.quant.qtensor import LayerVariants, Layout
+from atoma_jax.quant.qtensor import LayerVariants, Layout, tile_groups
 
 FILE_NAME = "model.json"
 FORMAT = "atoma-jax weights"
@@ -220,6 +220,8 @@ def _read_one_form(section: Section) -> Form:
     plane = section.integer("plane", maximum=MAX_PLANE)
     if layout == "rows":
         fits = plane == 0
+    elif layout == "tiles":
+        fits = plane == 0 and tile_groups(shape[1], kind.group) is not None
     else:
         fits = plane >= 16 and kind.group % plane == 0 and shape[1] % (plane * 16 // kind.bits) == 0
     if not fits:
