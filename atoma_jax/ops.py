@@ -1,7 +1,7 @@
 """The one place that chooses a kernel: by platform, by the weight's layout, by shape.
 
-Weights in tiles are multiplied by the native kernels for CPUs, others by the XLA routes of `pallas_kernels`. Models
-call these functions and know no kernel.
+Weights in tiles are multiplied by the native kernels for CPUs, others by the XLA routes of `pallas_kernels`; attention
+goes with the backend's kernels. Models call these functions and know no kernel.
 """
 
 from collections.abc import Callable
