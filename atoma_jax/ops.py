@@ -1,8 +1,8 @@
 """The one place that chooses a kernel: by platform, by the weight's layout, by shape.
 
-Models call these functions and know no kernel. Weights in tiles are multiplied by the native kernels for CPUs. Where
-`Backend.kernels` asks for Pallas, weights in the planar layout and stacks of bfloat16 matrices are multiplied by its
-kernels. The rest is XLA's everywhere.
+Models call these functions and know no kernel. Where `Backend.kernels` asks for native kernels, they do attention and
+multiply weights in tiles; where it asks for Pallas, its kernels do attention and multiply weights in the planar layout
+and stacks of bfloat16 matrices. The rest is XLA's everywhere.
 """
 
 from collections.abc import Callable

@@ -235,6 +235,6 @@ int main() {
         check_shape(shape, static_cast<KvFormat>(format), active_attention(static_cast<KvFormat>(format)),
                     names[variant]);
   }
-  std::printf("%d failures\n", failures);
+  if (failures == 0) std::puts("all kernels hold");
   return failures != 0;
 }

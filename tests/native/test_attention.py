@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from atoma_jax import ops
-from atoma_jax.native.library import Library, library
+from atoma_jax.native.library import Library
 from pallas_kernels import kv_pages
 from tests.kv_cache import KV_DTYPES, SCALED, numbers, poisoned_pages
 
@@ -26,26 +26,18 @@ BLOCK = 128  # queries of one entry of the work list, at most
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}  # float32 sums of a few hundred terms
 
 
-@pytest.fixture(scope="module")
-def native() -> Library:
-    loaded = library()
-    if loaded is None:
-        pytest.skip("the native kernels are not built here")
-    return loaded
-
-
 @pytest.fixture(autouse=True)
-def _loaded(native: Library) -> None:
+def _loaded(kernels: Library) -> None:
     """Every test calls kernels."""
 
 
 @pytest.fixture
-def variants(native: Library) -> Callable[[], Iterator[str]]:
+def variants(kernels: Library) -> Callable[[], Iterator[str]]:
     """Loops over the instruction sets of this machine, each in force while its turn lasts."""
 
     def each() -> Iterator[str]:
-        for variant in native.supported_variants():
-            with native.forced(variant=variant):
+        for variant in kernels.supported_variants():
+            with kernels.forced(variant=variant):
                 yield variant
 
     return each
@@ -292,17 +284,17 @@ def test_a_sequence_has_the_same_bits_in_any_step(kv_dtype: str, variants) -> No
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "fp8_e4m3"])
-def test_any_number_of_threads_gives_the_same_bits(kv_dtype: str, native: Library) -> None:
+def test_any_number_of_threads_gives_the_same_bits(kv_dtype: str, kernels: Library) -> None:
     """One long sequence that decodes is cut for several threads, too."""
     steps = [
         Step(Shape(4, 1, 64, 16), [Row(3000)], kv_dtype),
         Step(GQA, [Row(600), Row(3), prefill(200, 200), prefill(700, 50)], kv_dtype),
     ]
     for step in steps:
-        with native.forced(threads=1):
+        with kernels.forced(threads=1):
             alone, cache = step.run()
         for threads in (2, 5):
-            with native.forced(threads=threads):
+            with kernels.forced(threads=threads):
                 out, written = step.run()
             np.testing.assert_array_equal(out, alone)
             jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a[:, 1:]), bits(b[:, 1:])), written, cache)
