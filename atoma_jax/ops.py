@@ -92,7 +92,7 @@ class Chunks(NamedTuple):
     """What each of B sequences prefills: its tokens in the flat batch. Rows lie in order, without gaps."""
 
     start: Int32[Array, " B"]  # first token
-    count: Int32[Array, " B"]  # tokens; 0 for rows that decode and for padding
+    num_tokens: Int32[Array, " B"]  # 0 for rows that decode and for padding
     position: Int32[Array, " B"]  # of the first token, in its sequence
 
 

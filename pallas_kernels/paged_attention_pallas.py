@@ -5,8 +5,8 @@ context go to different programs, whose partial sums a second kernel combines. A
 large tile, rows being (token, query head of the group), and walks its context alone. The cache of all layers is passed
 whole, so that no layer's pages are copied.
 
-Products take their operands in the type of the cache, bfloat16 for codes of one byte (bfloat16 holds those exactly),
-and sum in float32. Logits are kept in units of ln 2, as exp2 is what the hardware has.
+Products take their operands in the type of the cache, bfloat16 for int8 and float16 for fp8, and sum in float32. Logits
+are kept in units of ln 2, as exp2 is what the hardware has.
 """
 
 import math
@@ -32,6 +32,7 @@ CONTEXT_TILE = 64 * 128 * 2  # bytes of K multiplied at once, as many of V; seve
 COMBINED_AT_ONCE = 16  # parts
 
 _LOG2E = math.log2(math.e)
+_SMALLEST_SCALE = 1e-37  # below every scale of a vector
 
 
 class _Shape(NamedTuple):
@@ -73,10 +74,20 @@ class _Softmax(NamedTuple):
 class _Place(NamedTuple):
     """Which context a program reads: scalars."""
 
+    layer: Array
     row: Array  # of the page table
     head: Array  # kv head
     start: Array  # first position that any of its queries sees
     stop: Array  # behind the last
+
+
+class _Tokens(NamedTuple):
+    """Tokens of a context that are read at once."""
+
+    at: Array  # positions
+    seen: Array  # whether any query sees each
+    page: Array  # of each, or of all
+    slot: Array
 
 
 def prefill_block(pages: KVPages, num_heads: int) -> int:
@@ -191,8 +202,10 @@ def _shape(q: Array, pages: KVPages, scale: float, softcap: float | None, interp
 
 
 def _operands(form: KVFormat) -> Any:
-    """Type that products take."""
-    return jnp.bfloat16 if form.largest is not None else form.codes
+    """Type that products take. Each holds the codes exactly; they are what codes become in the fewest operations."""
+    if form.largest is None:
+        return form.codes
+    return jnp.bfloat16 if form.codes == jnp.int8 else jnp.float16
 
 
 def _prefill_rows(pages: KVPages, G: int) -> int:
@@ -224,7 +237,9 @@ def _decode_kernel(
         tile = (row, heads[:, None], dims[None])
         queries = plt.load(q.at[tile], mask=inside, other=0.0).astype(_operands(shape.form))
         blocks = jnp.maximum(items[item, 1], lax.div(start, shape.span)), items[item, 2]
-        state = _walk(queries, _empty(shape, group.shape[0]), cache, shape, _Place(row, head, start, stop), blocks)
+        state = _walk(
+            queries, _empty(shape, group.shape[0]), cache, shape, _Place(cache.layer[0], row, head, start, stop), blocks
+        )
         alone = num_parts == 1
         plt.store(out.at[tile], _finish(state), mask=inside & alone)
         plt.store(acc.at[item, heads[:, None], dims[None]], state.acc, mask=inside & ~alone)
@@ -284,7 +299,9 @@ def _prefill_kernel(
         first, last = lax.div(start, span), pl.cdiv(stop, span)
         clear = jnp.minimum(pl.cdiv(jnp.maximum(position + size - window, 0), span), last)
         ragged = jnp.maximum(lax.div(jnp.maximum(position + 1, 0), span), clear)
-        walk = partial(_walk, queries, cache=cache, shape=shape, place=_Place(rows[block], head, start, stop))
+        walk = partial(
+            _walk, queries, cache=cache, shape=shape, place=_Place(cache.layer[0], rows[block], head, start, stop)
+        )
 
         def sees(at: Array) -> Array:
             return (at[None] <= (position + offset)[:, None]) & (at[None] > (position + offset - window)[:, None])
@@ -319,50 +336,61 @@ def _walk(
             has.
         masked: False: all queries see all of these blocks.
     """
-    layer, dims = cache.layer[0], jnp.arange(shape.width, dtype=jnp.int32)
-    is_dim = (dims < shape.H)[None]
 
     def step(block: Array, state: _Softmax) -> _Softmax:
-        at = block * shape.span + jnp.arange(shape.span, dtype=jnp.int32)
-        seen = (at >= place.start) & (at < place.stop) if masked else jnp.full(shape.span, True)
-        if shape.span <= shape.S:  # one page holds them all
-            page = cache.table[place.row, lax.div(block * shape.span, shape.S)]
-            token, vector = (layer, page, place.head, lax.rem(at, shape.S)), (page, lax.rem(at, shape.S)[:, None])
-        else:
-            page = plt.load(cache.table.at[place.row, lax.div(at, shape.S)], mask=seen, other=0)
-            token, vector = (
-                (layer, page, place.head, lax.rem(at, shape.S)),
-                (page[:, None], lax.rem(at, shape.S)[:, None]),
-            )
-
-        def read(ref: Any) -> Array:
-            stored = plt.load(
-                ref.at[layer, vector[0], place.head, vector[1], dims[None]],
-                mask=seen[:, None] & is_dim,
-                other=0.0 if jnp.issubdtype(ref.dtype, jnp.floating) else 0,  # of each ref's own kind
-            )
-            return decode(stored, shape.form).astype(_operands(shape.form))
-
-        def scaled(by_token: Array, scales: Any) -> Array:
-            if scales is None:
-                return by_token
-            return by_token * plt.load(scales.at[token], mask=seen, other=0.0)[None]
-
-        logits = scaled(plt.dot(queries, read(cache.k), trans_b=True, precision=shape.precision), cache.k_scale)
+        tokens = _tokens(block, cache, shape, place, masked=masked)
+        logits = plt.dot(queries, _vectors(cache.k, tokens, shape, place), trans_b=True, precision=shape.precision)
+        if cache.k_scale is not None:
+            logits = logits * _scales(cache.k_scale, tokens, place)[None]
         logits = _in_bits(logits, shape)
         if masked:
-            logits = jnp.where(seen[None] if sees is None else seen[None] & sees(at), logits, NEVER)
+            seen = tokens.seen[None] if sees is None else tokens.seen[None] & sees(tokens.at)
+            logits = jnp.where(seen, logits, NEVER)
         # Where nothing was seen yet, weights of masked tokens are 1; the first token that is seen decays them to 0.
         largest = jnp.maximum(state.largest, jnp.max(logits, axis=1))
         weights = jnp.exp2(logits - largest[:, None])
         decay = jnp.exp2(state.largest - largest)
         total = state.total * decay + jnp.sum(weights, axis=1)
-        weights = scaled(weights, cache.v_scale).astype(_operands(shape.form))
-        return _Softmax(
-            state.acc * decay[:, None] + plt.dot(weights, read(cache.v), precision=shape.precision), largest, total
-        )
+        unit = None
+        if cache.v_scale is not None:
+            by_token = _scales(cache.v_scale, tokens, place)
+            if _operands(shape.form) == jnp.float16:  # which knows no small numbers: the largest scale becomes 1
+                unit = jnp.maximum(jnp.max(by_token, axis=0), _SMALLEST_SCALE)
+                by_token = by_token / unit
+            weights = weights * by_token[None]
+        vectors = _vectors(cache.v, tokens, shape, place)
+        values = plt.dot(weights.astype(vectors.dtype), vectors, precision=shape.precision)
+        return _Softmax(state.acc * decay[:, None] + (values if unit is None else values * unit), largest, total)
 
     return lax.fori_loop(*blocks, step, state)
+
+
+def _tokens(block: Array, cache: _Cache, shape: _Shape, place: _Place, *, masked: bool) -> _Tokens:
+    """The tokens of one block of a context."""
+    at = block * shape.span + jnp.arange(shape.span, dtype=jnp.int32)
+    seen = (at >= place.start) & (at < place.stop) if masked else jnp.full(shape.span, True)
+    if shape.span <= shape.S:  # one page holds them all
+        page = cache.table[place.row, lax.div(block * shape.span, shape.S)]
+    else:
+        page = plt.load(cache.table.at[place.row, lax.div(at, shape.S)], mask=seen, other=0)
+    return _Tokens(at, seen, page, lax.rem(at, shape.S))
+
+
+def _vectors(cache: Any, tokens: _Tokens, shape: _Shape, place: _Place) -> Array:
+    """K or V of some tokens, `[tokens, width]`, as products take them; zeros where unseen."""
+    dims = jnp.arange(shape.width, dtype=jnp.int32)
+    page = tokens.page[:, None] if tokens.page.ndim else tokens.page
+    stored = plt.load(
+        cache.at[place.layer, page, place.head, tokens.slot[:, None], dims[None]],
+        mask=tokens.seen[:, None] & (dims < shape.H)[None],
+        other=0.0 if jnp.issubdtype(cache.dtype, jnp.floating) else 0,  # of the array's own kind
+    )
+    return decode(stored, shape.form).astype(_operands(shape.form))
+
+
+def _scales(scales: Any, tokens: _Tokens, place: _Place) -> Array:
+    """Of the vectors of some tokens; zeros where unseen."""
+    return plt.load(scales.at[place.layer, tokens.page, place.head, tokens.slot], mask=tokens.seen, other=0.0)
 
 
 def _in_bits(products: Array, shape: _Shape) -> Array:

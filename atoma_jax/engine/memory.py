@@ -9,6 +9,7 @@ from atoma_jax.model_spec import KVDtype
 CPU_KV_BYTES = 1 << 30  # of a CPU's memory, unless one full context takes more
 CPU_KV_SHARE = 0.5  # of a CPU's free memory, at most
 GPU_SHARE = 0.92  # of a GPU's memory for weights, KV and workspace
+_SIGNED_OFFSETS, _NARROW_OFFSETS = 1 << 31, 1 << 32
 WORKSPACE_BYTES = 1 << 30  # of a GPU, for the temporaries of a step
 
 
@@ -59,6 +60,31 @@ def plan_pages(config: CacheConfig, memory: DeviceMemory, *, page_bytes: int, ma
             f"{needed * page_bytes} bytes by kv_cache_memory_bytes",
         )
     return pages
+
+
+def addressable_pages(config: CacheConfig, pages: int, *, page_codes: int, max_model_len: int) -> int:
+    """As many of the pages as Pallas kernels reach: Triton counts offsets in 32 signed bits, up to arrays of 4 GiB.
+
+    Args:
+        config: where `num_pages` is given, it stands or falls.
+        pages: wanted.
+        page_codes: of K in one page of all layers, where codes take one byte; wider ones are always within reach.
+        max_model_len: tokens that one sequence may reach.
+
+    Raises:
+        ConfigError: `num_pages` was given and is beyond, or no sequence of `max_model_len` fits into fewer.
+    """
+    reached = _SIGNED_OFFSETS // page_codes
+    if not _SIGNED_OFFSETS < pages * page_codes <= _NARROW_OFFSETS:
+        return pages
+    if config.num_pages is not None or reached < -(-max_model_len // config.block_size) + 1:
+        raise ConfigError(
+            "num_pages",
+            pages,
+            f"the kernels reach at most {reached} pages of one-byte codes, or at least "
+            f"{_NARROW_OFFSETS // page_codes + 1}: set one of those, or kv_cache_dtype to bfloat16",
+        )
+    return reached
 
 
 def _default_bytes(config: CacheConfig, memory: DeviceMemory, one_sequence: int) -> int:

@@ -18,7 +18,7 @@ from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.engine import Engine
 from atoma_jax.engine.host import free_host_bytes
 from atoma_jax.engine.limits import EngineLimits
-from atoma_jax.engine.memory import DeviceMemory, kv_cache_dtype, plan_pages
+from atoma_jax.engine.memory import DeviceMemory, addressable_pages, kv_cache_dtype, plan_pages
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
 from atoma_jax.engine.pages import PagePool
 from atoma_jax.engine.prefix_cache import PrefixCache
@@ -179,6 +179,9 @@ def _limits(config: EngineConfig, plan: _Plan, setup: ModelSetup) -> EngineLimit
     free = free_host_bytes() if is_cpu else jax.local_devices()[0].memory_stats()["bytes_limit"]
     memory = DeviceMemory(is_cpu=is_cpu, free=free, weights=weight_bytes)
     pages = plan_pages(config.cache, memory, page_bytes=page_bytes, max_model_len=plan.max_model_len)
+    if setup.backend.kernels == "pallas" and plan.kv_dtype in ("fp8_e4m3", "int8"):
+        codes = spec.num_layers * spec.num_kv_heads * spec.head_dim * config.cache.block_size
+        pages = addressable_pages(config.cache, pages, page_codes=codes, max_model_len=plan.max_model_len)
     return EngineLimits(
         model=config.model.model,
         max_model_len=plan.max_model_len,

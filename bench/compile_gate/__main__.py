@@ -50,9 +50,9 @@ def main(
 
 def all_cases() -> list[KernelCase]:
     """Of all kernels."""
-    from bench.compile_gate import matmul
+    from bench.compile_gate import attention, matmul
 
-    return [*matmul.CASES]
+    return [*matmul.CASES, *attention.CASES]
 
 
 def measure(case: KernelCase, target: Target) -> dict[str, Any]:

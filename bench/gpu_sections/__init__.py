@@ -7,6 +7,7 @@ module here, and its line in `SECTIONS`, in the order in which they run.
 SECTIONS: dict[str, str] = {  # name → module
     "limits": "bench.gpu_sections.limits",
     "matmul": "bench.gpu_sections.matmul",
+    "attention": "bench.gpu_sections.attention",
     "engine": "bench.gpu_sections.engine",
     "peer": "bench.gpu_sections.peer",
 }

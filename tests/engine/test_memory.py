@@ -6,7 +6,14 @@ import pytest
 
 from atoma_jax.config import CacheConfig
 from atoma_jax.engine.host import free_host_bytes
-from atoma_jax.engine.memory import CPU_KV_BYTES, WORKSPACE_BYTES, DeviceMemory, kv_cache_dtype, plan_pages
+from atoma_jax.engine.memory import (
+    CPU_KV_BYTES,
+    WORKSPACE_BYTES,
+    DeviceMemory,
+    addressable_pages,
+    kv_cache_dtype,
+    plan_pages,
+)
 from atoma_jax.errors import ConfigError
 
 GIB = 1 << 30
@@ -86,6 +93,23 @@ def test_a_share_of_a_gpu_is_refused_where_there_is_none() -> None:
     with pytest.raises(ConfigError, match="there is no GPU: set kv_cache_memory_bytes") as caught:
         pages(CacheConfig(gpu_memory_utilization=0.5), cpu())
     assert caught.value.field == "gpu_memory_utilization"
+
+
+@pytest.mark.parametrize(("wanted", "got"), [(2048, 2048), (2049, 2048), (4096, 2048), (4097, 4097)])
+def test_no_cache_of_one_byte_codes_is_of_a_size_that_kernels_reach_in_part(wanted: int, got: int) -> None:
+    """Of 2 GiB of K and less, and of more than 4 GiB, every code is reached."""
+    assert addressable_pages(CacheConfig(), wanted, page_codes=1 << 20, max_model_len=1000) == got
+
+
+@pytest.mark.parametrize(("config", "length"), [(CacheConfig(num_pages=3000), 1000), (CacheConfig(), 16 * 2048)])
+def test_pages_that_kernels_do_not_reach_are_refused_where_they_must_be_so_many(
+    config: CacheConfig, length: int
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"at most 2048 pages.*or at least 4097.*kv_cache_dtype to bfloat16"
+    ) as caught:
+        addressable_pages(config, 3000, page_codes=1 << 20, max_model_len=length)
+    assert (caught.value.field, caught.value.value) == ("num_pages", 3000)
 
 
 def test_free_memory_counts_page_cache_as_free() -> None:

@@ -14,8 +14,8 @@ from tests.kv_cache import numbers, poison_of
 NO_WINDOW = 1 << 30
 LAYERS, LAYER = 2, 1
 # Of the type that kernels multiply in: a weight is rounded to it, which moves it by at most this share.
-ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11, "fp8_e4m3": 2.0**-8, "int8": 2.0**-8}
-OPERANDS = {"float32": np.float32, "float16": np.float16}  # bfloat16 for the others
+ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11, "fp8_e4m3": 2.0**-11, "int8": 2.0**-8}
+OPERANDS = {"float32": np.float32, "float16": np.float16, "fp8_e4m3": np.float16}  # bfloat16 for the others
 
 
 @dataclass(frozen=True)

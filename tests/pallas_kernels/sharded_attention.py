@@ -27,18 +27,20 @@ def main() -> None:
     pages = KVPages(*[PartitionSpec(None, None, "tensor")] * 4)
     sharded = jax.jit(
         jax.shard_map(
-            program(Heads(2, 1, 64, 32), None),
+            program(Heads(2, 1, 64, 32), None, True),
             mesh=mesh,
             in_specs=(split, split, split, pages, *[everywhere] * 6),
             out_specs=(split, pages),
             check_vma=False,  # Pallas calls do not say over which axes their results vary
         )
     )
-    both, one = step.run(sharded, step.contexts.pages()), step.run(program(heads, None), step.contexts.pages())
+    both, one = step.run(sharded, step.contexts.pages()), step.run(program(heads, None, True), step.contexts.pages())
     assert len(both[1].k.sharding.device_set) == 2
-    for left, right in zip(jax.tree.leaves(both), jax.tree.leaves(one), strict=True):
+    # Not bit-equal: XLA:CPU compiles another shape to other sums.
+    np.testing.assert_allclose(both[0], one[0], rtol=2e-6, atol=2e-6)
+    for left, right in zip(jax.tree.leaves(both[1]), jax.tree.leaves(one[1]), strict=True):
         np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
-    print("2 devices, bit-equal")
+    print("2 devices, equal")
 
 
 if __name__ == "__main__":

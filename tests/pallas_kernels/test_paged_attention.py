@@ -219,28 +219,6 @@ def test_prefill_with_softcap():
     check_ragged(Shape(4, 2, 64, 16), [150, 20], [30, 20], softcap=1.5)
 
 
-def test_the_work_list_covers_every_token_once_and_always_fits():
-    make = jax.jit(partial(query_blocks, size=kernel.QUERY_BLOCK), static_argnums=3)
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        rows, tokens = int(rng.choice([1, 7])), int(rng.choice([8, 130, 600]))
-        cuts = np.sort(rng.integers(0, tokens + 1, rows))
-        count = np.diff(cuts, prepend=0).astype(np.int32)
-        start = (cuts - count).astype(np.int32)
-        position = rng.integers(0, 1000, rows).astype(np.int32)
-        blocks = make(start, count, position, tokens)
-        assert int(blocks.used) <= blocks.row.shape[0]
-        seen = [
-            (row, first + i, token + i)
-            for row, token, size, first in zip(
-                *(np.asarray(part)[: int(blocks.used)] for part in blocks[1:]), strict=True
-            )
-            for i in range(int(size))
-        ]
-        wanted = [(r, position[r] + i, start[r] + i) for r in range(rows) for i in range(count[r])]
-        assert seen == wanted
-
-
 class TestFormats:
     """Of the cache: over what it keeps of K and V, attention is as exact as over float32."""
 
