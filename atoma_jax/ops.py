@@ -156,7 +156,13 @@ def _dense_linear(
 
 def _has_kernel(weight: QTensor, backend: Backend) -> bool:
     """Whether Pallas multiplies a weight."""
-    return backend.kernels != "xla" and weight.layout == "planar" and _format(weight).is_aligned
+    if backend.kernels == "xla" or weight.layout != "planar" or not _format(weight).is_aligned:
+        return False
+    # Triton counts in 32 bits up to 4 GiB: in an array of bytes, what lies behind 2 GiB would wrap around. The words
+    # of ternary weights may be read as bytes.
+    in_bytes = [leaf.size for leaf in (weight.scales, weight.mins) if leaf is not None and leaf.dtype == jnp.int8]
+    in_bytes += [2 * weight.codes.size] if weight.bits == 2 else []
+    return not any(2**31 <= size <= 2**32 for size in in_bytes)
 
 
 def _format(weight: QTensor) -> PlanarFormat:

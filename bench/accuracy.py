@@ -179,7 +179,7 @@ def measure(row: Row, path: Path, meter: "Meter | None", *, dtype: str, speed: b
     try:
         numbers: dict[str, float | int | None] = {**bits(options)}
         if meter is not None:
-            numbers |= meter.scores({**options, "dtype": dtype})
+            numbers |= meter.scores({**options, "dtype": dtype, "kernels": "xla"})
     except UserError as error:
         raise RowError(row, error) from error
     return numbers | speeds(row, path) if speed else numbers
@@ -200,7 +200,7 @@ class Meter:
 
     def __init__(self, base: Path, text: str, max_tokens: int, dtype: str):
         """Loads the base."""
-        self._base = Scorer.load(EngineConfig.from_options({"model": str(base), "dtype": dtype}))
+        self._base = Scorer.load(EngineConfig.from_options({"model": str(base), "dtype": dtype, "kernels": "xla"}))
         self._before, ids = split_special(self._base.tokenizer, text)
         self._ids = ids[:max_tokens]
 

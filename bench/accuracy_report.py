@@ -23,11 +23,9 @@ errors and quantiles, are in [accuracy.json](accuracy.json).
 
 ![KL divergence over bits a weight](accuracy.png)
 
-Model: `{model}`, decoded to F32: that is the base, the row F32. It is no original: its weights come out of a file in
-Q4_1, so a type that can hold Q4_1's numbers looks better here than on weights as they were trained; Q4_1 and load:int4
-hold them exactly, and their zeros say nothing about other models. Ternary types are for models trained so. Text:
-`{text}`, {tokens} tokens scored, each given all before it. Products are computed in {dtype}, so that the types alone
-show. The model has 135 million parameters, 21 % of them in the embedding, and suffers more than large ones.
+Model: `{model}`, decoded to F32: that is the base, the row F32. Text: `{text}`, {tokens} tokens scored, each given all
+before it. Products are computed in {dtype} by XLA, so that the types alone show. Ternary types are for models trained
+so. {about}
 
 - file, packed, rows: bits a parameter, norms and embedding included: in the file, on the device in the packed layout
   (the default on GPUs) and in the layout for CPUs (a byte a code), both as on a CPU, where dense weights take 32 bits;
@@ -40,11 +38,20 @@ show. The model has 135 million parameters, 21 % of them in the embedding, and s
 - load: seconds for the weights; prefill and decode: tokens a second, one sequence of 512 + 64 tokens, engine defaults.
 - source is the file as it was fetched. `load:` rows are the base, quantized while it is loaded (`--quantization`; the
   embedding stays dense); `KV:` rows are the base with another type of KV cache (`--kv-cache-dtype`).
-- Names such as Q4_K_M are llama.cpp's mixtures. Rows of this model have 576 and 1,536 inputs; types with blocks of 256
-  do not fit the former, where llama.cpp and `atoma-jax quantize` fall back to Q4_0, Q5_0, Q5_1, Q8_0 or IQ4_NL: of such
-  types only the down projections are what the name says. IQ types but IQ4_NL, NVFP4 and Q1_0 are written with libgguf's
-  blocks, the embedding in Q8_0, and without a real importance matrix, which the smallest of them need.
+- Names such as Q4_K_M are llama.cpp's mixtures. Where blocks of 256 do not fit a row, llama.cpp and
+  `atoma-jax quantize` fall back to Q4_0, Q5_0, Q5_1, Q8_0 or IQ4_NL. IQ types but IQ4_NL, NVFP4 and Q1_0 are written
+  with libgguf's blocks, the embedding in Q8_0, and without a real importance matrix, which the smallest of them need.
 """
+
+# What a reader has to know of a model before its numbers; nothing for others.
+_ABOUT = {
+    "smollm2-135m-instruct": """
+The base is no original: its weights come out of a file in Q4_1, so a type that can hold Q4_1's numbers looks better
+here than on weights as they were trained; Q4_1 and load:int4 hold them exactly, and their zeros say nothing about other
+models. The model has 135 million parameters, 21 % of them in the embedding, and suffers more than large ones. Its rows
+have 576 and 1,536 inputs: of types with blocks of 256 only the down projections are what the name says.
+"""
+}
 
 _PEERS = """
 ## Beside llama.cpp
@@ -64,7 +71,8 @@ def render(results: Mapping[str, Any], order: Sequence[str], peers: Mapping[str,
     """
     rows: Mapping[str, Mapping[str, Any]] = results["rows"]
     tokens = max((row.get("tokens", 0) for row in rows.values()), default=0)
-    lines = [_INTRODUCTION.format_map({**results, "tokens": tokens}).strip(), ""]
+    about = _ABOUT.get(results["model"], "").strip()
+    lines = [_INTRODUCTION.format_map({**results, "tokens": tokens, "about": about}).strip(), ""]
     lines += _table(_HEAD, (_cells(name, rows[name]) for name in order))
     both = [name for name in order if name in peers and "perplexity" in rows[name]]
     if both:

@@ -20,7 +20,7 @@ from bench.gpu_sections import SECTIONS, report
 from bench.gpu_sections.protocol import Section
 
 RESULTS = Path(__file__).parent / "results"
-BUDGET_S = 530.0  # of all sections together: a machine may be lent for nine minutes
+BUDGET_S = 530.0  # of all sections together: a machine may be lent for nine minutes; `--small` has no limit
 
 
 def main(
@@ -40,7 +40,7 @@ def main(
     path.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     for name in only or SECTIONS:
-        left = BUDGET_S - (time.monotonic() - began)
+        left = 3600.0 if small else BUDGET_S - (time.monotonic() - began)
         print(f"== {name}", flush=True)
         problem = _in_a_process(name, path, small=small, seconds=max(left, 5.0))
         found = report.read(path)

@@ -1,17 +1,37 @@
 """What all tests share: the platform, checked shapes, a compile cache, hypothesis profiles and the real models."""
 
 import os
+import re
 from pathlib import Path
 
 # Before anything imports JAX: the suite is for the CPU wherever it runs, so that its numbers are the same everywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import beartype.claw
 import hypothesis
 import jaxtyping
 import pytest
 
-# Before anything of ours is imported: every annotated shape and dtype of a call is checked while tests run.
-jaxtyping.install_import_hook(["atoma_jax", "pallas_kernels", "sharding"], "beartype.beartype")
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("atoma_jax", "pallas_kernels", "sharding")
+
+
+def _check_types() -> None:
+    """Checks every annotation of a call while tests run: shapes and dtypes where a module has any, types elsewhere.
+
+    The two are apart because binding the letters of shapes costs more than most calls do.
+    """
+    sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    # Beartype alone does not pass over names that only a type checker imports.
+    shaped = [path for path in sources if re.search("jaxtyping|TYPE_CHECKING", path.read_text(encoding="utf-8"))]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in shaped]
+    # `atoma_jax` would stand for all below it; it holds no code.
+    names = [name for name in names if name not in PACKAGES]
+    beartype.claw.beartype_packages(PACKAGES, conf=beartype.BeartypeConf(claw_is_pep526=False))
+    jaxtyping.install_import_hook(names, "beartype.beartype")
+
+
+_check_types()  # before anything of ours is imported
 
 hypothesis.settings.register_profile("dev", deadline=None)  # a first example may compile for seconds
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

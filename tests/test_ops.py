@@ -1,5 +1,8 @@
 """Products that `ops` chooses: activations of eight bits lose nothing to the operands' type."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,3 +43,31 @@ def test_activations_of_eight_bits_are_exact_in_any_operands(layout, operands):
     scale = np.float32(127) / np.abs(x).max(axis=1, keepdims=True)
     want = (np.rint(x * scale).astype(np.float64) @ values.T) / scale
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("layers", "kernel"), [(8, True), (40, False), (80, True)])
+def test_arrays_that_a_kernel_cannot_address_are_left_to_xla(layers, kernel):
+    """Bytes between 2 and 4 GiB: their offsets would wrap. Nothing is allocated."""
+    weight, _ = ternary(1, 512, "planar")
+    large = dataclasses.replace(
+        weight,
+        codes=jax.ShapeDtypeStruct((layers, 32768, 1024), jnp.uint16),
+        scales=jax.ShapeDtypeStruct((layers, 1, 32768), jnp.float32),
+        shape=(32768, 8192),
+        group=8192,
+    )
+    backend = ops.Backend(platform="cuda", operands="bfloat16", weight_layout="planar", kernels="pallas")
+    assert ops._has_kernel(large, backend) == kernel
+
+
+@pytest.mark.parametrize("kernels", ["xla", "interpret"])
+def test_a_layer_of_a_stack_is_multiplied(kernels):
+    """Packed, and as a bfloat16 matrix; each by its own kernel."""
+    weight, values = ternary(32, 512, "planar")
+    stack = jax.tree.map(lambda leaf: jnp.stack([jnp.zeros_like(leaf), leaf]), weight)
+    dense = jnp.stack([jnp.zeros(values.shape), jnp.asarray(values)]).astype(jnp.bfloat16)
+    x = np.random.default_rng(1).integers(-8, 9, (3, 512)).astype(np.float32)
+    backend = ops.Backend(platform="cpu", operands="bfloat16", weight_layout="planar", kernels=kernels)
+    for one in (stack, dense):
+        got = ops.linear(jnp.asarray(x), one, backend, layer=jnp.int32(1))
+        np.testing.assert_allclose(got, x @ values.T, rtol=1e-6)

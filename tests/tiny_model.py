@@ -15,6 +15,22 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# Settings, as TOML, of an engine with three programs, so that a start takes seconds. Tests that start their own take
+# these, and so share what is compiled.
+SMALL_ENGINE = """
+[model]
+max_model_len = 64
+[cache]
+num_pages = 32
+[scheduler]
+max_num_seqs = 2
+max_num_batched_tokens = 32
+[compile]
+decode_rows = [2]
+prefill_tokens = [32]
+score_tokens = 32
+"""
+
 
 def write_tiny_llama(
     path: Path,

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from atoma_jax.loading.fetch.hub import ResolvedModel
-from atoma_jax.loading.generation_defaults import GenerationDefaults, read_generation_defaults
+from atoma_jax.loading.generation_defaults import GenerationDefaults, read_generation_defaults, read_gguf_defaults
 from atoma_jax.loading.gguf.file import GGUFFile
 from atoma_jax.loading.gguf.names import gguf_sources
 from atoma_jax.loading.gguf.spec import read_spec
@@ -55,7 +55,7 @@ def open_model(found: ResolvedModel, *, max_model_len: int | None = None) -> Gen
     if found.kind == "gguf":
         with GGUFFile.open(found.path) as file:
             spec = read_spec(file, max_model_len=max_model_len)
-            yield ModelFiles(checkpoint=file, spec=spec, generation_defaults=GenerationDefaults())
+            yield ModelFiles(checkpoint=file, spec=spec, generation_defaults=read_gguf_defaults(file.metadata))
         return
     with HFCheckpoint.open(found.path) as folder:
         yield _from_folder(folder, max_model_len)

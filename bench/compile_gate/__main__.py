@@ -90,7 +90,9 @@ def _chosen(every: bool, only: str | None, target: str | None) -> Iterator[tuple
         if only is None and not every and not case.quick:
             continue
         targets = case.targets if every or target is not None else case.targets[:1]
-        yield from ((case, one) for one in targets if target in (None, one))
+        for one in targets:
+            if target is None or one == target:
+                yield case, one
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -74,7 +74,7 @@ def hlo_problems(hlo: str, spec: ModelSpec, state: Any, weights: Any, *, packed:
             yield f"{name} copies the KV cache"
         if (dtype, _without_ones(shape)) in sliced and operation in ("fusion", "dynamic-slice", "copy"):
             yield f"{name} copies a layer's weight, {dtype}{list(shape)}, out of its stack"
-        if dtype in ("u8", "s8") and size in as_bytes and operation != "bitcast":
+        if dtype == "u8" and size in as_bytes and operation in (*_COPIES, "fusion", "bitcast-convert"):
             yield f"{name} writes a stack of weights anew, as bytes"
         for matrix, elements in matrices.items():
             if size == elements and packed and operation not in ("parameter", "get-tuple-element", "bitcast"):

@@ -25,7 +25,7 @@ ALLOWED = 2.0**-7  # of the row's Σ|x·w|: weights of wide tiles are rounded to
 
 def measure(context: Context) -> Iterator[Measurement]:
     """Every type at every shape and number of rows."""
-    shapes, rows, count = (((128, 512),), (1, 64), 2) if context.small else (SHAPES, ROWS, STACK)
+    shapes, rows, count = (((128, 512),), (1,), 2) if context.small else (SHAPES, ROWS, STACK)
     for N, K in shapes:
         dense = _dense_seconds(N, K, rows, count)
         for type_name in TYPES:

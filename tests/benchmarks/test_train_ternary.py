@@ -1,6 +1,7 @@
 """The ternary model is trained as it will be served, and a run that was stopped ends where it would have ended."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -105,8 +106,10 @@ def test_weights_are_three_values_a_matrix_and_gradients_pass_through():
     name = "model.layers.0.mlp.up_proj.weight"
     weights = initial_weights(TINY, 0)
     inputs, targets = all_windows(TOKENS[:16], TINY.context)
-    through = jax.grad(lambda x: mean_nll(as_ternary(x, TINY), inputs, targets, TINY))(weights)[name]
-    at_the_rounded = jax.grad(lambda x: mean_nll(x, inputs, targets, TINY))(as_ternary(weights, TINY))[name]
+    gradients = jax.jit(jax.grad(lambda x: mean_nll(as_ternary(x, TINY), inputs, targets, TINY)))
+    of_the_rounded = jax.jit(jax.grad(lambda x: mean_nll(x, inputs, targets, TINY)))
+    through = gradients(weights)[name]
+    at_the_rounded = of_the_rounded(jax.jit(partial(as_ternary, shape=TINY))(weights))[name]
     np.testing.assert_allclose(through, at_the_rounded, rtol=1e-4, atol=1e-7)
 
 
@@ -136,7 +139,7 @@ def test_the_trained_arithmetic_is_the_references():
     frozen, shape, tokenizer = read_folder(FOLDER)
     ids = np.array(tokenizer.encode("Paul, a servant of Jesus Christ, called to be an apostle").ids)
     expected = BitNetReference(FOLDER).forward(ids)
-    found = np.asarray(forward(frozen.values(), jnp.asarray(ids)[None], shape))[0]
+    found = np.asarray(jax.jit(partial(forward, shape=shape))(frozen.values(), jnp.asarray(ids)[None]))[0]
     settled = expected.edge > EDGE
     assert settled.any()
     np.testing.assert_allclose(found[settled], expected.logits[settled], rtol=0, atol=2e-5)

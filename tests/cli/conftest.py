@@ -8,13 +8,21 @@ from typer.testing import CliRunner, Result
 
 from atoma_jax.cli import app
 from tests.cli.fake_engine import FakeLLM, FakePair
-from tests.tiny_model import write_tiny_llama
+from tests.tiny_model import SMALL_ENGINE, write_tiny_llama
 
 
 @pytest.fixture(scope="session")
 def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama with random weights that starts in seconds."""
     return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def small_engine(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Flags of a small engine; programs are cached as for all tests."""
+    settings = tmp_path_factory.mktemp("settings") / "engine.toml"
+    settings.write_text(SMALL_ENGINE)
+    return "--config", str(settings), "--no-compile-cache"
 
 
 @pytest.fixture

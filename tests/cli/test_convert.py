@@ -10,7 +10,6 @@ from typer.testing import Result
 from tests.tiny_model import write_tiny_llama
 
 Run = Callable[..., Result]
-SMALL = ("--max-num-seqs", "2", "--max-num-batched-tokens", "32", "--max-model-len", "64", "--no-compile-cache")
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_there_and_back(run: Run, folder: Path) -> None:
+def test_there_and_back(run: Run, folder: Path, small_engine: tuple[str, ...]) -> None:
     there = run("convert", str(folder / "tiny.gguf"), str(folder / "tiny"), "--threads", "1", "--json")
     assert there.exit_code == 0, there.stderr
     value = json.loads(there.stdout)
@@ -33,7 +32,7 @@ def test_there_and_back(run: Run, folder: Path) -> None:
     texts = []
     for model in ("tiny.gguf", "tiny", "back.gguf"):
         flags = ("--prompt", "the cat", "--max-tokens", "8", "--temperature", "0", "--json")
-        result = run("generate", "--model", str(folder / model), *SMALL, *flags)
+        result = run("generate", "--model", str(folder / model), *small_engine, *flags)
         assert result.exit_code == 0, result.stderr
         answer = json.loads(result.stdout)
         texts.append(answer["outputs"][0]["text"])

@@ -14,28 +14,11 @@ ROOT = Path(__file__).parents[2]
 
 Run = Callable[..., Result]
 
-# Few programs, so that a start takes seconds.
-SETTINGS = """
-[model]
-max_model_len = 64
-[cache]
-num_pages = 32
-[scheduler]
-max_num_seqs = 2
-max_num_batched_tokens = 32
-[compile]
-decode_rows = [2]
-prefill_tokens = [32]
-score_tokens = 32
-"""
-
 
 @pytest.fixture
-def engine(tiny_model_path: Path, tmp_path: Path) -> list[str]:
-    """Flags of a small engine; programs are cached as for all tests."""
-    settings = tmp_path / "engine.toml"
-    settings.write_text(SETTINGS)
-    return ["--model", str(tiny_model_path), "--config", str(settings), "--no-compile-cache"]
+def engine(tiny_model_path: Path, small_engine: tuple[str, ...]) -> list[str]:
+    """Flags of a small engine over the tiny model."""
+    return ["--model", str(tiny_model_path), *small_engine]
 
 
 def test_generate_twice_gives_the_same_and_the_stream_equals_the_whole(run: Run, engine: list[str]) -> None:

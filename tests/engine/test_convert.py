@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from atoma_jax import LLM, SamplingParams
-from atoma_jax.config import ModelConfig
+from atoma_jax.config import EngineConfig, ModelConfig
 from atoma_jax.engine.convert import convert_model
 from atoma_jax.engine.export import export_gguf
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
@@ -27,7 +27,7 @@ from atoma_jax.loading.orbax.manifest import read_manifest
 from atoma_jax.ops import Backend
 from tests.engine.conftest import BUCKETS, SIZES
 from tests.loading.conftest import TinyModel
-from tests.tiny_model import write_tiny_llama
+from tests.tiny_model import SMALL_ENGINE, write_tiny_llama
 
 ROOT = Path(__file__).parents[2]
 Q = gguf.GGMLQuantizationType
@@ -193,13 +193,15 @@ class TestTheWeights:
 
 
 class TestAnEngine:
-    def test_answers_as_from_the_file_it_was_made_of(self, converted: Path) -> None:
+    def test_answers_as_from_the_file_it_was_made_of(self, converted: Path, tmp_path: Path) -> None:
+        settings = tmp_path / "engine.toml"
+        settings.write_text(SMALL_ENGINE)
         export_gguf(ModelConfig(model=str(converted / "tiny")), converted / "back.gguf")
         params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=5)
         prompts = ["the cat sat in the hat", "on a mat"]
         answers = []
         for model in ("tiny.gguf", "tiny", "back.gguf"):
-            llm = LLM(str(converted / model), **SIZES, **BUCKETS)
+            llm = LLM.from_config(EngineConfig.from_toml(settings, {"model": str(converted / model)}))
             outputs = llm.generate(prompts, params, use_tqdm=False)
             answers.append(
                 [(out.outputs[0].text, out.outputs[0].token_ids, out.outputs[0].logprobs) for out in outputs]

@@ -16,7 +16,7 @@ from tests.loading.gguf.fuzz import mutate
 BACKEND = Backend(platform="cpu", operands="float32", weight_layout="planar")
 EXPECTED = (WeightFileError, UnsupportedModelError, ModelNotFoundError)
 EXPERTS = {f"blk.{i}.ffn_{name}_exps.weight": shape for i in range(2) for name, shape in (
-    ("gate", (4, 512, 256)), ("up", (4, 512, 256)), ("down", (4, 256, 512)))}  # fmt: skip
+    ("gate", (4, 64, 256)), ("up", (4, 64, 256)), ("down", (4, 256, 64)))}  # fmt: skip
 EXPERTS |= {f"blk.{i}.ffn_gate_inp.weight": (4, 256) for i in range(2)}
 EXPERTS |= {f"blk.{i}.ffn_{name}.weight": None for i in range(2) for name in ("gate", "up", "down")}
 
@@ -37,7 +37,7 @@ def test_mutated_files_are_refused_or_read(tmp_path, tiny_model, kind):
         "llama": {"metadata": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}},
         "mixture": {
             "arch": "qwen3moe",
-            "metadata": {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 512},
+            "metadata": {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 64},
             "tensors": EXPERTS,
         },
         "gemma": {"arch": "gemma2", "tensors": {

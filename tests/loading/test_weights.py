@@ -59,7 +59,10 @@ def load(tmp_path, tiny_model):
 def factors_of(values, supers) -> np.ndarray:
     """float32 scales or mins: as they are, or integers times the float of their supergroup, groups before rows."""
     values = np.asarray(values, np.float32)
-    return values if supers is None else values * np.repeat(supers, values.shape[-2] // supers.shape[-2], axis=-2)
+    if supers is None:
+        return values
+    supers = np.asarray(supers)  # numpy repeats a JAX array by compiling a program for its shape
+    return values * np.repeat(supers, values.shape[-2] // supers.shape[-2], axis=-2)
 
 
 def values_of(weight) -> np.ndarray:

@@ -14,7 +14,7 @@ import jax
 
 from atoma_jax.config import ModelConfig
 from atoma_jax.errors import ConfigError, WeightFileError
-from atoma_jax.loading.generation_defaults import GenerationDefaults, read_generation_defaults
+from atoma_jax.loading.generation_defaults import GenerationDefaults, read_generation_defaults, read_gguf_defaults
 from atoma_jax.loading.gguf.file import GGUFFile
 from atoma_jax.loading.gguf.metadata import Metadata
 from atoma_jax.loading.json_file import Section, read_json
@@ -67,9 +67,11 @@ class OrbaxModel:
 
     @cached_property
     def generation_defaults(self) -> GenerationDefaults:
-        """What the model's makers recommend, where it came from a folder that says so. Errors as of the reader."""
+        """What the model's makers recommend. Errors as of the readers."""
+        if self.metadata is not None:
+            return read_gguf_defaults(self.metadata)
         path = self.path / "generation_config.json"
-        if self.manifest.source_kind != "folder" or not path.exists():
+        if not path.exists():
             return GenerationDefaults()
         return read_generation_defaults(Section(f"{path}: generation_config", read_json(path)))
 
