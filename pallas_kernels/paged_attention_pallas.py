@@ -32,7 +32,7 @@ CONTEXT_TILE = 64 * 128 * 2  # bytes of K multiplied at once, as many of V; seve
 COMBINED_AT_ONCE = 16  # parts
 
 _LOG2E = math.log2(math.e)
-_SMALLEST_SCALE = 1e-37  # below every scale of a vector
+_SMALLEST_UNIT = 1e-20  # of scales in float16: vectors of V that are smaller still count as zeros
 
 
 class _Shape(NamedTuple):
@@ -355,12 +355,15 @@ def _walk(
         if cache.v_scale is not None:
             by_token = _scales(cache.v_scale, tokens, place)
             if _operands(shape.form) == jnp.float16:  # which knows no small numbers: the largest scale becomes 1
-                unit = jnp.maximum(jnp.max(by_token, axis=0), _SMALLEST_SCALE)
+                unit = jnp.maximum(jnp.max(by_token, axis=0), _SMALLEST_UNIT)
                 by_token = by_token / unit
             weights = weights * by_token[None]
         vectors = _vectors(cache.v, tokens, shape, place)
-        values = plt.dot(weights.astype(vectors.dtype), vectors, precision=shape.precision)
-        return _Softmax(state.acc * decay[:, None] + (values if unit is None else values * unit), largest, total)
+        # One expression, so that the product is summed where the state lies.
+        acc = state.acc * (decay if unit is None else decay / unit)[:, None] + plt.dot(
+            weights.astype(vectors.dtype), vectors, precision=shape.precision
+        )
+        return _Softmax(acc if unit is None else acc * unit, largest, total)
 
     return lax.fori_loop(*blocks, step, state)
 
