@@ -35,7 +35,7 @@ PAGE_SIZE = 16
 class Scorer:
     """One model on the device, with a KV cache for one sequence."""
 
-    def __init__(self, config: EngineConfig, setup: ModelSetup, tokenizer: Tokenizer):
+    def __init__(self, config: EngineConfig, setup: ModelSetup, tokenizer: Tokenizer, *, progress: bool = False):
         """Loads the weights; `load` is the usual way."""
         spec = setup.spec
         length = config.model.max_model_len or spec.context_length
@@ -46,7 +46,7 @@ class Scorer:
         self.tokenizer = tokenizer
         self._spec = spec
         self._kv_dtype = kv_cache_dtype(config.cache, is_cpu=setup.backend.platform == "cpu")
-        self._weights = setup.load(threads=usable_cores())
+        self._weights = setup.load(threads=usable_cores(), progress=progress)
         jax.block_until_ready(self._weights)
         self._run = jax.jit(
             partial(_run_chunk, graph=setup.graph()), static_argnames="table_width", donate_argnames="pages"
@@ -58,7 +58,7 @@ class Scorer:
 
         Args:
             config: checked settings; those of model, KV type and compile cache count.
-            progress: show bars on standard error for what is fetched.
+            progress: show bars on standard error, where that is a terminal, for what is fetched and loaded.
 
         Raises:
             UserError: the model or a setting cannot be used; see the subclasses.
@@ -68,7 +68,7 @@ class Scorer:
         found = resolve(config.model.model, revision=config.model.revision, progress=progress)
         with open_model(found, max_model_len=config.model.max_model_len) as files:
             setup = set_up_model(config.model, files)
-            return cls(config, setup, tokenizer_of(files))
+            return cls(config, setup, tokenizer_of(files), progress=progress)
 
     def logprobs(self, token_ids: Sequence[int], *, context: int) -> Iterator[Float32[Array, "C V"]]:
         """Log-probabilities of the next token behind every token of a sequence, `CHUNK` rows at a time.
