@@ -26,6 +26,9 @@ MAX_MODEL_LEN = 200
 SLOW_SECONDS = 0.05  # a token
 
 
+LIMITS = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 2}
+
+
 class FakeTokenizer:
     """A token is a character; two special ones. BOS (1) goes before a text where `adds_bos` says so."""
 
