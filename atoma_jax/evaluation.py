@@ -46,8 +46,19 @@ class ScoringEngine(Protocol):
 class ComparingPair(Protocol):
     """The part of `ModelPair` that compares."""
 
-    def compare(self, token_ids: Sequence[int], *, first: int, context: int) -> Iterator[ComparedTokens]:
-        """Scores of all tokens from `first` on, in pieces; no sequence will be longer than `context`."""
+    def windows_at_once(self, context: int) -> int:
+        """Windows of up to `context` tokens that should be compared together."""
+        ...
+
+    def compare(
+        self,
+        windows: Sequence[tuple[Sequence[int], int]],
+        *,
+        context: int,
+        rows: int,
+        on_tokens: Callable[[int], object],
+    ) -> list[ComparedTokens]:
+        """Scores of each window's tokens, from the index beside it on; never more than `rows` windows at once."""
         ...
 
 
@@ -127,6 +138,11 @@ def windows(num_tokens: int, *, context: int, stride: int, first_scored: int) ->
     return cut
 
 
+def _batched(cut: Sequence[Window], size: int) -> Iterator[Sequence[Window]]:
+    """Groups of `size` windows in order, the last one with what is left."""
+    return (cut[start : start + size] for start in range(0, len(cut), size))
+
+
 def score(
     llm: ScoringEngine,
     token_ids: Sequence[int],
@@ -134,6 +150,7 @@ def score(
     before: Sequence[int],
     context: int,
     stride: int,
+    at_once: int = 1,
     on_window: Callable[[int], object],
 ) -> Perplexity:
     """Scores a text.
@@ -144,6 +161,7 @@ def score(
         before: put before every window, BOS as a rule.
         context: tokens of a window, `before` included.
         stride: new tokens of each further window.
+        at_once: windows that the engine is given together.
         on_window: told how many tokens were scored, window by window.
 
     Raises:
@@ -152,11 +170,12 @@ def score(
     cut = _cut(len(token_ids), before, context, stride)
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     nll: list[float] = []
-    for window in cut:
-        ids, first = _prompt(window, token_ids, before)
-        output = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)[0]
-        nll += _nll(output, ids, first)
-        on_window(window.end - window.scored)
+    for group in _batched(cut, at_once):
+        together = [_prompt(window, token_ids, before) for window in group]
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids, _ in together], params, use_tqdm=False)
+        for window, (ids, first), output in zip(group, together, outputs, strict=True):
+            nll += _nll(output, ids, first)
+            on_window(window.end - window.scored)
     return Perplexity(token_ids=tuple(token_ids[cut[0].scored :]), nll=tuple(nll), num_windows=len(cut))
 
 
@@ -276,7 +295,7 @@ def diverge(
         before: put before every window, BOS as a rule.
         context: tokens of a window, `before` included.
         stride: new tokens of each further window.
-        on_tokens: told how many tokens were scored, piece by piece.
+        on_tokens: told how many tokens were scored, chunk by chunk.
 
     Raises:
         ParameterError: the text has no token to score, or context and stride do not fit together.
@@ -284,11 +303,10 @@ def diverge(
     cut = _cut(len(token_ids), before, context, stride)
     longest = len(before) + max(window.end - window.start for window in cut)
     parts: list[ComparedTokens] = []
-    for window in cut:
-        ids, first = _prompt(window, token_ids, before)
-        for part in pair.compare(ids, first=first, context=longest):
-            parts.append(part)
-            on_tokens(len(part.nll))
+    rows = min(len(cut), pair.windows_at_once(longest))
+    for group in _batched(cut, rows):
+        together = [_prompt(window, token_ids, before) for window in group]
+        parts += pair.compare(together, context=longest, rows=rows, on_tokens=on_tokens)
     return Divergence(
         base_nll=np.concatenate([part.base_nll for part in parts]).astype(np.float64),
         nll=np.concatenate([part.nll for part in parts]).astype(np.float64),

@@ -3,7 +3,8 @@
 `python -m bench.loading --type Q4_K --layout planar` writes a GGUF file of Llama 2 7B's shapes with random blocks, in a
 temporary folder (it needs the room of the model), loads its weights in a process of its own, and prints a JSON object.
 
-- `seconds`: from the open file to weights on the device. The file is in the page cache, as it was just written.
+- `seconds`: from the open file to weights on the device. The file is in the page cache, as it was just written. With
+  `--converted` they come from the folder that `atoma-jax convert` makes of it.
 - `device_bytes`: of the weights; on a CPU they lie in this process's memory.
 - `peak_anonymous_bytes`: the most memory of its own that the process had, less what it had before. The mapped file is
   not in it: those pages are the system's to drop.
@@ -29,6 +30,7 @@ def main(
     type_name: Annotated[str, typer.Option("--type", help="ggml type of all matrices.")] = "Q4_K",
     layers: Annotated[int, typer.Option(min=1, help="7B has 32.")] = 32,
     layout: Annotated[str, typer.Option(help="rows or planar.")] = "planar",
+    converted: Annotated[bool, typer.Option("--converted", help="What `atoma-jax convert` makes of the file.")] = False,
     folder: Annotated[
         Path | None, typer.Option(help="Where the file is written; default: the temporary folder.")
     ] = None,
@@ -41,10 +43,13 @@ def main(
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         path = Path(scratch) / "model.gguf"
         parameters = _write(path, type_name, layers)
+        size = path.stat().st_size
+        if converted:
+            path = _convert(path, layout)
         own = [sys.executable, "-m", "bench.loading", "--load", str(path), "--layout", layout]
         measured = json.loads(subprocess.run(own, check=True, capture_output=True, text=True).stdout)
-        about = {"type": type_name, "layers": layers, "layout": layout, "parameters": parameters}
-        print(json.dumps({**about, "file_bytes": path.stat().st_size, **measured}))
+        about = {"type": type_name, "layers": layers, "layout": layout, "converted": converted}
+        print(json.dumps({**about, "parameters": parameters, "file_bytes": size, **measured}))
 
 
 def _write(path: Path, type_name: str, layers: int) -> int:
@@ -89,6 +94,18 @@ def _write(path: Path, type_name: str, layers: int) -> int:
         writer.write_tensor_data(np.tile(sample, (shape[0] // SAMPLE_ROWS, 1)))
     writer.close()
     return sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def _convert(path: Path, layout: str) -> Path:
+    """Converts the model, which has no tokenizer, and removes it."""
+    from atoma_jax.config import EngineConfig
+    from atoma_jax.engine import convert
+
+    convert.tokenizer_of = lambda _: None  # type: ignore[assignment]
+    out = path.with_suffix("")
+    convert.convert_model(EngineConfig.from_options({"model": str(path), "weight_layout": layout}).model, out)
+    path.unlink()
+    return out
 
 
 def _load(path: Path, layout: str) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import hypothesis
@@ -57,11 +57,14 @@ def tokens_of(count: int, seed: int = 1) -> list[int]:
 
 @pytest.mark.parametrize(("context", "stride"), [(200, 100), (64, 63), (64, 1), (64, 32), (2, 1)])
 @pytest.mark.parametrize("before", [[], [BOS]])
-def test_every_token_counts_once_whatever_the_windows(context: int, stride: int, before: list[int]) -> None:
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_every_token_counts_once_whatever_the_windows(
+    context: int, stride: int, before: list[int], at_once: int
+) -> None:
     fake, ids = ScoringFake(50), tokens_of(150)
     context += len(before)
     progress: list[int] = []
-    result = score(fake, ids, before=before, context=context, stride=stride, on_window=progress.append)
+    result = score(fake, ids, before=before, context=context, stride=stride, at_once=at_once, on_window=progress.append)
     chain = [*before, *ids]
     expected = [-fake.table[a, b] for a, b in itertools.pairwise(chain)]
     np.testing.assert_allclose(result.nll, expected, rtol=0, atol=1e-12)
@@ -127,25 +130,40 @@ def test_special_tokens_are_told_from_the_text(prefix: list[int], suffix: list[i
 
 
 class ComparingFake:
-    """Two tables of scores; in pieces of 7 tokens."""
+    """Two tables of scores; three windows at once."""
 
     def __init__(self, vocab_size: int):
         self.base, self.model = ScoringFake(vocab_size).table, ScoringFake(vocab_size).table[::-1]
         self.contexts: set[int] = set()
 
-    def compare(self, token_ids: Sequence[int], *, first: int, context: int) -> Iterator[ComparedTokens]:
-        assert len(token_ids) <= context
+    def windows_at_once(self, context: int) -> int:
+        return 3
+
+    def compare(
+        self,
+        windows: Sequence[tuple[Sequence[int], int]],
+        *,
+        context: int,
+        rows: int,
+        on_tokens: Callable[[int], object],
+    ) -> list[ComparedTokens]:
+        assert len(windows) <= rows <= 3
+        return [self._compare(ids, first, context, on_tokens) for ids, first in windows]
+
+    def _compare(
+        self, ids: Sequence[int], first: int, context: int, on_tokens: Callable[[int], object]
+    ) -> ComparedTokens:
+        assert len(ids) <= context
         self.contexts.add(context)
-        pairs = list(itertools.pairwise(token_ids))[first - 1 :]
-        for start in range(0, len(pairs), 7):
-            before, after = np.array(pairs[start : start + 7]).T
-            base, model = self.base[before], self.model[before]
-            yield ComparedTokens(
-                base_nll=-base[np.arange(len(after)), after].astype(np.float32),
-                nll=-model[np.arange(len(after)), after].astype(np.float32),
-                kld=(np.exp(base) * (base - model)).sum(axis=1).astype(np.float32),
-                same_top=base.argmax(axis=1) == model.argmax(axis=1),
-            )
+        before, after = np.array(list(itertools.pairwise(ids))[first - 1 :]).T
+        base, model = self.base[before], self.model[before]
+        on_tokens(len(after))
+        return ComparedTokens(
+            base_nll=-base[np.arange(len(after)), after].astype(np.float32),
+            nll=-model[np.arange(len(after)), after].astype(np.float32),
+            kld=(np.exp(base) * (base - model)).sum(axis=1).astype(np.float32),
+            same_top=base.argmax(axis=1) == model.argmax(axis=1),
+        )
 
 
 @pytest.mark.parametrize(("context", "stride"), [(200, 100), (64, 63), (64, 1), (2, 1)])

@@ -31,6 +31,8 @@ class ModelLimits(Protocol):
 
     @property
     def max_model_len(self) -> int: ...
+    @property
+    def max_num_seqs(self) -> int: ...
 
 
 @runtime_checkable

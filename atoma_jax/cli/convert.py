@@ -54,7 +54,7 @@ def convert(
     from atoma_jax import convert_model, export_gguf  # imports JAX
 
     write = convert_model if to == "orbax" else export_gguf
-    done = write(config, out, force=force, threads=threads)
+    done = write(config, out, force=force, threads=threads, progress=not as_json)
     if as_json:
         print_json(
             {
@@ -76,3 +76,9 @@ def convert(
         f"{done.file_bytes / 1e6:,.1f} MB written in {done.seconds['write']:.2f} s",
         err=True,
     )
+    if "restore" in done.seconds:
+        typer.echo(
+            f"weights are on the device in {done.seconds['restore']:.2f} s from here, checksums included, "
+            f"and were in {done.seconds['read']:.2f} s from {model}",
+            err=True,
+        )

@@ -80,8 +80,16 @@ def perplexity(
         stride = context - len(before) - 1 if stride is None else stride
         ids = ids[:max_tokens]
         scored = len(ids) if before else max(0, len(ids) - 1)
-        with tqdm(total=scored, unit="tok", desc="scoring") as bar:
-            result = score(running.llm, ids, before=before, context=context, stride=stride, on_window=bar.update)
+        with tqdm(total=scored, unit="tok", desc="scoring", disable=None if as_json else False) as bar:
+            result = score(
+                running.llm,
+                ids,
+                before=before,
+                context=context,
+                stride=stride,
+                at_once=running.llm.llm_engine.model_config.max_num_seqs,
+                on_window=bar.update,
+            )
     if not as_json:
         typer.echo(f"perplexity {result.perplexity:.4f}, mean NLL {result.mean_nll:.5f}, {len(result.nll)} tokens")
         return
@@ -127,7 +135,8 @@ def kld(
     context = longest if context is None else context
     stride = context - len(before) - 1 if stride is None else stride
     ids = ids[:max_tokens]
-    with tqdm(total=len(ids) if before else max(0, len(ids) - 1), unit="tok", desc="comparing") as bar:
+    total = len(ids) if before else max(0, len(ids) - 1)
+    with tqdm(total=total, unit="tok", desc="comparing", disable=None if as_json else False) as bar:
         result = diverge(pair, ids, before=before, context=context, stride=stride, on_tokens=bar.update)
     if not as_json:
         typer.echo(_as_text(result))

@@ -8,16 +8,19 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from atoma_jax.config import ModelConfig
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
+from atoma_jax.engine.progress import loading_bar
 from atoma_jax.engine.startup import tokenizer_of
 from atoma_jax.errors import ConfigError, UserError
 from atoma_jax.loading.fetch.hub import ResolvedModel, resolve
@@ -49,7 +52,8 @@ class Conversion:
         source_bytes: of all tensors in the model's files.
         weight_bytes: of all weights that were written.
         file_bytes: of all that was written.
-        seconds: that reading and writing took.
+        seconds: that each part took. "read": from the source's header to weights on the device; "write"; and of a
+            folder "restore": from its `model.json` to the same weights on the device again.
     """
 
     path: Path
@@ -67,12 +71,15 @@ def convert_model(
 ) -> Conversion:
     """Writes a folder that `LLM` takes as a model and that restores without any decoding.
 
+    Restores it once before it appears: a folder that holds anything else than the weights is an error here, not later.
+    The device holds the weights once at a time.
+
     Args:
         config: which model, and how its weights are to lie: dtype, weight_layout, quantization, max_model_len.
         out: the folder; its parent must exist.
         force: replace a folder that an earlier conversion left there.
         threads: that decode; None: one a core.
-        progress: show bars on standard error for what is fetched.
+        progress: show bars on standard error, where that is a terminal, for what is fetched and loaded.
 
     Raises:
         UserError: the model or a setting cannot be used, or the folder cannot be written; see the subclasses.
@@ -81,17 +88,21 @@ def convert_model(
     threads = checked_threads(threads)
     check_target(out, force=force)
     found = resolve(config.model, revision=config.revision, progress=progress)
+    begin = time.perf_counter()
     with open_model(found, max_model_len=config.max_model_len) as files:
         if isinstance(files, OrbaxModel):
             problem = f"was converted already, from {files.manifest.source}: convert that one, or add --to gguf"
             raise ConfigError("model", config.model, problem)
         setup = set_up_model(config, files)
+        header = time.perf_counter() - begin
         tokenizer_of(files)  # a folder without one would be of no use
         begin = time.perf_counter()
-        weights = setup.load_values(threads=threads, on_bytes=lambda _: None)
+        weights = jax.block_until_ready(setup.load_values(threads=threads, progress=progress))
         loaded = time.perf_counter()
         with _new_folder(out, force=force) as folder:
+            sums = orbax_weights.sums_of(weights)
             orbax_weights.save(folder / WEIGHTS, weights)
+            del weights  # what is restored takes their place
             if found.kind == "gguf":
                 _write_metadata(found.path, folder / GGUF_METADATA)
             else:
@@ -99,7 +110,8 @@ def convert_model(
             manifest = _manifest(config, found, setup, folder / WEIGHTS, threads)
             # Last: a folder without it is no model.
             _write_synced(folder / FILE_NAME, manifest.encode())
-            OrbaxModel.open(folder).abstract(setup.wanted)
+            written = time.perf_counter()
+            restored = _restore(folder, setup, sums, out, threads=threads, progress=progress)
             file_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Conversion(
         path=out,
@@ -109,8 +121,32 @@ def convert_model(
         source_bytes=manifest.source_bytes,
         weight_bytes=setup.weight_bytes,
         file_bytes=file_bytes,
-        seconds={"read": loaded - begin, "write": time.perf_counter() - loaded},
+        seconds={"read": header + loaded - begin, "write": written - loaded, "restore": restored},
     )
+
+
+def _restore(
+    folder: Path, setup: ModelSetup, sums: Mapping[str, int], out: Path, *, threads: int, progress: bool
+) -> float:
+    """Restores what was written, as a start would, and holds it to the sums of what it was written from.
+
+    Returns:
+        Seconds from the folder to the weights on the device.
+
+    Raises:
+        UserError: they are not the weights that were written; WeightFileError, which is one, where none come back.
+    """
+    begin = time.perf_counter()
+    model = OrbaxModel.open(folder)
+    model.abstract(setup.wanted)
+    with loading_bar(setup.weight_bytes, "restoring", shown=progress) as on_bytes:
+        weights = jax.block_until_ready(model.load(threads=threads, on_bytes=on_bytes))
+    seconds = time.perf_counter() - begin
+    differ = [name for name, value in orbax_weights.sums_of(weights).items() if value != sums[name]]
+    if differ:
+        problem = f"gave back other values of {differ[0]} than were written: a fault of disk or memory; try another one"
+        raise UserError("out", str(out), problem)
+    return seconds
 
 
 def check_target(out: Path, *, force: bool) -> None:
@@ -164,7 +200,8 @@ def _manifest(config: ModelConfig, found: ResolvedModel, setup: ModelSetup, weig
     checkpoint = setup.checkpoint
     assert not isinstance(checkpoint, OrbaxModel)
     names = sorted(str(path.relative_to(weights)) for path in weights.rglob("*") if path.is_file())
-    sums = orbax_weights.checksums(weights, names, threads)
+    with ThreadPoolExecutor(threads) as pool:
+        sums = orbax_weights.checksums(weights, names, pool)
     is_gguf = found.kind == "gguf"
     return Manifest(
         engine=_version(),
@@ -181,7 +218,7 @@ def _manifest(config: ModelConfig, found: ResolvedModel, setup: ModelSetup, weig
             for path, want in setup.wanted.items()
         },
         tensors={name: tensor.shape for name, tensor in checkpoint.tensors.items()} if is_gguf else {},
-        files={name: StoredFile(nbytes=(weights / name).stat().st_size, crc32=sums[name]) for name in names},
+        files={name: StoredFile(nbytes=(weights / name).stat().st_size, crc32=sums[name].result()) for name in names},
     )
 
 

@@ -77,14 +77,17 @@ class _Place(NamedTuple):
     part: Part
 
 
-def export_gguf(config: ModelConfig, out: Path, *, force: bool = False, threads: int | None = None) -> Conversion:
+def export_gguf(
+    config: ModelConfig, out: Path, *, force: bool = False, threads: int | None = None, progress: bool = True
+) -> Conversion:
     """Writes a GGUF file whose tensors are the weights' exact values in float32, with the keys of the original.
 
     Args:
         config: names a folder that `convert_model` wrote.
         out: the file; its folder must exist.
         force: replace a file that is there.
-        threads: that check the folder's files; None: one a core.
+        threads: that read the folder's files; None: one a core.
+        progress: show a bar on standard error, where that is a terminal, for what is loaded.
 
     Raises:
         UserError: the folder cannot be used, GGUF has no place for what it holds, or the file cannot be written.
@@ -102,7 +105,7 @@ def export_gguf(config: ModelConfig, out: Path, *, force: bool = False, threads:
         _check_exportable(files)
         setup = set_up_model(config, files)
         begin = time.perf_counter()
-        weights = setup.load_values(threads=checked_threads(threads), on_bytes=lambda _: None)
+        weights = setup.load_values(threads=checked_threads(threads), progress=progress)
         loaded = time.perf_counter()
         file_bytes = _write(files, weights, _places(files, setup.wanted), out)
         return Conversion(

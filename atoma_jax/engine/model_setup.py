@@ -3,7 +3,7 @@
 From headers alone. What a start, a plan of memory and an evaluation have in common.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from flax import nnx
 
 from atoma_jax.config import ModelConfig
 from atoma_jax.engine.host import cpu_multiplies_bfloat16
+from atoma_jax.engine.progress import loading_bar
 from atoma_jax.engine.step import Weights
 from atoma_jax.errors import ConfigError
 from atoma_jax.loading.checkpoint import Checkpoint
@@ -61,17 +62,24 @@ class ModelSetup:
         """The model's state with `ShapeDtypeStruct`s as leaves."""
         return nnx.state(self._decoder(self.planned))
 
-    def load(self, *, threads: int, on_bytes: Callable[[int], None] = lambda _: None) -> Weights:
-        """The model's state on the device. Arguments and errors as in `load_weights`."""
-        return nnx.state(self._decoder(self.load_values(threads=threads, on_bytes=on_bytes)))
+    def load(self, *, threads: int, progress: bool = False) -> Weights:
+        """The model's state on the device. Arguments and errors as in `load_values`."""
+        return nnx.state(self._decoder(self.load_values(threads=threads, progress=progress)))
 
-    def load_values(self, *, threads: int, on_bytes: Callable[[int], None]) -> dict[str, Weight]:
-        """The weights on the device by path. Arguments and errors as in `load_weights`."""
-        if isinstance(self.checkpoint, OrbaxModel):
-            return self.checkpoint.load(threads=threads, on_bytes=on_bytes)
-        return load_weights(
-            self.checkpoint, self.sources, self.wanted, self.backend, threads=threads, on_bytes=on_bytes
-        )
+    def load_values(self, *, threads: int, progress: bool = False) -> dict[str, Weight]:
+        """The weights on the device by path. Errors as in `load_weights`.
+
+        Args:
+            threads: that decode or read at once.
+            progress: show a bar on standard error, where that is a terminal.
+        """
+        total = sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
+        with loading_bar(total, "loading", shown=progress) as on_bytes:
+            if isinstance(self.checkpoint, OrbaxModel):
+                return self.checkpoint.load(threads=threads, on_bytes=on_bytes)
+            return load_weights(
+                self.checkpoint, self.sources, self.wanted, self.backend, threads=threads, on_bytes=on_bytes
+            )
 
     def _decoder(self, values: Mapping[str, Any]) -> Decoder:
         model = Decoder(self.spec, self.backend)

@@ -82,7 +82,7 @@ def start_engine(
     Args:
         config: checked settings.
         on_phase: called with name and seconds as each phase ends.
-        progress: show bars on standard error for what is fetched.
+        progress: show bars on standard error, where that is a terminal, for what is fetched and loaded.
 
     Raises:
         UserError: the model or a setting cannot be used; see the subclasses.
@@ -107,7 +107,7 @@ def start_engine(
             tokenizer = tokenizer_of(files)
             default_params = recommended_params(files.generation_defaults)
         with phases.phase("restore" if found.kind == "orbax" else "weights"):
-            weights = setup.load(threads=plan.threads)
+            weights = setup.load(threads=plan.threads, progress=progress)
             jax.block_until_ready(weights)
         with phases.phase("compile"):
             runner.start(weights)

@@ -8,6 +8,7 @@ from atoma_jax.loading.fetch.hub import ResolvedModel
 from atoma_jax.loading.generation_defaults import GenerationDefaults, read_generation_defaults, read_gguf_defaults
 from atoma_jax.loading.gguf.file import GGUFFile
 from atoma_jax.loading.gguf.names import gguf_sources
+from atoma_jax.loading.gguf.side_scales import ScaledFile, with_side_scales
 from atoma_jax.loading.gguf.spec import read_spec
 from atoma_jax.loading.hf.checkpoint import HFCheckpoint
 from atoma_jax.loading.hf.names import hf_sources
@@ -23,7 +24,7 @@ from atoma_jax.models.params import ParamSpec
 class ModelFiles:
     """An open checkpoint and the model that it holds."""
 
-    checkpoint: GGUFFile | HFCheckpoint
+    checkpoint: GGUFFile | ScaledFile | HFCheckpoint
     spec: ModelSpec
     generation_defaults: GenerationDefaults
 
@@ -34,7 +35,7 @@ class ModelFiles:
             WeightFileError: a tensor is missing or misshapen.
             UnsupportedModelError: a tensor has no place in the model.
         """
-        names = gguf_sources if isinstance(self.checkpoint, GGUFFile) else hf_sources
+        names = hf_sources if isinstance(self.checkpoint, HFCheckpoint) else gguf_sources
         return names(self.checkpoint, self.spec, wanted)
 
 
@@ -55,7 +56,8 @@ def open_model(found: ResolvedModel, *, max_model_len: int | None = None) -> Gen
     if found.kind == "gguf":
         with GGUFFile.open(found.path) as file:
             spec = read_spec(file, max_model_len=max_model_len)
-            yield ModelFiles(checkpoint=file, spec=spec, generation_defaults=read_gguf_defaults(file.metadata))
+            defaults = read_gguf_defaults(file.metadata)
+            yield ModelFiles(checkpoint=with_side_scales(file), spec=spec, generation_defaults=defaults)
         return
     with HFCheckpoint.open(found.path) as folder:
         yield _from_folder(folder, max_model_len)

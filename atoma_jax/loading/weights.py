@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from atoma_jax.loading.checkpoint import Checkpoint, Rows
+from atoma_jax.loading.host_memory import aligned
 from atoma_jax.loading.weight_forms import DenseForm, Form, QuantizedForm, VariantsForm, form_of
 from atoma_jax.loading.weight_sources import Part, WeightSource
 from atoma_jax.models.params import ParamSpec
@@ -22,7 +23,6 @@ from atoma_jax.quant.merging import recast
 from atoma_jax.quant.qtensor import TILE, TILE_BLOCK, LayerVariants, QTensor
 
 DECODED_AT_ONCE = 1 << 22  # elements: bounds the temporary memory of a thread
-XLA_ALIGNMENT = 64  # bytes
 
 _Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -92,7 +92,7 @@ class _Reader:
         return self._dense(form) if isinstance(form, DenseForm) else self._quantized(form)
 
     def _dense(self, form: DenseForm) -> jax.Array:
-        out = _aligned(form.shape, np.dtype(np.float32))
+        out = aligned(form.shape, np.dtype(np.float32))
         vector = len(form.shape) == len(self._source.lead) + 1
         blocks = out.reshape(len(self._source.blocks), *form.shape[len(self._source.lead) :])
 
@@ -106,7 +106,7 @@ class _Reader:
         return jax.device_put(out.astype(form.dtype, copy=False))
 
     def _quantized(self, form: QuantizedForm) -> QTensor:
-        host = {name: _aligned(child.shape, child.dtype) for name, child in form.children().items()}
+        host = {name: aligned(child.shape, child.dtype) for name, child in form.children().items()}
         lead = len(self._source.lead)
         blocks = {name: array.reshape(len(self._source.blocks), *array.shape[lead:]) for name, array in host.items()}
         ways = {"rows": self._put_rows, "planar": self._put_planar, "tiles": self._put_tiles}
@@ -222,14 +222,6 @@ def _put_factors(blocks: dict[str, _Array], block: int, to: Rows, values: str, s
         blocks[supers][block][:, to] = factors.supers.T
     else:
         blocks[values][block][:, to] = factors.flat().T
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> _Array:
-    """An array without values whose memory XLA:CPU takes over as it is; it would copy one that starts elsewhere."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(nbytes + XLA_ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % XLA_ALIGNMENT
-    return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _indices(rows: Rows, N: int) -> np.ndarray[Any, np.dtype[np.int64]]:

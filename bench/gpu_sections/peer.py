@@ -15,18 +15,18 @@ def measure(context: Context) -> Iterator[Measurement]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     device: Any = torch.device("cpu" if context.small else "cuda")
-    small: dict[str, int] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256}
-    large: dict[str, int] = {
+    small: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256}
+    large: dict[str, Any] = {
         "hidden_size": 4096,
         "intermediate_size": 14336,
         "num_hidden_layers": 32,
         "vocab_size": 128256,
     }
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2} if context.small else {}
-    heads = heads or {"num_attention_heads": 32, "num_key_value_heads": 8}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    large |= {"num_attention_heads": 32, "num_key_value_heads": 8}
     with torch.device(device), torch.inference_mode():
         torch.set_default_dtype(torch.bfloat16)
-        model: Any = LlamaForCausalLM(LlamaConfig(**(small if context.small else large), **heads)).eval()
+        model: Any = LlamaForCausalLM(LlamaConfig(**(small if context.small else large))).eval()
 
         def synchronize() -> None:
             if not context.small:

@@ -28,7 +28,7 @@ NO_STATS = SimpleNamespace(
 class ScriptedLoop:
     """Each step takes the seconds and gives the tokens that the script says: `(seconds, {request: tokens})`."""
 
-    model_config = SimpleNamespace(max_model_len=100)
+    model_config = SimpleNamespace(max_model_len=100, max_num_seqs=2)
 
     def __init__(self, script: list[tuple[float, dict[str, int]]]):
         self.script = list(script)

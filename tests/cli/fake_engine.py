@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -24,6 +24,9 @@ from atoma_jax.sampling_params import validate_prompt
 
 MAX_MODEL_LEN = 200
 SLOW_SECONDS = 0.05  # a token
+
+
+LIMITS = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 2}
 
 
 class FakeTokenizer:
@@ -47,7 +50,9 @@ def words(count: int) -> list[str]:
 class FakeEngine:
     """The loop: every step gives each request one more token."""
 
-    model_config: Any = dataclasses.field(default_factory=lambda: SimpleNamespace(max_model_len=MAX_MODEL_LEN))
+    model_config: Any = dataclasses.field(
+        default_factory=lambda: SimpleNamespace(max_model_len=MAX_MODEL_LEN, max_num_seqs=2)
+    )
     queue: dict[str, deque[RequestOutput]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -182,14 +187,28 @@ class FakePair:
     def get_tokenizer(self) -> FakeTokenizer:
         return self.base.tokenizer
 
-    def compare(self, token_ids: Sequence[int], *, first: int, context: int) -> Iterator[ComparedTokens]:
+    def windows_at_once(self, context: int) -> int:
+        return 2
+
+    def compare(
+        self,
+        windows: Sequence[tuple[Sequence[int], int]],
+        *,
+        context: int,
+        rows: int,
+        on_tokens: Callable[[int], object],
+    ) -> list[ComparedTokens]:
+        return [self._compare(ids, first, on_tokens) for ids, first in windows]
+
+    def _compare(self, token_ids: Sequence[int], first: int, on_tokens: Callable[[int], object]) -> ComparedTokens:
         self.asked.append((list(token_ids), first))
         ids = np.array(token_ids[first:])
         base_nll = (ids % 10 / np.float32(4)).astype(np.float32)
         nll = base_nll + np.float32(0.5)
         if self.model.model == "nan":
             nll[0] = math.nan
-        yield ComparedTokens(base_nll=base_nll, nll=nll, kld=nll / 8, same_top=ids % 2 == 0)
+        on_tokens(len(ids))
+        return ComparedTokens(base_nll=base_nll, nll=nll, kld=nll / 8, same_top=ids % 2 == 0)
 
 
 def render(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -25,12 +25,12 @@ def test_there_and_back(run: Run, folder: Path, small_engine: tuple[str, ...]) -
     there = run("convert", str(folder / "tiny.gguf"), str(folder / "tiny"), "--threads", "1", "--json")
     assert there.exit_code == 0, there.stderr
     value = json.loads(there.stdout)
-    assert (value["path"], value["kind"], value["weight_layout"]) == (
-        str(folder / "tiny"),
-        "orbax",
-        "tiles" if library() else "rows",
-    )
-    assert set(value["seconds"]) == {"read", "write"}
+    layout = "tiles" if library() else "rows"
+    assert (value["path"], value["kind"], value["weight_layout"]) == (str(folder / "tiny"), "orbax", layout)
+    assert set(value["seconds"]) == {"read", "write", "restore"}
+    again = run("convert", str(folder / "tiny.gguf"), str(folder / "tiny"), "--force")
+    assert "s from here, checksums included, and were in" in again.stderr
+    assert again.stderr.rstrip().endswith(f"s from {folder / 'tiny.gguf'}")
     back = run("convert", str(folder / "tiny"), str(folder / "back.gguf"), "--to", "gguf")
     assert (back.exit_code, back.stdout) == (0, f"{folder / 'back.gguf'}\n"), back.stderr
     assert "MB written" in back.stderr

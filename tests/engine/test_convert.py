@@ -15,7 +15,7 @@ import pytest
 
 from atoma_jax import LLM, SamplingParams, ops
 from atoma_jax.config import EngineConfig, ModelConfig
-from atoma_jax.engine import model_setup
+from atoma_jax.engine import convert, model_setup
 from atoma_jax.engine.convert import convert_model
 from atoma_jax.engine.export import export_gguf
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
@@ -23,6 +23,7 @@ from atoma_jax.engine.startup import tokenizer_of
 from atoma_jax.errors import ConfigError, UnsupportedModelError, UserError, WeightFileError
 from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import open_model
+from atoma_jax.loading.orbax import weights as orbax_weights
 from atoma_jax.loading.orbax.checkpoint import OrbaxModel
 from atoma_jax.loading.orbax.manifest import read_manifest
 from atoma_jax.ops import Backend
@@ -73,7 +74,7 @@ def load(model: Path, **settings: Any) -> Loaded:
     config = ModelConfig(model=str(model), **settings)
     with open_model(resolve(config.model), max_model_len=config.max_model_len) as files:
         setup = set_up_model(config, files)
-        return setup, setup.load_values(threads=2, on_bytes=lambda _: None)
+        return setup, setup.load_values(threads=2)
 
 
 def assert_same_bits(a: Any, b: Any) -> None:
@@ -352,6 +353,32 @@ class TestWhereItIsWritten:
         home = "atoma_jax.loading.orbax.weights.save" if where == "save" else f"atoma_jax.engine.convert.{where}"
         monkeypatch.setattr(home, fail_on_second if where == "_write_metadata" else fail)
         with pytest.raises((KeyboardInterrupt, UserError)):
+            convert_model(ModelConfig(model=str(converted / "tiny.gguf")), tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("damage", ["read back", "on disk"])
+    def test_what_does_not_restore_never_appears(
+        self, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+    ) -> None:
+        if damage == "read back":  # files that are as they were written, and hold something else
+            true_sums = orbax_weights.sums_of
+            calls: list[int] = []
+
+            def sums_of(values: Any) -> dict[str, int]:
+                calls.append(1)
+                return {name: value + len(calls) for name, value in true_sums(values).items()}
+
+            monkeypatch.setattr(orbax_weights, "sums_of", sums_of)
+        else:
+            true_write = convert._write_synced
+
+            def write(path: Path, content: bytes) -> None:
+                true_write(path, content)
+                file = some_file(path.parent)
+                file.write_bytes(file.read_bytes()[:-1] + b"?")
+
+            monkeypatch.setattr(convert, "_write_synced", write)
+        with pytest.raises(UserError, match=r"other values of|CRC-32"):
             convert_model(ModelConfig(model=str(converted / "tiny.gguf")), tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from atoma_jax import EngineConfig, ModelPair, Scorer, UserError
+from atoma_jax.engine import scorer as module
 from atoma_jax.engine.scorer import CHUNK, compare_rows
 from atoma_jax.errors import ConfigError
 from tests.tiny_model import write_tiny_llama
@@ -101,17 +102,21 @@ def divergence(base: np.ndarray, model: np.ndarray) -> np.ndarray:
     return (np.exp(base) * (base - model)).sum(axis=1)
 
 
+NAMES = ("base_nll", "nll", "kld", "same_top")
+
+
 def all_of(pair: ModelPair, ids: list[int], *, first: int = 1, context: int = LENGTH) -> dict[str, np.ndarray]:
-    pieces = list(pair.compare(ids, first=first, context=context))
-    names = ("base_nll", "nll", "kld", "same_top")
-    return {name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in names}
+    told: list[int] = []
+    [found] = pair.compare([(ids, first)], context=context, rows=1, on_tokens=told.append)
+    assert sum(told) == len(found.nll)
+    return {name: getattr(found, name) for name in NAMES}
 
 
 @pytest.mark.parametrize("name", ["f32", "q8_0"])
 def test_distributions_are_those_of_a_forward_pass_in_float64(
     name: str, scorers: dict[str, Scorer], ids: list[int], by_hand: dict[str, np.ndarray]
 ) -> None:
-    chunks = list(scorers[name].logprobs(ids, context=LENGTH))
+    chunks = list(scorers[name].logprobs([ids], context=LENGTH))
     assert [chunk.shape for chunk in chunks] == [(CHUNK, scorers[name].vocab_size)] * 2
     np.testing.assert_allclose(np.concatenate(chunks)[:LENGTH], by_hand[name], rtol=0, atol=2e-4)
 
@@ -148,6 +153,34 @@ def test_scores_begin_where_they_are_asked_to_and_do_not_depend_on_it(
         np.testing.assert_array_equal(part[name], whole[name][first - 1 :])
 
 
+def test_windows_together_score_as_alone(scorers: dict[str, Scorer], ids: list[int]) -> None:
+    pair = ModelPair(scorers["f32"], scorers["q8_0"])
+    windows = [(ids, 1), (ids[20:150], 70), (ids[5:], CHUNK + 3)]
+    told: list[int] = []
+    together = pair.compare(windows, context=LENGTH, rows=4, on_tokens=told.append)
+    assert sum(told) == sum(len(window) - first for window, first in windows)
+    for (window, first), found in zip(windows, together, strict=True):
+        alone = all_of(pair, window, first=first)
+        for name in NAMES[:3]:  # the same sums, cut otherwise by the matrix products of another shape
+            np.testing.assert_allclose(getattr(found, name), alone[name], rtol=0, atol=2e-5, err_msg=name)
+        np.testing.assert_array_equal(found.same_top, alone["same_top"])
+
+
+def test_fewer_windows_go_together_where_memory_is_short(
+    scorers: dict[str, Scorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = ModelPair(scorers["f32"], scorers["q8_0"])
+    assert pair.windows_at_once(LENGTH) == module.MOST_ROWS
+    distributions = 4 * 4 * CHUNK * pair.base.vocab_size
+    kv = 2 * 256 * 2 * 2 * 2 * H * 4  # both models: padded context, K and V, layers, kv heads, head dim, float32
+    monkeypatch.setattr(module, "ROW_BYTES", 3 * (distributions + kv))
+    assert pair.windows_at_once(LENGTH) == 3
+    monkeypatch.setattr(module, "ROW_BYTES", 3 * (distributions + kv) - 1)
+    assert pair.windows_at_once(LENGTH) == 2
+    monkeypatch.setattr(module, "ROW_BYTES", 1)
+    assert pair.windows_at_once(LENGTH) == 1
+
+
 def test_room_that_is_not_used_changes_nothing(scorers: dict[str, Scorer], ids: list[int]) -> None:
     pair = ModelPair(scorers["f32"], scorers["other"])  # two models of one program
     tight, roomy = (all_of(pair, ids[:50], context=context)["kld"] for context in (50, LENGTH))
@@ -162,7 +195,7 @@ def test_rows_are_reduced_as_in_float64_however_near_they_are(noise: float) -> N
     targets = rng.integers(0, 5000, CHUNK).astype(np.int32)
     p, q = log_softmax(base), log_softmax(model)
     base_nll, nll, kld, same_top = np.asarray(
-        compare_rows(jnp.asarray(p.astype(np.float32)), jnp.asarray(q.astype(np.float32)), targets)
+        compare_rows(jnp.asarray(p.astype(np.float32)), jnp.asarray(q.astype(np.float32)), targets[None])
     )
     np.testing.assert_allclose(kld, divergence(p, q), rtol=2e-3)
     np.testing.assert_allclose(base_nll, -p[np.arange(CHUNK), targets], rtol=1e-6)
@@ -179,7 +212,7 @@ def test_what_one_model_holds_impossible() -> None:
     base[2, :], model[3, :] = np.nan, np.nan
     base[4] = model[4] = [0, -np.inf, -np.inf, -np.inf]
     targets = np.full(CHUNK, 2, np.int32)
-    base_nll, nll, kld, same_top = np.asarray(compare_rows(jnp.asarray(base), jnp.asarray(model), targets))
+    base_nll, nll, kld, same_top = np.asarray(compare_rows(jnp.asarray(base), jnp.asarray(model), targets[None]))
     assert (kld[0], nll[0]) == (np.inf, np.inf)
     assert kld[1] == pytest.approx(np.log(2))
     assert base_nll[1] == np.inf

@@ -79,7 +79,7 @@ def random_rows(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType, rng: np
         return gguf.quants.quantize(rng.standard_normal(shape).astype(np.float32), kind)
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = rng.integers(0, 256, (shape[0] * shape[1] // elements, size), np.uint8)
-    offset = {Q.Q6_K: 208}.get(kind, 0)
+    offset = {Q.Q6_K: 208, Q.TQ2_0: 64}.get(kind, 0)
     halves = 2 if kind in (Q.Q4_1, Q.Q5_1, Q.Q4_K, Q.Q5_K) else 1
     scales = rng.uniform(0.5, 2, (len(blocks), halves)) * rng.choice([-1, 1], (len(blocks), halves))
     blocks[:, offset : offset + 2 * halves] = scales.astype(np.float16).view(np.uint8)

@@ -5,6 +5,7 @@ Owns the folder's layout and what must agree before anything is read. What write
 """
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -150,29 +151,36 @@ class OrbaxModel:
     def load(
         self, *, threads: int, on_bytes: Callable[[int], None], sharding_of: ShardingOf | None = None
     ) -> dict[str, Weight]:
-        """The weights on their devices, nothing repacked. Every byte is checked before it is used.
+        """The weights on their devices, nothing repacked. No weight is handed out before all checksums were compared.
 
         Args:
-            threads: that check files at once; how many read is Orbax's decision.
-            on_bytes: called once, with the bytes of all weights.
+            threads: that check files at once, and as many that read them.
+            on_bytes: called with the bytes of arrays as they arrive.
             sharding_of: where each array goes: its weight's path, and which of a `QTensor`'s arrays it is; None for
                 the first device of this process.
 
         Raises:
             WeightFileError: a file or an array is not what was written.
         """
-        files = self.manifest.files
-        for name, value in checksums(self.path / WEIGHTS, list(files), threads).items():
-            if value != files[name].crc32:
-                problem = "has another checksum than when it was written: damaged; copy it anew or convert again"
-                raise WeightFileError(f"{self.path / WEIGHTS / name}: CRC-32", value, problem)
         if sharding_of is None:
             here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             sharding_of = lambda path, child: here  # noqa: E731, ARG005
         planned = {path: form.abstract() for path, form in self.manifest.forms.items()}
-        weights = restore(self.path / WEIGHTS, planned, sharding_of)
-        on_bytes(sum(weight.nbytes for weight in self.tensors.values()))
+        with ThreadPoolExecutor(threads) as pool:
+            sums = checksums(self.path / WEIGHTS, list(self.manifest.files), pool)
+            try:
+                weights = restore(self.path / WEIGHTS, planned, sharding_of, threads=threads, on_bytes=on_bytes)
+            except WeightFileError:
+                self._check_sums(sums)  # a damaged file is why, as a rule
+                raise
+            self._check_sums(sums)
         return weights
+
+    def _check_sums(self, sums: Mapping[str, Future[int]]) -> None:
+        for name, value in sums.items():
+            if value.result() != self.manifest.files[name].crc32:
+                problem = "has another checksum than when it was written: damaged; copy it anew or convert again"
+                raise WeightFileError(f"{self.path / WEIGHTS / name}: CRC-32", value.result(), problem)
 
     def _check_files(self) -> None:
         """The files are those that were written, as far as names and lengths tell."""
