@@ -25,7 +25,7 @@ LAYERS, LAYER = 2, 1
 BACKEND = ops.Backend(platform="cpu", operands="float32", weight_layout="rows", kernels="native")
 Variants = Callable[[], Iterator[str]]
 BLOCK = 128  # queries of one entry of the work list, at most
-TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}  # float32 sums of a few hundred terms
+TOLERANCE = 2e-5  # float32 sums of a few hundred terms
 
 
 @pytest.fixture(autouse=True)
@@ -120,12 +120,14 @@ class Step:
         blocks = None
         if pieces:
             unused = np.full((3, 4), 99, np.int32)
-            blocks = ops.QueryBlocks(np.int32(len(pieces)), *np.concatenate([pieces, unused]).astype(np.int32).T)
+            blocks = ops.QueryBlocks(
+                jnp.int32(len(pieces)), *jnp.asarray(np.concatenate([pieces, unused]), jnp.int32).T
+            )
         return ops.AttentionBatch(
-            page=self.tokens[3],
-            slot=self.tokens[4],
-            page_table=self.table,
-            decode_lengths=np.asarray(lengths, np.int32),
+            page=jnp.asarray(self.tokens[3]),
+            slot=jnp.asarray(self.tokens[4]),
+            page_table=jnp.asarray(self.table),
+            decode_lengths=jnp.asarray(lengths, jnp.int32),
             blocks=blocks,
         )
 
@@ -151,7 +153,7 @@ class Step:
             k, v = (part[LAYER, self.table[number, at // self.shape.S], :, at % self.shape.S] for part in kept)
             q, _ = row.values(self.shape)
             want = reference(q, k, v, window, softcap)
-            np.testing.assert_allclose(got, want, **TOLERANCE)
+            np.testing.assert_allclose(got, want, atol=TOLERANCE, rtol=TOLERANCE)
             if row.decodes and not row.count:
                 np.testing.assert_array_equal(out[self.first_token[number]], 0.0)
         np.testing.assert_array_equal(out[self.used :], 0.0)
