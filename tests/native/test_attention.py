@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import Array
 
 from atoma_jax import ops
 from atoma_jax.native.library import Library
@@ -22,8 +23,9 @@ from tests.kv_cache import KV_DTYPES, SCALED, numbers, poisoned_pages
 NO_WINDOW = 1 << 30
 LAYERS, LAYER = 2, 1
 BACKEND = ops.Backend(platform="cpu", operands="float32", weight_layout="rows", kernels="native")
+Variants = Callable[[], Iterator[str]]
 BLOCK = 128  # queries of one entry of the work list, at most
-TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}  # float32 sums of a few hundred terms
+TOLERANCE = 2e-5  # float32 sums of a few hundred terms
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,7 @@ def _loaded(kernels: Library) -> None:
 
 
 @pytest.fixture
-def variants(kernels: Library) -> Callable[[], Iterator[str]]:
+def variants(kernels: Library) -> Variants:
     """Loops over the instruction sets of this machine, each in force while its turn lasts."""
 
     def each() -> Iterator[str]:
@@ -118,12 +120,14 @@ class Step:
         blocks = None
         if pieces:
             unused = np.full((3, 4), 99, np.int32)
-            blocks = ops.QueryBlocks(np.int32(len(pieces)), *np.concatenate([pieces, unused]).astype(np.int32).T)
+            blocks = ops.QueryBlocks(
+                jnp.int32(len(pieces)), *jnp.asarray(np.concatenate([pieces, unused]), jnp.int32).T
+            )
         return ops.AttentionBatch(
-            page=self.tokens[3],
-            slot=self.tokens[4],
-            page_table=self.table,
-            decode_lengths=np.asarray(lengths, np.int32),
+            page=jnp.asarray(self.tokens[3]),
+            slot=jnp.asarray(self.tokens[4]),
+            page_table=jnp.asarray(self.table),
+            decode_lengths=jnp.asarray(lengths, jnp.int32),
             blocks=blocks,
         )
 
@@ -149,7 +153,7 @@ class Step:
             k, v = (part[LAYER, self.table[number, at // self.shape.S], :, at % self.shape.S] for part in kept)
             q, _ = row.values(self.shape)
             want = reference(q, k, v, window, softcap)
-            np.testing.assert_allclose(got, want, **TOLERANCE)
+            np.testing.assert_allclose(got, want, atol=TOLERANCE, rtol=TOLERANCE)
             if row.decodes and not row.count:
                 np.testing.assert_array_equal(out[self.first_token[number]], 0.0)
         np.testing.assert_array_equal(out[self.used :], 0.0)
@@ -182,8 +186,10 @@ write = jax.jit(kv_pages.write_kv)
 
 
 @lru_cache
-def attend(scale: float, softcap: float | None) -> Callable[..., tuple[jax.Array, ops.KVPages]]:
-    def run(q, k, v, pages, batch, *, layer, window):
+def attend(scale: float, softcap: float | None) -> Callable[..., tuple[Array, ops.KVPages]]:
+    def run(
+        q: Array, k: Array, v: Array, pages: ops.KVPages, batch: ops.AttentionBatch, *, layer: Array, window: Array
+    ) -> tuple[Array, ops.KVPages]:
         return ops.attend(q, k, v, pages, batch, BACKEND, layer=layer, window=window, scale=scale, softcap=softcap)
 
     return jax.jit(run)
@@ -204,7 +210,7 @@ GQA = Shape(9, 3, 64, 16)
 
 
 @pytest.mark.parametrize("shape", HEADS, ids=IDS)
-def test_contexts_that_end_at_around_and_inside_of_pages(shape: Shape, variants) -> None:
+def test_contexts_that_end_at_around_and_inside_of_pages(shape: Shape, variants: Variants) -> None:
     """Rows that decode, one of them idle, before whole prompts and chunks of prompts."""
     S = shape.S
     decodes = [Row(1), Row(S), Row(S + 1), Row(3 * S - 1), Row(256), Row(257), Row(300)]
@@ -217,7 +223,7 @@ def test_contexts_that_end_at_around_and_inside_of_pages(shape: Shape, variants)
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES[1:])
-def test_every_type_of_cache(kv_dtype: str, variants) -> None:
+def test_every_type_of_cache(kv_dtype: str, variants: Variants) -> None:
     steps = [
         Step(shape, [Row(1), Row(33), Row(300), prefill(40, 40), prefill(150, 20)], kv_dtype)
         for shape in (GQA, Shape(4, 1, 20, 8))
@@ -228,7 +234,7 @@ def test_every_type_of_cache(kv_dtype: str, variants) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 5, 64, 129, 256, 299])
-def test_a_query_sees_its_window_and_nothing_before_it(window: int, variants) -> None:
+def test_a_query_sees_its_window_and_nothing_before_it(window: int, variants: Variants) -> None:
     rows = [Row(1), Row(128), Row(300), Row(520), prefill(300, 140), prefill(60, 60)]
     step = Step(Shape(4, 2, 64, 16), rows)
     for _ in variants():
@@ -236,14 +242,14 @@ def test_a_query_sees_its_window_and_nothing_before_it(window: int, variants) ->
 
 
 @pytest.mark.parametrize("softcap", [1.5, 50.0])
-def test_softcap(softcap: float, variants) -> None:
+def test_softcap(softcap: float, variants: Variants) -> None:
     step = Step(Shape(4, 2, 64, 16), [Row(40), Row(300), prefill(150, 30)])
     for _ in variants():
         step.check(softcap=softcap, window=100)
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-def test_the_cache_holds_the_bits_that_xla_writes(kv_dtype: str, variants) -> None:
+def test_the_cache_holds_the_bits_that_xla_writes(kv_dtype: str, variants: Variants) -> None:
     """All of it but the scratch page: rounding, halves, subnormal codes, infinities and NaN alike."""
     step = Step(GQA, [prefill(40, 40), Row(17), prefill(90, 3)], kv_dtype)
     step.tokens[1] *= np.exp2(np.random.default_rng(0).integers(-20, 12, step.tokens[1].shape)).astype(np.float32)
@@ -257,7 +263,7 @@ def test_the_cache_holds_the_bits_that_xla_writes(kv_dtype: str, variants) -> No
             np.testing.assert_array_equal(bits(part[:, 1:]), bits(reference[:, 1:]))
 
 
-def bits(array: jax.Array) -> np.ndarray:
+def bits(array: Array) -> np.ndarray:
     """NaN as one value each, as nobody reads which."""
     values = np.asarray(array)
     if values.dtype.kind == "f":
@@ -266,7 +272,7 @@ def bits(array: jax.Array) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
-def test_a_sequence_has_the_same_bits_in_any_step(kv_dtype: str, variants) -> None:
+def test_a_sequence_has_the_same_bits_in_any_step(kv_dtype: str, variants: Variants) -> None:
     """Alone and among others, in any order and on any pages; and a prompt however it is cut into chunks."""
     decodes = [Row(1), Row(700), Row(40), Row(257, seed=1), Row(257, seed=2)]
     prompts = [prefill(150, 150), prefill(9, 4), prefill(300, 20)]
@@ -302,7 +308,9 @@ def test_any_number_of_threads_gives_the_same_bits(kv_dtype: str, kernels: Libra
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", *SCALED])
 @pytest.mark.parametrize(("part", "bad"), [("k", np.nan), ("v", np.nan), ("v", np.inf)])
-def test_what_is_not_finite_is_seen_by_its_sequence_alone(kv_dtype: str, bad: float, part: str, variants) -> None:
+def test_what_is_not_finite_is_seen_by_its_sequence_alone(
+    kv_dtype: str, bad: float, part: str, variants: Variants
+) -> None:
     rows = [Row(20), Row(300), prefill(40, 12), prefill(90, 60)]
     for _ in variants():
         clean, dirty = Step(GQA, rows, kv_dtype), Step(GQA, rows, kv_dtype)
@@ -325,8 +333,8 @@ def test_a_layer_is_written_and_read_in_place_inside_of_a_scan() -> None:
     batch = jax.tree.map(jnp.asarray, dataclasses.replace(step.batch(), page=page, slot=slot))
 
     @partial(jax.jit, donate_argnums=0)
-    def run(pages: ops.KVPages, q: jax.Array) -> tuple[jax.Array, ops.KVPages]:
-        def layer(carry: tuple, index: jax.Array) -> tuple[tuple, None]:
+    def run(pages: ops.KVPages, q: Array) -> tuple[Array, ops.KVPages]:
+        def layer(carry: tuple, index: Array) -> tuple[tuple, None]:
             out, pages = carry
             out, pages = ops.attend(
                 q + out, k, v, pages, batch, BACKEND, layer=index, window=jnp.int32(NO_WINDOW), scale=0.1, softcap=None
@@ -337,6 +345,7 @@ def test_a_layer_is_written_and_read_in_place_inside_of_a_scan() -> None:
 
     compiled = run.lower(step.pages, q).compile()
     memory = compiled.memory_analysis()
+    assert memory is not None
     size = step.pages.k.nbytes
     assert memory.alias_size_in_bytes >= 2 * size
     assert memory.temp_size_in_bytes < size / 4
