@@ -90,8 +90,9 @@ def planar_matmul(
     def kernel(*refs: Any) -> None:
         index_ref, x_ref, out_ref, stack_refs, sums_ref = _named(refs, stack, sums)
         rows = _some_rows(pl.program_id(0) * tiles.block_m, tiles.block_m, M)
-        tile = _tile(x_ref, stack_refs, sums_ref, index_ref[0], rows, kind, tiles, blocks, not interpret)
-        _store(out_ref, tile, rows, tiles.block_n)
+        at = pl.program_id(1), pl.program_id(2)
+        tile = _tile(x_ref, stack_refs, sums_ref, index_ref[0], rows, at, kind, tiles, blocks, not interpret)
+        _store(out_ref, tile, rows, at, tiles.block_n)
 
     parts = pl.pallas_call(
         kernel,
@@ -126,14 +127,14 @@ def planar_grouped_matmul(
 
     def kernel(used_ref: Any, start_ref: Any, stop_ref: Any, *refs: Any) -> None:
         index_ref, x_ref, out_ref, stack_refs, sums_ref = _named(refs, stack, sums)
-        block = pl.program_id(0)
+        block, at = pl.program_id(0), (pl.program_id(1), pl.program_id(2))  # not inside of a condition: JAX refuses it
 
         @pl.when(block < used_ref[0])
         def _() -> None:
             rows = _some_rows(start_ref[block], tiles.block_m, stop_ref[block])
             place = index_ref[block]
-            tile = _tile(x_ref, stack_refs, sums_ref, place, rows, kind, tiles, turns, not interpret)
-            _store(out_ref, tile, rows, tiles.block_n)
+            tile = _tile(x_ref, stack_refs, sums_ref, place, rows, at, kind, tiles, turns, not interpret)
+            _store(out_ref, tile, rows, at, tiles.block_n)
 
     parts = pl.pallas_call(
         kernel,
@@ -181,11 +182,11 @@ def _some_rows(start: Any, block_m: int, stop: Any) -> _Rows:
     return _Rows(index, index < stop)
 
 
-def _store(out_ref: Any, tile: Array, rows: _Rows, block_n: int) -> None:
-    """Writes a tile `[block_n, block_m]` to its place in `[splits, M, N]`."""
-    features = pl.program_id(1) * block_n + lax.iota(jnp.int32, block_n)
+def _store(out_ref: Any, tile: Array, rows: _Rows, at: tuple[Any, Any], block_n: int) -> None:
+    """Writes a tile `[block_n, block_m]` to its place in `[splits, M, N]`; `at`: tile of out-features, split."""
+    features = at[0] * block_n + lax.iota(jnp.int32, block_n)
     mask = rows.mask[None, :] & (features < out_ref.shape[2])[:, None]
-    plt.store(out_ref.at[pl.program_id(2), rows.place[None, :], features[:, None]], tile, mask=mask)
+    plt.store(out_ref.at[at[1], rows.place[None, :], features[:, None]], tile, mask=mask)
 
 
 def _tile(
@@ -194,6 +195,7 @@ def _tile(
     sums_ref: Any,
     index: Any,
     rows: _Rows,
+    at: tuple[Any, Any],
     kind: PlanarFormat,
     tiles: MatmulTiles,
     blocks: int,
@@ -201,8 +203,8 @@ def _tile(
 ) -> Float32[Array, "block_n block_m"]:
     """The part of a tile that one program sums: `blocks` blocks of words from where its split begins."""
     N, P = stack.words.shape[1], kind.plane
-    planes, first = 16 // kind.bits, pl.program_id(2) * blocks
-    features = pl.program_id(1) * tiles.block_n + lax.iota(jnp.int32, tiles.block_n)
+    planes, first = 16 // kind.bits, at[1] * blocks
+    features = at[0] * tiles.block_n + lax.iota(jnp.int32, tiles.block_n)
     inside = features < N
     column = lax.iota(jnp.int32, P)
     scaled_weights = tiles.block_m >= SCALED_WEIGHTS
