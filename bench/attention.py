@@ -6,7 +6,7 @@ Run as `python -m bench.attention`. Each time is the fastest of several, for all
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,16 @@ from jaxtyping import Array
 from atoma_jax import ops
 
 PAGE = 16  # tokens
+
+
+class _Step(NamedTuple):
+    """Where the tokens of a step lie, as `ops.attention_batch` takes it."""
+
+    page: np.ndarray
+    slot: np.ndarray
+    page_table: np.ndarray
+    decode_lengths: np.ndarray
+    chunks: ops.Chunks | None
 
 
 def main(
@@ -46,14 +56,14 @@ def _row(
     name: str,
     shape: tuple[int, int, int, int],
     kv_dtype: str,
-    step: ops.AttentionBatch,
+    step: _Step,
     tokens: int,
     context: int,
     repeats: int,
 ) -> None:
     N, K, H, L = shape
     rows, width = step.page_table.shape
-    pages = ops.empty_pages((L, rows * width + 1, K, PAGE, H), kv_dtype)
+    pages = ops.empty_pages((L, rows * width + 1, K, PAGE, H), kv_dtype, _backend("native"))
     q, k, v = (jnp.full((tokens, n, H), 0.1, jnp.float32) for n in (N, K, K))
     runs = [_program(kernels, pages, q, k, v, step) for kernels in ("native", "xla")]
     native, xla = _alternate(runs, repeats)
@@ -64,19 +74,20 @@ def _row(
     )
 
 
-def _program(
-    kernels: ops.Kernels, pages: ops.KVPages, q: Array, k: Array, v: Array, step: ops.AttentionBatch
-) -> Callable[[], None]:
+def _program(kernels: ops.Kernels, pages: ops.KVPages, q: Array, k: Array, v: Array, step: _Step) -> Callable[[], None]:
     """All layers, one after the other, over a cache of their own."""
-    backend = ops.Backend(platform="cpu", operands="float32", weight_layout="rows", kernels=kernels)
+    backend = _backend(kernels)
 
     @partial(jax.jit, donate_argnums=0)
     def run(pages: ops.KVPages, q: Array) -> tuple[ops.KVPages, Array]:
+        places = {name: jnp.asarray(array) for name, array in step._asdict().items() if name != "chunks"}
+        batch = ops.attention_batch(pages, q.shape[1], backend, **places, chunks=step.chunks, fixed_parts=False)
+
         def layer(carry: tuple[ops.KVPages, Array], index: Array) -> tuple[tuple[ops.KVPages, Array], None]:
             pages, q = carry
             window, scale = jnp.int32(1 << 30), q.shape[-1] ** -0.5
             out, pages = ops.attend(
-                q, k, v, pages, step, backend, layer=index, window=window, scale=scale, softcap=None
+                q, k, v, pages, batch, backend, layer=index, window=window, scale=scale, softcap=None
             )
             return (pages, q + out), None
 
@@ -90,6 +101,10 @@ def _program(
 
     call()
     return call
+
+
+def _backend(kernels: ops.Kernels) -> ops.Backend:
+    return ops.Backend(platform="cpu", operands="float32", weight_layout="rows", kernels=kernels)
 
 
 def _alternate(runs: list[Callable[[], None]], repeats: int) -> list[float]:
@@ -109,26 +124,26 @@ def _tables(rows: int, context: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(np.arange(1, rows * width + 1)).reshape(rows, width).astype(np.int32)
 
 
-def _decode(rows: int, context: int) -> ops.AttentionBatch:
+def _decode(rows: int, context: int) -> _Step:
     table = _tables(rows, context)
-    return ops.AttentionBatch(
-        page=jnp.asarray(table[:, (context - 1) // PAGE]),
-        slot=jnp.full(rows, (context - 1) % PAGE, jnp.int32),
-        page_table=jnp.asarray(table),
-        decode_lengths=jnp.full(rows, context, jnp.int32),
-        blocks=None,
+    return _Step(
+        page=table[:, (context - 1) // PAGE],
+        slot=np.full(rows, (context - 1) % PAGE, np.int32),
+        page_table=table,
+        decode_lengths=np.full(rows, context, np.int32),
+        chunks=None,
     )
 
 
-def _prefill(tokens: int) -> ops.AttentionBatch:
-    table, at = _tables(1, tokens), np.arange(tokens)
-    one = jnp.zeros(1, jnp.int32)
-    return ops.AttentionBatch(
-        page=jnp.asarray(table[0, at // PAGE]),
-        slot=jnp.asarray(at % PAGE, jnp.int32),
-        page_table=jnp.asarray(table),
-        decode_lengths=one,
-        blocks=ops.query_blocks(one, one + tokens, one, tokens),
+def _prefill(tokens: int) -> _Step:
+    table, at = _tables(1, tokens), np.arange(tokens, dtype=np.int32)
+    none = jnp.zeros(1, jnp.int32)
+    return _Step(
+        page=table[0, at // PAGE],
+        slot=at % PAGE,
+        page_table=table,
+        decode_lengths=np.zeros(1, np.int32),
+        chunks=ops.Chunks(none, none + tokens, none),
     )
 
 

@@ -47,7 +47,7 @@ def check_step(type_name: str, program: Program, target: Target) -> list[str]:
     step = partial(run_step, graph=graph, program=program, sizes=sizes)
     compiled = aot.compiled(step, (weights, state, words), target, donate_argnums=1)
     packed = type_name != "bf16"
-    problems = hlo_problems(compiled.as_text(), spec, state, weights, packed=packed)
+    problems = hlo_problems(compiled.as_text() or "", spec, state, weights, packed=packed)
     return [f"{type_name}, {program} on {target}: {problem}" for problem in problems]
 
 
