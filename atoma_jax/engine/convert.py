@@ -20,9 +20,9 @@ import numpy as np
 
 from atoma_jax.config import ModelConfig
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
+from atoma_jax.engine.model_tokenizer import tokenizer_of
 from atoma_jax.engine.progress import loading_bar
-from atoma_jax.engine.startup import tokenizer_of
-from atoma_jax.errors import ConfigError, UserError
+from atoma_jax.errors import ConfigError, UserError, WeightFileError
 from atoma_jax.loading.fetch.hub import ResolvedModel, resolve
 from atoma_jax.loading.gguf.file import GGUFFile, encoded_metadata, first_shard
 from atoma_jax.loading.gguf.names import SPARE
@@ -252,4 +252,9 @@ def _write_metadata(source: Path, path: Path) -> None:
 def _copy_files(source: Path, folder: Path) -> None:
     for name in FOLDER_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+            try:
+                content = (source / name).read_bytes()
+            except OSError as error:  # not to be taken for an error of the folder that is written
+                problem = f"cannot be read ({error.strerror})"
+                raise WeightFileError(str(source / name), None, problem) from error
+            (folder / name).write_bytes(content)

@@ -22,7 +22,7 @@ from atoma_jax.loading.checkpoint import Floats, Permutation, Rows
 from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.gguf.file import GGUFFile, encoded_metadata
 from atoma_jax.loading.gguf.names import SPARE, gguf_sources
-from atoma_jax.loading.gguf.writer import GGUFWriter, TensorEntry, encode_u32
+from atoma_jax.loading.gguf.writer import GGUFWriter, TensorEntry, check_target, encode_u32
 from atoma_jax.loading.model_files import open_model
 from atoma_jax.loading.orbax.checkpoint import GGUF_METADATA, OrbaxModel
 from atoma_jax.loading.orbax.weights import Weight
@@ -92,12 +92,7 @@ def export_gguf(
     Raises:
         UserError: the folder cannot be used, GGUF has no place for what it holds, or the file cannot be written.
     """
-    if not out.absolute().parent.is_dir():
-        raise ConfigError("out", str(out), "needs a folder around it that exists; make it first")
-    if out.suffix != ".gguf" or out.is_dir():
-        raise ConfigError("out", str(out), "must be the name of a .gguf file")
-    if out.exists() and not force:
-        raise ConfigError("out", str(out), "exists; name another file, or replace it with --force")
+    check_target(out, force=force)
     found = resolve(config.model, revision=config.revision, progress=False)
     with open_model(found, max_model_len=config.max_model_len) as files:
         if not isinstance(files, OrbaxModel):

@@ -8,8 +8,7 @@ import jax
 
 from atoma_jax.config import EngineConfig
 from atoma_jax.engine.memory import WORKSPACE_BYTES, kv_cache_dtype
-from atoma_jax.engine.model_setup import ModelSetup, set_up_model
-from atoma_jax.errors import ConfigError
+from atoma_jax.engine.model_setup import ModelSetup, served_length, set_up_model
 from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import open_model
 from atoma_jax.ops import Platform
@@ -117,10 +116,7 @@ def plan_model(
     with open_model(found, max_model_len=config.model.max_model_len) as files:
         setup = set_up_model(config.model, files, platform)
         spec, is_cpu = setup.spec, setup.backend.platform == "cpu"
-        length = config.model.max_model_len or spec.context_length
-        if length > spec.context_length:
-            problem = f"must be at most {spec.context_length}, what {found.path.name} was trained for"
-            raise ConfigError("max_model_len", length, problem)
+        length = served_length(config.model, setup)
         kv_dtype = kv_cache_dtype(config.cache, is_cpu=is_cpu)
         return ModelPlan(
             architecture=spec.architecture,

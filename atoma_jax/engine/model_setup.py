@@ -129,6 +129,20 @@ def set_up_model(config: ModelConfig, files: ModelFiles | OrbaxModel, platform: 
     )
 
 
+def served_length(config: ModelConfig, setup: ModelSetup) -> int:
+    """Tokens of prompt and output together that a model is served with.
+
+    Raises:
+        ConfigError: they are more than it was trained for.
+    """
+    trained = setup.spec.context_length
+    length = config.max_model_len or trained
+    if length > trained:
+        problem = f"must be at most {trained}, what {setup.checkpoint.path.name} was trained for"
+        raise ConfigError("max_model_len", length, problem)
+    return length
+
+
 def _own_platform() -> Platform:
     platform = jax.default_backend()
     if platform not in ("cpu", "gpu"):

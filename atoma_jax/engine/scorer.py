@@ -18,11 +18,12 @@ from jaxtyping import Array, Float32, Int32
 from atoma_jax import ops
 from atoma_jax.config import EngineConfig
 from atoma_jax.cores import usable_cores
+from atoma_jax.engine.compile_cache import use_compile_cache
 from atoma_jax.engine.memory import kv_cache_dtype
-from atoma_jax.engine.model_setup import ModelSetup, set_up_model
-from atoma_jax.engine.startup import tokenizer_of, use_compile_cache
+from atoma_jax.engine.model_setup import ModelSetup, served_length, set_up_model
+from atoma_jax.engine.model_tokenizer import tokenizer_of
 from atoma_jax.engine.step import Weights
-from atoma_jax.errors import ConfigError, UserError
+from atoma_jax.errors import UserError
 from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import open_model
 from atoma_jax.model_spec import KVDtype
@@ -43,10 +44,7 @@ class Scorer:
     def __init__(self, config: EngineConfig, setup: ModelSetup, tokenizer: Tokenizer, *, progress: bool = False):
         """Loads the weights; `load` is the usual way."""
         spec = setup.spec
-        length = config.model.max_model_len or spec.context_length
-        if length > spec.context_length:
-            problem = f"must be at most {spec.context_length}, what {setup.checkpoint.path.name} was trained for"
-            raise ConfigError("max_model_len", length, problem)
+        length = served_length(config.model, setup)
         self.model, self.vocab_size, self.max_model_len = config.model.model, spec.vocab_size, length
         self.tokenizer = tokenizer
         self._spec = spec

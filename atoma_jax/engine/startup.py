@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import jax
 
@@ -16,11 +15,13 @@ from atoma_jax.cores import usable_cores
 from atoma_jax.engine.admission import SchedulerLimits
 from atoma_jax.engine.buckets import Buckets, make_buckets
 from atoma_jax.engine.compilations import COMPILATIONS
+from atoma_jax.engine.compile_cache import use_compile_cache
 from atoma_jax.engine.engine import Engine
 from atoma_jax.engine.host import free_host_bytes
 from atoma_jax.engine.limits import EngineLimits
 from atoma_jax.engine.memory import DeviceMemory, addressable_pages, kv_cache_dtype, plan_pages
-from atoma_jax.engine.model_setup import ModelSetup, set_up_model
+from atoma_jax.engine.model_setup import ModelSetup, served_length, set_up_model
+from atoma_jax.engine.model_tokenizer import tokenizer_of
 from atoma_jax.engine.pages import PagePool
 from atoma_jax.engine.prefix_cache import PrefixCache
 from atoma_jax.engine.recommended_params import recommended_params
@@ -28,13 +29,10 @@ from atoma_jax.engine.runner import Runner
 from atoma_jax.engine.sampler_state import SamplerShape
 from atoma_jax.engine.scheduler import Scheduler
 from atoma_jax.engine.step import StepSizes
-from atoma_jax.errors import ConfigError, UnsupportedModelError
+from atoma_jax.errors import ConfigError
 from atoma_jax.loading.fetch.hub import resolve
-from atoma_jax.loading.hf.checkpoint import HFCheckpoint
-from atoma_jax.loading.model_files import ModelFiles, open_model
-from atoma_jax.loading.orbax.checkpoint import OrbaxModel
-from atoma_jax.model_spec import KVDtype, ModelSpec
-from atoma_jax.tokenizer import Tokenizer, load_folder_tokenizer, load_gguf_tokenizer
+from atoma_jax.loading.model_files import open_model
+from atoma_jax.model_spec import KVDtype
 
 CPU_SEQS, CPU_TOKENS, CPU_GROWTH = 16, 512, 16  # few programs: each takes a CPU seconds to compile
 GPU_SEQS, GPU_TOKENS, GPU_GROWTH = 64, 2048, 2
@@ -143,13 +141,7 @@ class _Plan:
 
 def _plan(config: EngineConfig, setup: ModelSetup) -> _Plan:
     spec, is_cpu = setup.spec, setup.backend.platform == "cpu"
-    length = config.model.max_model_len or spec.context_length
-    if length > spec.context_length:
-        raise ConfigError(
-            "max_model_len",
-            length,
-            f"must be at most {spec.context_length}, what {setup.checkpoint.path.name} was trained for",
-        )
+    length = served_length(config.model, setup)
     if length < 2:
         raise ConfigError("max_model_len", length, "must be at least 2: a prompt token and an output token")
     seqs = config.scheduler.max_num_seqs or (CPU_SEQS if is_cpu else GPU_SEQS)
@@ -230,45 +222,3 @@ def _scheduler_limits(config: EngineConfig, plan: _Plan, limits: EngineLimits) -
         score_chunk=plan.buckets.score.tokens,
         fixed_chunk=limits.max_num_batched_tokens if config.compile.deterministic else None,
     )
-
-
-def tokenizer_of(files: ModelFiles | OrbaxModel) -> Tokenizer:
-    """The tokenizer of an open model.
-
-    Raises:
-        WeightFileError: it is damaged.
-        UnsupportedModelError: it is of a kind that is not implemented, or does not fit the model.
-    """
-    checkpoint = files if isinstance(files, OrbaxModel) else files.checkpoint
-    metadata = None if isinstance(checkpoint, HFCheckpoint) else checkpoint.metadata
-    if metadata is None:
-        return load_folder_tokenizer(checkpoint.path, rows=files.spec.vocab_size)
-    tokenizer = load_gguf_tokenizer(metadata, source=str(checkpoint.path))
-    _check_vocabulary(tokenizer.vocab_size, files.spec, checkpoint.path)
-    return tokenizer
-
-
-def use_compile_cache(folder: str | None) -> None:
-    """Keeps the programs that this process compiles in a folder, if one is given.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
-    if folder is None:
-        return
-    try:
-        Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("compile_cache_dir", folder, f"cannot be made: {error.strerror}") from error
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _check_vocabulary(tokens: int, spec: ModelSpec, path: Path) -> None:
-    if tokens != spec.vocab_size:
-        raise UnsupportedModelError(
-            f"{path}: metadata 'tokenizer.ggml.tokens'",
-            tokens,
-            f"must have one entry for each of the {spec.vocab_size} rows of token_embd",
-        )

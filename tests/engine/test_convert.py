@@ -19,7 +19,7 @@ from atoma_jax.engine import convert, model_setup
 from atoma_jax.engine.convert import convert_model
 from atoma_jax.engine.export import export_gguf
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
-from atoma_jax.engine.startup import tokenizer_of
+from atoma_jax.engine.model_tokenizer import tokenizer_of
 from atoma_jax.errors import ConfigError, UnsupportedModelError, UserError, WeightFileError
 from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import open_model

@@ -19,7 +19,7 @@ import numpy as np
 from atoma_jax.errors import ConfigError
 from atoma_jax.loading.gguf.file import GGUFFile, GGUFTensor, encoded_metadata, first_shard
 from atoma_jax.loading.gguf.mixtures import Choice, ModelFacts, TypeOptions, choose_types
-from atoma_jax.loading.gguf.writer import GGUFWriter, TensorEntry, encode_u32
+from atoma_jax.loading.gguf.writer import GGUFWriter, TensorEntry, check_target, encode_u32
 from atoma_jax.loading.threads import checked_threads
 from atoma_jax.quant.ggml import FLOAT_TYPES
 from atoma_jax.quant.ggml_types import GGMLType
@@ -98,7 +98,7 @@ def requantize(
             WeightFileError and UnsupportedModelError, which are UserErrors, about settings and about the source.
     """
     threads = checked_threads(threads)
-    _check_target(target, overwrite)
+    check_target(target, force=overwrite)
     with GGUFFile.open(source) as file:
         if target.exists() and any(target.samefile(shard) for shard in _shards(file)):
             raise ConfigError("out", str(target), "is the file to be read; name another one")
@@ -127,15 +127,6 @@ def requantize(
             fallbacks={name: choice.type.name for name, choice in choices.items() if choice.type != choice.wanted},
             requantized=requantized,
         )
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.parent.is_dir():
-        raise ConfigError("out", str(target), f"needs the folder {target.parent}, which does not exist; make it first")
-    if target.is_dir() or (target.exists() and not target.is_file()):
-        raise ConfigError("out", str(target), "is a folder or device; name a .gguf file")
-    if target.exists() and not overwrite:
-        raise ConfigError("out", str(target), "exists; --force replaces it")
 
 
 def _shards(file: GGUFFile) -> list[Path]:

@@ -18,13 +18,30 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from atoma_jax.errors import UserError
+from atoma_jax.errors import ConfigError, UserError
 from atoma_jax.quant.ggml_types import BLOCK_SIZES, GGMLType
 
 _Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
 _VERSION = 3
 _U32_TYPE = 4
+
+
+def check_target(path: Path, *, force: bool) -> None:
+    """Refuses a place for a file before anything is read.
+
+    Raises:
+        ConfigError: its folder does not exist, it is no name of a GGUF file, or something is there.
+    """
+    if not path.absolute().parent.is_dir():
+        problem = f"needs the folder {path.parent}, which does not exist; make it first"
+        raise ConfigError("out", str(path), problem)
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise ConfigError("out", str(path), "is a folder or device; name a .gguf file")
+    if path.suffix != ".gguf":
+        raise ConfigError("out", str(path), "must be the name of a .gguf file, as which it is found again")
+    if path.exists() and not force:
+        raise ConfigError("out", str(path), "exists; --force replaces it")
 
 
 @dataclass(frozen=True, slots=True)
