@@ -37,8 +37,9 @@ class ModelConfig:
     # kernels read, and auto where they run.
     weight_layout: Literal["auto", "rows", "planar", "tiles"] = "auto"
     # pallas: kernels for NVIDIA GPUs; xla: their twins in plain XLA; interpret: the Pallas kernels on any device, slow,
-    # for tests; native: compiled C++ for CPUs. auto: pallas on an NVIDIA GPU, unless dtype is float32, native on a CPU
-    # where it was compiled, else xla. Weights that lie in rows are always multiplied by XLA.
+    # for tests; native: compiled C++ for CPUs. auto: pallas on an NVIDIA GPU, native on a CPU where it was compiled,
+    # else xla; and xla for who asks for float32, but for native kernels of another cpu_precision than the default.
+    # Weights that lie in rows are always multiplied by XLA.
     kernels: Literal["auto", "xla", "pallas", "interpret", "native"] = "auto"
     # Of activations in native products. default: int8 in groups of 32; high: two such planes, about a float's precision
     # and slower; exact: float32, for tests.

@@ -177,14 +177,19 @@ def _backend(config: ModelConfig, platform: Platform) -> Backend:
 
 
 def _kernels(config: ModelConfig, platform: Platform) -> Kernels:
-    """The kernels asked for, where they run."""
+    """The kernels asked for, where they run. Who asks for float32 does not get less."""
+    rounds = config.dtype == "float32" and config.cpu_precision == "default"
     if config.kernels == "native":
         if platform != "cpu":
             raise ConfigError("kernels", "native", "is for CPUs: leave --kernels out on a GPU")
         if not has_native_kernels():
             raise ConfigError("kernels", "native", "cannot run here, for the reason logged above; xla can")
-    if config.kernels in ("auto", "native") and platform == "cpu":
-        return "native" if has_native_kernels() else "xla"
+        if rounds:
+            problem = "contradicts --kernels native, which rounds activations: use --cpu-precision high or exact"
+            raise ConfigError("dtype", config.dtype, problem)
+        return "native"
+    if config.kernels == "auto" and platform == "cpu":
+        return "native" if not rounds and has_native_kernels() else "xla"
     if config.kernels == "xla":
         return "xla"
     if config.kernels == "auto":

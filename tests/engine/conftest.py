@@ -12,10 +12,12 @@ from atoma_jax.engine.engine import Engine
 from atoma_jax.engine.pages import PagePool
 from atoma_jax.engine.prefix_cache import PrefixCache
 from atoma_jax.engine.scheduler import Scheduler
+from atoma_jax.native.library import library
 from tests.tiny_model import write_tiny_llama
 
 SIZES: dict[str, Any] = {
     "dtype": "float32",
+    "cpu_precision": "high" if library() else "default",  # the kernels that users run, near enough to float32
     "max_model_len": 96,
     "max_num_seqs": 4,
     "max_num_batched_tokens": 32,

@@ -17,12 +17,18 @@ def built(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 
 
 def chosen(platform: Any = "cpu", **settings: Any) -> tuple[str, str]:
-    backend = _backend(ModelConfig(model="m", dtype="float32", **settings), platform)
+    backend = _backend(ModelConfig(model="m", **settings), platform)
     return backend.kernels, backend.weight_layout
 
 
 def test_a_cpu_takes_native_kernels_where_they_are_built(built: bool) -> None:
     assert chosen() == (("native", "tiles") if built else ("xla", "rows"))
+
+
+def test_who_asks_for_float32_gets_no_rounded_activations(built: bool) -> None:
+    assert chosen(dtype="float32") == ("xla", "rows")
+    if built:
+        assert chosen(dtype="float32", cpu_precision="high") == ("native", "tiles")
 
 
 @pytest.mark.parametrize("layout", ["rows", "planar"])
@@ -44,6 +50,7 @@ def refused(platform: Any = "cpu", **settings: Any) -> ConfigError:
     ("settings", "field", "problem"),
     [
         ({"kernels": "native", "weight_layout": "rows"}, "weight_layout", "does not go with the kernels native"),
+        ({"kernels": "native", "dtype": "float32"}, "dtype", "rounds activations"),
         ({"kernels": "xla", "weight_layout": "tiles"}, "weight_layout", "does not go with the kernels xla"),
         ({"kernels": "xla", "cpu_precision": "high"}, "cpu_precision", "is a setting of the native kernels"),
         ({"weight_layout": "rows", "cpu_precision": "exact"}, "cpu_precision", "is a setting of the native kernels"),

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from atoma_jax import LLM, SamplingParams
 from tests.engine.conftest import SIZES
 
@@ -13,9 +15,12 @@ def answers(llm: LLM) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
 
 
-def test_greedy_answers_are_those_of_xla(tiny_path: Path, shared_llm: LLM) -> None:
-    sizes = SIZES | {"dtype": "auto", "max_num_seqs": 2, "decode_rows": (2,), "prefill_tokens": (32,)}
-    interpreted = LLM(str(tiny_path), **sizes, kernels="interpret")
-    assert interpreted.startup.kernels == "interpret"
-    assert answers(interpreted) == answers(shared_llm)
+@pytest.mark.slow  # a minute of compiling; each kernel's own tests are quick
+def test_greedy_answers_are_those_of_xla(tiny_path: Path) -> None:
+    sizes = SIZES | {"dtype": "bfloat16", "cpu_precision": "default", "weight_layout": "planar"}
+    sizes |= {"max_num_seqs": 2, "decode_rows": (2,), "prefill_tokens": (32,)}
+    interpreted, plain = (LLM(str(tiny_path), **sizes, kernels=kernels) for kernels in ("interpret", "xla"))
+    assert (interpreted.startup.kernels, plain.startup.kernels) == ("interpret", "xla")
+    assert answers(interpreted) == answers(plain)
     interpreted.shutdown()
+    plain.shutdown()

@@ -117,7 +117,6 @@ def test_the_kernels_default_arithmetic_is_as_near_as_llama_cpps(name: str, requ
     path = request.getfixturevalue({"smollm2": "smollm2_path", "gemma3": "gemma3_path"}[name])
     llm = LLM(
         str(path),
-        dtype="float32",
         max_model_len=512,
         max_num_seqs=4,
         max_num_batched_tokens=64,

@@ -129,6 +129,7 @@ class Step:
             page_table=jnp.asarray(self.table),
             decode_lengths=jnp.asarray(lengths, jnp.int32),
             blocks=blocks,
+            parts=None,
         )
 
     def run(self, *, window: int = NO_WINDOW, softcap: float | None = None) -> tuple[np.ndarray, ops.KVPages]:

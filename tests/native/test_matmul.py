@@ -133,7 +133,7 @@ def wrong(made: Tiled, **changes: jax.Array) -> jax.Array:
     weight = jax.tree.map(lambda leaf: leaf, made.weight)
     for name, value in changes.items():
         object.__setattr__(weight, name, value)
-    return native.matmul(activations(1, 64), weight, 0, "groups")
+    return native.matmul(activations(1, 64), weight, jnp.int32(0), "groups")
 
 
 @pytest.mark.parametrize(
