@@ -109,7 +109,7 @@ def test_without_it_bits_depend_on_what_else_is_served(
 ) -> None:
     """The tests above would see it: other programs run other numbers of rows, whose sums XLA rounds differently. (The
     native kernels do not.)"""
-    llm = LLM(str(tiny_path), **SIZES, **BUCKETS, kernels="xla")
+    llm = LLM(str(tiny_path), **SIZES | {"cpu_precision": "default"}, **BUCKETS, kernels="xla")
     chosen = [ask for ask in asks if ask.params.greedy][:12]
     apart = [logprob_bits(run_alone(make_engine(llm), ask)) for ask in chosen]
     together = [logprob_bits(output) for output in run_all(make_engine(llm), chosen)]

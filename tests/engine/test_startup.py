@@ -119,7 +119,7 @@ class TestModels:
             raise UnsupportedModelError("tokenizer", source, "is of a kind that nobody knows")
 
         monkeypatch.setattr(Runner, "compile", noted)
-        monkeypatch.setattr("atoma_jax.engine.startup.load_gguf_tokenizer", fail)
+        monkeypatch.setattr("atoma_jax.engine.model_tokenizer.load_gguf_tokenizer", fail)
         with pytest.raises(UnsupportedModelError):
             start_engine(EngineConfig.from_options({"model": str(tiny_path), **SIZES, **BUCKETS}))
         futures = list(runners[0]._programs.values())
