@@ -133,12 +133,12 @@ def is_current(library: Path = LIBRARY) -> bool:
     return stamp is not None and stamp.sources == source_digest() and takes(ffi_version(include_folder()), stamp.ffi)
 
 
-def build_program(main: Path, target: Path, *flags: str) -> Path:
-    """Compiles the kernels without their handlers and links them to a program of its own; for tests.
+def build_programs(mains: Sequence[Path], folder: Path, *flags: str) -> list[Path]:
+    """Compiles the kernels without their handlers, once, and links them to programs; for tests.
 
     Args:
-        main: its source.
-        target: where it goes.
+        mains: the source of each program.
+        folder: where they go, under the names of their sources.
         flags: beyond those of the library.
 
     Raises:
@@ -146,8 +146,11 @@ def build_program(main: Path, target: Path, *flags: str) -> Path:
     """
     kernels = [path for path in sources() if path.stem != "library" and not path.stem.endswith("_handler")]
     with tempfile.TemporaryDirectory(prefix="atoma-native-") as scratch:
-        _run(compiler(), *_compile((*kernels, main), Path(scratch), flags), "-pthread", *flags, "-o", str(target))
-    return target
+        objects = _compile((*kernels, *mains), Path(scratch), flags)
+        programs = [folder / main.stem for main in mains]
+        for program, own in zip(programs, objects[len(kernels) :], strict=True):
+            _run(compiler(), *objects[: len(kernels)], own, "-pthread", *flags, "-o", str(program))
+    return programs
 
 
 def build(target: Path = LIBRARY) -> Path:

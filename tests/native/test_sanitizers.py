@@ -5,19 +5,25 @@ from pathlib import Path
 
 import pytest
 
-from atoma_jax.native.build import BuildError, build_program, compiler
+from atoma_jax.native.build import BuildError, build_programs, compiler
 
 SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SOURCES = ("kernels_test", "attention_test")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("source", ["kernels_test.cc", "attention_test.cc"])
-def test_every_variant_and_the_pool_hold(source: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     try:
         compiler()
     except BuildError as error:
         pytest.skip(str(error))
-    program = build_program(Path(__file__).with_name(source), tmp_path / "program", *SANITIZERS)
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    mains = [Path(__file__).with_name(f"{name}.cc") for name in SOURCES]
+    return dict(zip(SOURCES, build_programs(mains, tmp_path_factory.mktemp("programs"), *SANITIZERS), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_variant_and_the_pool_hold(name: str, programs: dict[str, Path]) -> None:
+    done = subprocess.run([str(programs[name])], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip() == "all kernels hold"
