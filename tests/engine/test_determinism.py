@@ -104,6 +104,7 @@ def test_an_answer_in_the_next_prompt_is_computed_anew(deterministic_llm: LLM, m
         same_bits(second, run_alone(engine, turn))
 
 
+@pytest.mark.slow  # an engine of its own, whose programs nobody else runs, to show what the option is for
 def test_without_it_bits_depend_on_what_else_is_served(
     tiny_path: Path, make_engine: MakeEngine, asks: list[Ask]
 ) -> None:
