@@ -22,7 +22,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # it tells three times that there is no driver
 
-
+# Not at the top: JAX reads what was set above when it is imported.
 import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import (  # noqa: E402
