@@ -16,7 +16,7 @@ import platformdirs
 import typer
 
 from atoma_jax.cli.protocol import ChatEngine
-from atoma_jax.config import EngineConfig
+from atoma_jax.config import EngineConfig, read_toml
 from atoma_jax.errors import ConfigError
 from atoma_jax.sampling_params import RequestOutputKind, SamplingParams
 
@@ -73,8 +73,8 @@ class EngineOptions:
         bool, typer.Option("--compile-cache/--no-compile-cache", help="Whether compiled programs are kept.")
     ] = True
 
-    def engine_config(self) -> EngineConfig:
-        """The settings, checked.
+    def engine_config(self, tables: dict[str, Any] | None = None) -> EngineConfig:
+        """The settings, checked. `tables` are those of the --config file where it was read already.
 
         Raises:
             ConfigError: a setting is unknown or outside its limits, or two contradict each other.
@@ -86,7 +86,9 @@ class EngineOptions:
             for name, value in dataclasses.asdict(self).items()
             if value is not None and name not in ("config", "compile_cache")
         }
-        config = EngineConfig.from_options(given) if self.config is None else EngineConfig.from_toml(self.config, given)
+        if self.config is not None and tables is None:
+            tables = read_toml(self.config)
+        config = EngineConfig.from_sections(tables or {}, given)
         if not self.compile_cache:
             return _with_compile_cache(config, None)
         if config.compile.compile_cache_dir is None:

@@ -64,6 +64,7 @@ class Tokenizer:
         eos_token_ids: every token that ends an answer (`end_token_ids`).
         pad_token_id: the padding token, if the model has one.
         special_ids: control and unknown tokens, which `skip_special_tokens` leaves out.
+        special_names: marked tokens as the model's files spell them, by role: bos_token, eos_token, …
         chat_template: the Jinja source of the model's default chat template, None if it has none.
     """
 
@@ -89,6 +90,7 @@ class Tokenizer:
         self.eos_token_ids = special.eos_token_ids
         self.pad_token_id = special.pad_token_id
         self.special_ids = vocabulary.special_ids
+        self.special_names = dict(special.names)
         self.chat_template = self._template_sources.get("default")
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
