@@ -23,6 +23,20 @@ from atoma_jax.sampling_params import RequestOutputKind, SamplingParams
 LOWEST_LOGPROB = -9999.0  # stands for -inf, which JSON cannot hold; the same number as in the server's answers
 
 
+AUTO = -1  # a length that the model decides, even where the file names another
+
+
+def _length(text: str | int) -> int:
+    """A number of tokens: 32k is 32,000, 32K is 32,768."""
+    digits = str(text).rstrip("kK")
+    unit = {"": 1, "k": 1000, "K": 1024}.get(str(text)[len(digits) :])
+    if text == "auto":
+        return AUTO
+    if unit is None or not (digits.isascii() and digits.isdigit()) or len(digits) > 12:
+        raise ConfigError("max_model_len", text, "must be a number of tokens, such as 4096, 32k or 32K, or auto")
+    return int(digits) * unit
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """Flags that build an engine. None: not given, so the --config file or the engine decides."""
@@ -47,7 +61,10 @@ class EngineOptions:
     cpu_precision: Annotated[
         str | None, typer.Option(help="Of activations in native kernels: default (int8), high (twice that) or exact.")
     ] = None
-    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output together.")] = None
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(parser=_length, metavar="TOKENS", help="Prompt and output together; also 32k, 32K or auto."),
+    ] = None
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that one step may hold.")] = None
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens that one step may hold.")] = None
     block_size: Annotated[int | None, typer.Option(help="Tokens of a KV page.")] = None
@@ -86,6 +103,8 @@ class EngineOptions:
             for name, value in dataclasses.asdict(self).items()
             if value is not None and name not in ("config", "compile_cache")
         }
+        if self.max_model_len == AUTO:
+            given["max_model_len"] = None
         if self.config is not None and tables is None:
             tables = read_toml(self.config)
         config = EngineConfig.from_sections(tables or {}, given)

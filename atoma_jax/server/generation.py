@@ -37,36 +37,20 @@ class Generation:
         self._prompts, self._params = prompts, params
         self._priority, self._cache_salt = priority, cache_salt
         self._queue: asyncio.Queue[Item | Exception] = asyncio.Queue()
-        self._times: dict[int, RequestMetrics] = {}  # of those that are not finished
+        self._left = set(range(len(prompts)))  # not finished
+        self._times: dict[int, RequestMetrics] = {}  # of those that the engine has taken
         self._timers: list[asyncio.TimerHandle] = []
-        self._watcher: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> "Generation":
-        """Queues every prompt, or none.
-
-        Raises:
-            UserError, Overloaded, EngineDeadError: as `AsyncLLM.submit`.
-        """
+        """Begins to queue the prompts. Whether they could be is heard of in the iteration, like all else."""
         loop, settings = asyncio.get_running_loop(), self._service.settings
         self._service.in_flight.add(self)
         self._timers = [
             loop.call_later(settings.queue_timeout, self._check_queue),
             loop.call_later(settings.request_timeout, self.stop, self._late()),
         ]
-        self._watcher = asyncio.create_task(self._watch())
-        try:
-            for index, prompt in enumerate(self._prompts):
-                self._times[index] = await self._llm.submit(
-                    {"prompt": prompt.text, "prompt_token_ids": prompt.ids},
-                    self._params,
-                    self._ids[index],
-                    partial(self._take, index),
-                    priority=self._priority,
-                    cache_salt=self._cache_salt,
-                )
-        except BaseException:
-            await self.close()
-            raise
+        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._submit())]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -79,18 +63,20 @@ class Generation:
         """The next output of any prompt.
 
         Raises:
+            UserError: a prompt or parameter is outside the engine's limits.
+            Overloaded: its queue is full; no prompt of this request is served then.
             Problem: a deadline passed, the server shuts down, or a computation gave no finite numbers.
             ClientGone: nobody waits for the answer.
             EngineDeadError: a step failed.
         """
-        if not self._times and self._queue.empty():
+        if not self._left and self._queue.empty():
             raise StopAsyncIteration
         item = await self._queue.get()
         if isinstance(item, Exception):
             raise item
         index, output = item
         if output.finished:
-            del self._times[index]
+            self._left.discard(index)
             self._service.metrics.add_request(output, self._params)
         if any(sample.finish_reason == "error" for sample in output.outputs):
             raise Problem(500, "The model's numbers were not finite for this request; others are not concerned.")
@@ -105,20 +91,34 @@ class Generation:
         self._service.in_flight.discard(self)
         for timer in self._timers:
             timer.cancel()
-        for index in self._times:
+        await cancel(*self._tasks)
+        for index in self._left & self._times.keys():
             self._service.metrics.count_finished("abort")
             with suppress(EngineDeadError):
                 await self._llm.abort(self._ids[index])
-        self._times.clear()
-        if self._watcher is not None:
-            await cancel(self._watcher)
+        self._left.clear()
+
+    async def _submit(self) -> None:
+        try:
+            for index, prompt in enumerate(self._prompts):
+                self._times[index] = await self._llm.submit(
+                    {"prompt": prompt.text, "prompt_token_ids": prompt.ids},
+                    self._params,
+                    self._ids[index],
+                    partial(self._take, index),
+                    priority=self._priority,
+                    cache_salt=self._cache_salt,
+                )
+        except Exception as error:
+            self.stop(error)
 
     def _take(self, index: int, item: RequestOutput | EngineDeadError) -> None:
         self._queue.put_nowait(item if isinstance(item, EngineDeadError) else (index, item))
 
     def _check_queue(self) -> None:
         """Requests whose first step has not come by now are given up; a request of several prompts as a whole."""
-        if any(times.first_scheduled_time is None for times in self._times.values()):
+        waits = any(times.first_scheduled_time is None for times in self._times.values())
+        if waits or len(self._times) < len(self._ids):
             self._service.metrics.count_rejection("queue_timeout")
             seconds = self._service.settings.queue_timeout
             problem = f"No step had room for this request within {seconds:g} s (--queue-timeout)."

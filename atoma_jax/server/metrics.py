@@ -191,7 +191,7 @@ class Metrics:
         ):
             yield self._histogram(name, text, distribution)
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
+    def _gauge(self, name: str, text: str, value: int | float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=list(self.labels))
         family.add_metric(list(self.labels.values()), value)
         return family

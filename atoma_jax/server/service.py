@@ -69,7 +69,7 @@ class Service:
     def stop_all(self) -> None:
         """Ends every request in flight."""
         for request in list(self.in_flight):
-            request.stop(Problem(503, "The server is shutting down.", retry_after=1))
+            request.stop(Problem(503, "The server is shutting down.", retry_after=1.0))
 
     def close(self) -> None:
         """Gives threads and the engine back."""
@@ -94,7 +94,7 @@ class Service:
         health = self.health
         if self._llm is None or health in ("loading", "draining", "dead"):
             problem = {"loading": "The model is being loaded.", "draining": "The server is shutting down."}
-            raise Problem(503, problem.get(health, "The engine is lost."), retry_after=5)
+            raise Problem(503, problem.get(health, "The engine is lost."), retry_after=5.0)
         return self._llm
 
     @property

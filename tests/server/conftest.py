@@ -3,8 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
@@ -197,14 +196,3 @@ async def connected(
         wire.gone.set()
         wire.reads.set()
         await asyncio.wait((wire.task,), timeout=20)
-
-
-def with_settings(served: Served, **settings: Any) -> None:
-    """Changes settings of a server that runs."""
-    served.service.settings = replace(served.service.settings, **settings)
-
-
-def config_file(folder: Path, text: str) -> Path:
-    path = folder / "serve.toml"
-    path.write_text(text)
-    return path
