@@ -187,7 +187,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request) -> dict[str, Any]:
     """What clients that tokenize by themselves need to know."""
-    tokenizer = _service(request).llm.get_tokenizer()
+    tokenizer = _service(request).prompts.tokenizer
     names = {name: tokenizer.special_names.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     return {
         "tokenizer_class": type(tokenizer).__name__,

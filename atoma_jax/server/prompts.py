@@ -26,12 +26,17 @@ class Prompt:
 
 
 class PromptReader:
-    """Knows the model's tokenizer and the server's limits."""
+    """Knows the model's tokenizer and the server's limits.
+
+    Attributes:
+        tokenizer: the model's, with the chat template that is served.
+    """
 
     def __init__(self, llm: AsyncLLM, settings: ServerConfig, chat_template: str | None):
-        """`chat_template` is a source instead of the model's own."""
-        self._tokenizer = llm.get_tokenizer()
-        self._settings, self._chat_template = settings, chat_template
+        """`chat_template` is a source instead of the model's own. Raises `UserError` if it is no template."""
+        own = llm.get_tokenizer()
+        self.tokenizer = own if chat_template is None else own.with_chat_template(chat_template)
+        self._settings = settings
         self._max_len: int = llm.model_config.max_model_len
         self._vocab_size: int = llm.model_config.vocab_size
 
@@ -86,21 +91,20 @@ class PromptReader:
             raise Problem(
                 400, f"messages: must be at most {limit} (--max-messages), got {len(messages)}.", param="messages"
             )
-        text = self._tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             messages,
-            chat_template=self._chat_template,
             add_generation_prompt=add_generation_prompt is not False,
             continue_final_message=bool(continue_final_message),
             documents=documents,
             chat_template_kwargs=extra,
         )
         _check_text("messages", text)
-        return Prompt(self._tokenizer.encode(text, add_special_tokens=special, parse_special=True), text)
+        return Prompt(self.tokenizer.encode(text, add_special_tokens=special, parse_special=True), text)
 
     def _prompt(self, field: str, item: Any, special: bool) -> Prompt:
         if isinstance(item, str):
             _check_text(field, item)
-            return Prompt(self._tokenizer.encode(item, add_special_tokens=special), item)
+            return Prompt(self.tokenizer.encode(item, add_special_tokens=special), item)
         for place, token in enumerate(item):
             if type(token) is not int or not 0 <= token < self._vocab_size:
                 shown = repr(token)[:40]

@@ -5,6 +5,7 @@ what ids mean is `vocabulary.py`, templates are `chat_template.py`, decoding a s
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,6 +188,13 @@ class Tokenizer:
             documents=documents,
             extra=chat_template_kwargs or {},
         )
+
+    def with_chat_template(self, source: str) -> "Tokenizer":
+        """The same tokenizer with another default template, and no other. Raises `TemplateError` if it is none."""
+        other = copy(self)
+        other._template_sources, other._templates, other.chat_template = {"default": source}, {}, source
+        other._template(None, with_tools=False, limits=TemplateLimits())
+        return other
 
     def _template(self, asked: str | None, *, with_tools: bool, limits: TemplateLimits) -> ChatTemplate:
         """The template to use, compiled. The model's own are kept compiled, a caller's are not."""

@@ -100,14 +100,20 @@ def serve(llm: LLM, make_engine: Callable[..., Engine]) -> Iterator[Serve]:
     """`serve(fails_at=3, limits={"max_num_seqs": 1}, max_body_bytes=100)`: a server over a new engine."""
     made: list[Served] = []
 
-    def build(*, fails_at: int | None = None, limits: dict[str, Any] | None = None, **settings: Any) -> Served:
+    def build(
+        *,
+        fails_at: int | None = None,
+        limits: dict[str, Any] | None = None,
+        template: str | None = None,
+        **settings: Any,
+    ) -> Served:
         engine = make_engine(llm, **(limits or {}))
         device = engine._runner
         engine._runner = (
             BorrowedRunner(device) if fails_at is None else FailingRunner(device, launches=fails_at, at_read=True)
         )
         config = EngineConfig.from_options({"model": "tiny"})
-        service = Service(config, ServerConfig(**settings))
+        service = Service(config, ServerConfig(**settings), chat_template=template)
         app = build_app(service)
         served = Served(service, app, AsyncLLM(engine, llm.startup))
         service.start(served.llm)

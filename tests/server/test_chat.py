@@ -1,10 +1,11 @@
 """`/v1/chat/completions` and the small endpoints: the shapes that clients read."""
 
+import asyncio
 from typing import Any
 
 import pytest
 
-from atoma_jax import LLM, SamplingParams, __version__
+from atoma_jax import LLM, SamplingParams, UserError, __version__
 from tests.server.conftest import Serve, Served
 from tests.server.test_completions import stream
 
@@ -183,3 +184,32 @@ def test_wrong_paths_have_the_shape_of_errors_too(server: Served, method: str, p
     response = server.call(method, path)
     assert response.status_code == status
     assert response.json()["error"]["code"] == status
+
+
+BOMB = "{% for i in range(1000) %}{% for j in range(1000) %}{{ i * j }}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_never_ends_is_ended_while_others_are_served(serve: Serve) -> None:
+    server = serve(template=BOMB)
+
+    async def main() -> None:
+        async with server.client() as client:
+            bomb = asyncio.create_task(client.post(CHAT, json={"messages": MESSAGES}))
+            await asyncio.sleep(0.02)
+            for _ in range(5):
+                assert (await client.get("/health")).status_code == 200
+            assert not bomb.done()
+            response = await bomb
+        assert response.status_code == 400
+        assert "rendering takes too many" in response.json()["error"]["message"]
+
+    asyncio.run(main())
+
+
+def test_another_template(serve: Serve) -> None:
+    server = serve(template="{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    tokens = server.post("/tokenize", {"messages": MESSAGES}).json()["tokens"]
+    assert server.post("/detokenize", {"tokens": tokens}).json()["prompt"] == "[Hi]"
+    assert server.get("/tokenizer_info").json()["chat_template"].startswith("{% for m")
+    with pytest.raises(UserError, match="no valid Jinja"):
+        serve(template="{% for %}")
