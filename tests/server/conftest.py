@@ -1,9 +1,16 @@
 """A server over a tiny model, within the process: programs are those of the engine's tests, and shared by all."""
 
 import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -17,6 +24,7 @@ from atoma_jax.server.service import Service
 from atoma_jax.server.settings import ServerConfig
 from tests.engine import conftest as engine_fixtures
 from tests.engine.inside import BorrowedRunner, FailingRunner, drained
+from tests.tiny_model import SMALL_ENGINE
 
 BUCKETS, SIZES = engine_fixtures.BUCKETS, engine_fixtures.SIZES
 tiny_path = engine_fixtures.tiny_path
@@ -202,3 +210,40 @@ async def connected(
         wire.gone.set()
         wire.reads.set()
         await asyncio.wait((wire.task,), timeout=20)
+
+
+@pytest.fixture(scope="module")
+def live(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The program itself, its address; ended by SIGTERM."""
+    folder = tmp_path_factory.mktemp("live")
+    (folder / "serve.toml").write_text(SMALL_ENGINE)
+    log = folder / "log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "atoma_jax.cli", "serve", str(tiny_path), "--port", "0"),
+                *("--config", str(folder / "serve.toml"), "--served-model-name", "tiny", "--api-key", "secret"),
+                *("--compile-cache-dir", str(request.config.cache.mkdir("xla"))),
+            ],
+            stderr=stderr,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )
+    try:
+        yield _address(process, log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0, log.read_text()
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        assert {line["message"] for line in lines} >= {"start", "ready", "request", "draining"}
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        for line in log.read_text().splitlines():
+            if '"ready"' in line:
+                return json.loads(line)["address"]
+        time.sleep(0.05)
+    raise AssertionError(log.read_text())

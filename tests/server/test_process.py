@@ -5,13 +5,10 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -24,7 +21,6 @@ from atoma_jax.server.run import Process, _listen
 from atoma_jax.server.service import Service
 from atoma_jax.server.settings import ServerConfig
 from tests.engine.inside import BorrowedRunner, FailingRunner
-from tests.tiny_model import SMALL_ENGINE
 
 LONG: dict[str, Any] = {"prompt": [7, 8, 9], "max_tokens": 80, "temperature": 0, "ignore_eos": True}
 COMPLETIONS = "/v1/completions"
@@ -245,43 +241,6 @@ class TestOnTheWire:
             await running
 
         asyncio.run(main())
-
-
-@pytest.fixture(scope="module")
-def live(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The program itself, its address; ended by SIGTERM."""
-    folder = tmp_path_factory.mktemp("live")
-    (folder / "serve.toml").write_text(SMALL_ENGINE)
-    log = folder / "log"
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "atoma_jax.cli", "serve", str(tiny_path), "--port", "0"),
-                *("--config", str(folder / "serve.toml"), "--served-model-name", "tiny", "--api-key", "secret"),
-                *("--compile-cache-dir", str(request.config.cache.mkdir("xla"))),
-            ],
-            stderr=stderr,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        )
-    try:
-        yield _address(process, log)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0, log.read_text()
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        assert {line["message"] for line in lines} >= {"start", "ready", "request", "draining"}
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _address(process: subprocess.Popen[bytes], log: Path) -> str:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        for line in log.read_text().splitlines():
-            if '"ready"' in line:
-                return json.loads(line)["address"]
-        time.sleep(0.05)
-    raise AssertionError(log.read_text())
 
 
 class TestOpenAIsClient:
