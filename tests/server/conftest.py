@@ -226,7 +226,8 @@ def live(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory, request: pyt
                 *("--compile-cache-dir", str(request.config.cache.mkdir("xla"))),
             ],
             stderr=stderr,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            # A limit, like that of the suite: without one JAX neither locks the folder nor writes what limits go by.
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 << 30)},
         )
     try:
         yield _address(process, log)

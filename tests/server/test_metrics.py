@@ -110,7 +110,12 @@ def test_promtool_has_nothing_against_it(server: Served) -> None:
     server.complete(prompt="a", **GREEDY)
     text = server.get("/metrics").content
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
+    assert done.returncode in (0, 3), done.stderr.decode()  # 3: only matters of taste
+    theirs = (  # the names of existing dashboards
+        "metric names should not contain ':'",
+        'vllm:iteration_tokens_total non-counter metrics should not have "_total" suffix',
+    )
+    assert [line for line in done.stderr.decode().splitlines() if not line.endswith(theirs)] == []
 
 
 def test_the_dashboard_asks_for_names_that_exist(server: Served) -> None:
