@@ -23,7 +23,7 @@ def put_codes(
         codes: below 2**bits.
         bits: 2, 4 or 8.
         to: where each row goes in the weight.
-        out: its codes; inputs and rows that fill it up are left as they are.
+        out: its codes; rows that fill it up are left as they are, inputs that do become zeros.
     """
     tiles, blocks, size = out.shape
     rows = _indices(to, tiles * TILE)

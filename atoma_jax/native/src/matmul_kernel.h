@@ -185,8 +185,8 @@ struct ArithmeticOf<Isa, Codes::kTable4> {
   using Type = typename Isa::Wide;
 };
 
-// How far ahead codes are asked for: the processor by itself keeps too few lines on their way. What lies behind the last
-// tile may be asked for, too: that reads nothing.
+// How far ahead codes are asked for: the processor by itself keeps too few lines on their way. What lies behind the
+// last tile may be asked for, too: that reads nothing.
 constexpr int kLine = 64, kAhead = 4096;  // bytes
 
 // `rows` rows of x by `vectors` vectors of columns, over all of K.
@@ -301,7 +301,8 @@ struct Product {
 #pragma GCC unroll 16
         for (int at = 0; at < kBlockBytes; at += kLine) __builtin_prefetch(codes + kAhead + at);
       }
-      one_sub<0>(codes, table, values, plane_stride, row_stride, scales, mins, x_scales, x_sums, x.blocks, weight.zero, out);
+      one_sub<0>(codes, table, values, plane_stride, row_stride, scales, mins, x_scales, x_sums, x.blocks, weight.zero,
+                 out);
       if constexpr (subs == 2) {
         const float* second_mins = mins == nullptr ? nullptr : mins + kTile;
         one_sub<1>(codes, table, values, plane_stride, row_stride, scales + kTile, second_mins, x_scales, x_sums + 1,

@@ -8,8 +8,8 @@
 
 namespace atoma {
 
-// Codes [n][K] of `bits` bits, one a byte, into those of a weight: row i becomes row `to[i]`. Inputs that fill up the last
-// block of a row become zeros.
+// Codes [n][K] of `bits` bits, one a byte, into those of a weight: row i becomes row `to[i]`. Inputs that fill up the
+// last block of a row become zeros.
 void pack_codes(const uint8_t* codes, int64_t n, int64_t K, int bits, const int64_t* to, int64_t blocks, uint8_t* out);
 
 // Scales, mins or supers [n][groups] of `bytes` bytes each into [tiles][filled][32]: row i becomes row `to[i]`.
