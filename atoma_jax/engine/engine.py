@@ -217,12 +217,12 @@ class Engine:
     def _take(self, request: Request, news: Committed, output: HostOutput, now: float) -> bool:
         """Takes in one row; whether the caller may see something new."""
         work = news.work
-        if work.scores and output.ok[: work.count].all():
-            request.add_scores(work.start, work.count, output)
+        if work.scores and output.ok[news.row : news.row + work.count].all():
+            request.add_scores(work.start, work.count, news.row, output)
             return False
         if work.scores:
             self._scheduler.finish(work.seq, "error")
-        if news.token is None or news.row is None:  # the logits were not finite
+        if news.token is None:  # the logits were not finite
             request.end_texts()
             return True
         sample = request.samples[work.seq.index]

@@ -39,7 +39,7 @@ class Work(NamedTuple):
 class StepPlan:
     """One step. Rows are numbered decodes first, then prefills; each sequence has at most one row.
 
-    A step that scores holds one work and nothing else, as it runs a program of its own.
+    A step that scores holds works that score and nothing else, as it runs a program of its own.
     """
 
     decodes: tuple[Work, ...]
@@ -62,7 +62,7 @@ class StepPlan:
 
     @property
     def is_scoring(self) -> bool:
-        """The one row wants prompt log-probabilities."""
+        """Every row wants prompt log-probabilities."""
         return bool(self.prefills) and self.prefills[0].scores
 
     @property
@@ -75,10 +75,10 @@ class Committed(NamedTuple):
     """News of one sequence after a step. `work.seq.finish_reason` says whether it goes on.
 
     Attributes:
-        row: index into `StepPlan.sampling`; None for work that scores.
+        row: of the step's results: index into `StepPlan.sampling`, or the first of the positions that were scored.
         token: appended to the sequence; None for work that scores, and where the logits were not finite.
     """
 
     work: Work
-    row: int | None
+    row: int
     token: int | None
