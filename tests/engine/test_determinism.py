@@ -15,6 +15,8 @@ from tests.engine.conftest import BUCKETS, SIZES
 from tests.engine.inside import drained, preempt_one
 from tests.engine.traffic import Ask, Drive, logprob_bits, random_asks, run_all, run_alone, same_output
 
+pytestmark = pytest.mark.optimized
+
 MakeEngine = Callable[..., Engine]
 
 
