@@ -17,7 +17,7 @@ from atoma_jax.engine.buckets import Buckets, make_buckets
 from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.compile_cache import use_compile_cache
 from atoma_jax.engine.engine import Engine
-from atoma_jax.engine.host import free_host_bytes
+from atoma_jax.engine.host import free_host_bytes, keep_freed_memory
 from atoma_jax.engine.limits import EngineLimits
 from atoma_jax.engine.memory import DeviceMemory, addressable_pages, kv_cache_dtype, plan_pages
 from atoma_jax.engine.model_setup import ModelSetup, served_length, set_up_model
@@ -109,6 +109,8 @@ def start_engine(
             jax.block_until_ready(weights)
         with phases.phase("compile"):
             runner.start(weights)
+    if setup.backend.platform == "cpu":
+        keep_freed_memory()  # not before: what loading and compiling free is given back
     with phases.phase("warm_up"):
         runner.warm_up()
     engine = Engine(

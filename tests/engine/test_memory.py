@@ -1,5 +1,8 @@
 """Pages for the KV cache: what was asked for, or a share of the memory; one whole sequence always fits."""
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,3 +120,32 @@ def test_free_memory_counts_page_cache_as_free() -> None:
     info = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     assert 0 < free_host_bytes() <= info["MemTotal"]
     assert abs(free_host_bytes() - info["MemAvailable"]) < info["MemTotal"] // 2
+
+
+_FAULTS = """
+import ctypes, resource
+from atoma_jax.engine.host import keep_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+def touch():
+    place = libc.malloc(ctypes.c_size_t(64 << 20))
+    ctypes.memset(place, 1, 64 << 20)
+    libc.free(ctypes.c_void_p(place))
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    touch()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+touch()
+anew = faults()
+keep_freed_memory()
+touch()
+print(anew, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory as they please")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    """In a process of its own, as the setting stays. By page faults: the system maps what was given back again."""
+    done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True)
+    anew, kept = map(int, done.stdout.split())
+    assert anew > 10 * max(kept, 1), (anew, kept)
