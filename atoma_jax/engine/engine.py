@@ -13,13 +13,14 @@ from typing import Any
 
 from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.limits import EngineLimits
-from atoma_jax.engine.plan import Committed, StepPlan
+from atoma_jax.engine.plan import Committed, SlicedPlan, StepPlan
 from atoma_jax.engine.request import Request, Sample
 from atoma_jax.engine.runner import HostOutput, PendingOutput, Runner
 from atoma_jax.engine.sampler_state import SamplerShape, SlotRules, bad_word_sequences
 from atoma_jax.engine.sampling_rows import Column, encode, setting_flags
 from atoma_jax.engine.scheduler import Scheduler, SchedulerStats
 from atoma_jax.engine.sequence import Sequence
+from atoma_jax.engine.sliced_scheduler import SlicedScheduler
 from atoma_jax.engine.stats import EngineStats, StatsRecorder
 from atoma_jax.engine.text_stream import TextStream
 from atoma_jax.errors import EngineDeadError, ParameterError
@@ -32,7 +33,7 @@ Prompt = str | Mapping[str, Any] | ListLike[int]  # text, {"prompt": text}, {"pr
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    plan: StepPlan
+    plan: StepPlan | SlicedPlan
     output: PendingOutput
 
 
@@ -42,7 +43,7 @@ class Engine:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        scheduler: Scheduler,
+        scheduler: Scheduler | SlicedScheduler,
         runner: Runner,
         sampler: SamplerShape,
         model_config: EngineLimits,
@@ -97,7 +98,7 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forgets all shared prefixes."""
-        self._scheduler.pool.reset_cache()
+        self._scheduler.reset_prefix_cache()
 
     def close(self) -> None:
         """Aborts what is unfinished and gives the device's memory back. Later calls raise `EngineDeadError`."""
@@ -183,7 +184,7 @@ class Engine:
         self._recorder.add_step(host=(wait - begin) + (end - read), device=read - wait, stats=self._scheduler.stats())
         return outputs
 
-    def _launch(self, plan: StepPlan) -> None:
+    def _launch(self, plan: StepPlan | SlicedPlan) -> None:
         now = time.perf_counter()
         for work in plan.works:
             if work.is_first:
@@ -197,11 +198,12 @@ class Engine:
         assert seq.slot is not None
         settings = request.samples[seq.index].settings
         settings[Column.SLOT] = seq.slot
-        self._runner.take_slot(seq.slot, settings, request.rules, seq.tokens[: seq.prompt_len], seq.output_tokens)
+        prompt = seq.tokens[: seq.prompt_len]
+        self._runner.take_slot(seq.slot, settings, request.rules, prompt, seq.output_tokens, seq.home)
 
-    def _commit(self, plan: StepPlan, output: HostOutput, now: float) -> list[RequestOutput]:
+    def _commit(self, plan: StepPlan | SlicedPlan, output: HostOutput, now: float) -> list[RequestOutput]:
         changed: dict[str, Request] = {}
-        for news in self._scheduler.commit(plan, output.tokens, output.ok):
+        for news in self._scheduler.commit(plan, output.tokens, output.ok):  # pyright: ignore[reportArgumentType]  # its own plans
             request = self._requests[news.work.seq.request_id]
             if self._take(request, news, output, now):
                 changed[request.request_id] = request
@@ -217,12 +219,12 @@ class Engine:
     def _take(self, request: Request, news: Committed, output: HostOutput, now: float) -> bool:
         """Takes in one row; whether the caller may see something new."""
         work = news.work
-        if work.scores and output.ok[: work.count].all():
-            request.add_scores(work.start, work.count, output)
+        if work.scores and output.ok[news.row : news.row + work.count].all():
+            request.add_scores(work.start, work.count, output, news.row)
             return False
         if work.scores:
             self._scheduler.finish(work.seq, "error")
-        if news.token is None or news.row is None:  # the logits were not finite
+        if news.token is None:  # the logits were not finite
             request.end_texts()
             return True
         sample = request.samples[work.seq.index]

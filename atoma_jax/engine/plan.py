@@ -46,6 +46,11 @@ class StepPlan:
     prefills: tuple[Work, ...]
 
     @property
+    def slices(self) -> "tuple[StepPlan, ...]":
+        """One plan for each slice of the devices: this one."""
+        return (self,)
+
+    @property
     def works(self) -> tuple[Work, ...]:
         """Every row."""
         return self.decodes + self.prefills
@@ -70,15 +75,32 @@ class StepPlan:
         """Positions computed by the step."""
         return len(self.decodes) + sum(work.count for work in self.prefills)
 
+    @property
+    def num_results(self) -> int:
+        """Rows that the step yields: of `sampling`, or the positions of a score."""
+        return self.prefills[0].count if self.is_scoring else len(self.sampling)
+
+
+@dataclass(frozen=True, slots=True)
+class SlicedPlan:
+    """One step of several slices, each of which has its own sequences. Results lie slice by slice."""
+
+    slices: tuple[StepPlan, ...]  # one without work for a slice that idles
+
+    @property
+    def works(self) -> tuple[Work, ...]:
+        """Every row of every slice."""
+        return tuple(work for plan in self.slices for work in plan.works)
+
 
 class Committed(NamedTuple):
     """News of one sequence after a step. `work.seq.finish_reason` says whether it goes on.
 
     Attributes:
-        row: index into `StepPlan.sampling`; None for work that scores.
+        row: among the results of the step; of a score, the first of its rows.
         token: appended to the sequence; None for work that scores, and where the logits were not finite.
     """
 
     work: Work
-    row: int | None
+    row: int
     token: int | None

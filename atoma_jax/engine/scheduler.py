@@ -128,6 +128,31 @@ class Scheduler:
             pages_owned=self.pool.num_owned,
         )
 
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """Every unfinished sequence."""
+        return (*self._running, *self._waiting)
+
+    def knows(self, request_id: str) -> bool:
+        """Whether a request has unfinished samples here."""
+        return request_id in self._requests
+
+    def could_admit(self, seq: Sequence) -> bool:
+        """Whether a new sequence would not have to wait, as far as slots and pages for its prompt tell."""
+        if not self._running and not self._waiting:
+            return True
+        reserved = sum(self._residency.pages_lacking(other) for other in self._running if other.prefilling)
+        spare = self.pool.num_available - reserved - self._watermark
+        lacking = -(-len(seq.tokens) // self._page_size)
+        return self._waiting.head is None and self._residency.has_free_slot and lacking <= spare
+
+    def known_prefix(self, seq: Sequence) -> int:
+        """Pages of a new sequence's prompt that are in the prefix cache."""
+        if not self.limits.enable_prefix_caching:
+            return 0
+        chain = self._cache.start(_shared_salt(seq))
+        return len(self._cache.lookup(chain, seq.tokens, (len(seq.tokens) - 1) // self._page_size))
+
     def add(self, seqs: ListLike[Sequence]) -> None:
         """Queue all samples of one request, indices 0 to n − 1. All but the first wait until they can share its prompt.
 
@@ -157,7 +182,7 @@ class Scheduler:
             wanted = seq.params.max_tokens
             seq.max_len = longest if wanted is None else min(longest, seq.prompt_len + wanted)
             if self.limits.enable_prefix_caching:
-                seq.salt = b"\x00" + (seq.cache_salt or "").encode("utf-8", "surrogatepass")
+                seq.salt = _shared_salt(seq)
                 # Decode rounds otherwise than prefill: bit-equal outputs share what prefill computed alone.
                 seq.share_len = seq.max_len if self.limits.fixed_chunk is None else seq.prompt_len
             else:
@@ -227,8 +252,12 @@ class Scheduler:
                 row += 1
             elif work.scores and seq.finish_reason is None and seq.epoch == work.epoch:
                 seq.num_scored = work.end
-                news.append(Committed(work, None, None))
+                news.append(Committed(work, 0, None))
         return news
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all shared prefixes."""
+        self.pool.reset_cache()
 
     def check_integrity(self) -> None:
         """Assert the invariants of sequences, slots and pages. For tests and idle moments: it looks at every page."""
@@ -397,3 +426,8 @@ class Scheduler:
             del self._requests[seq.request_id]
         if seq.index == 0:
             self._waiting.release_siblings(seq.request_id)
+
+
+def _shared_salt(seq: Sequence) -> bytes:
+    """Of sequences that may share prefixes with other requests."""
+    return b"\x00" + (seq.cache_salt or "").encode("utf-8", "surrogatepass")

@@ -35,6 +35,7 @@ def load_weights(
     *,
     threads: int,
     on_bytes: Callable[[int], None],
+    places: Mapping[str, Any] | None = None,
 ) -> dict[str, jax.Array | QTensor | LayerVariants]:
     """Reads every weight that the model wants. Nothing is allocated before all of them are known to have a form.
 
@@ -45,6 +46,7 @@ def load_weights(
         backend: decides the layout of quantized weights and the type of dense ones.
         threads: that decode at once.
         on_bytes: called with the file's bytes as they are decoded, from any thread.
+        places: trees of shardings, by path, like the weights; None: this process's first device.
 
     Returns:
         Arrays, `QTensor`s and `LayerVariants` on the device, by path.
@@ -55,15 +57,17 @@ def load_weights(
     forms = {path: form_of(checkpoint, sources[path], want, backend) for path, want in wanted.items()}
     with ThreadPoolExecutor(threads, thread_name_prefix="load") as pool:
 
-        def read(form: Form, source: WeightSource) -> jax.Array | QTensor:
-            return _Reader(checkpoint, source, pool, on_bytes).read(form)
+        def read(form: Form, source: WeightSource, place: Any) -> jax.Array | QTensor:
+            return _Reader(checkpoint, source, pool, on_bytes, place).read(form)
 
-        return {
-            path: form.variants([read(one, where) for one, where in form.stacks])
-            if isinstance(form, VariantsForm)
-            else read(form, sources[path])
-            for path, form in forms.items()
-        }
+        def weight(path: str, form: Form | VariantsForm) -> jax.Array | QTensor | LayerVariants:
+            place = None if places is None else places[path]
+            if not isinstance(form, VariantsForm):
+                return read(form, sources[path], place)
+            stacks = (None,) * len(form.stacks) if place is None else place.stacks
+            return form.variants([read(*stack, where) for stack, where in zip(form.stacks, stacks, strict=True)])
+
+        return {path: weight(path, form) for path, form in forms.items()}
 
 
 def abstract_weights(
@@ -85,14 +89,18 @@ class _Reader:
         source: WeightSource,
         pool: ThreadPoolExecutor,
         on_bytes: Callable[[int], None],
+        place: Any,
     ):
+        """`place`: the sharding of an array, a `QTensor` of them, or None."""
         self._tensors, self._source, self._pool, self._on_bytes = checkpoint.tensors, source, pool, on_bytes
+        self._place = place
 
     def read(self, form: DenseForm | QuantizedForm) -> jax.Array | QTensor:
         return self._dense(form) if isinstance(form, DenseForm) else self._quantized(form)
 
     def _dense(self, form: DenseForm) -> jax.Array:
         out = aligned(form.shape, np.dtype(np.float32))
+        self._fill_up(form.shape[len(self._source.lead)], [out])
         vector = len(form.shape) == len(self._source.lead) + 1
         blocks = out.reshape(len(self._source.blocks), *form.shape[len(self._source.lead) :])
 
@@ -103,11 +111,12 @@ class _Reader:
                 blocks[block, to] += np.float32(part.plus)
 
         self._each_chunk(put, None if vector else form.shape[-2])
-        return jax.device_put(out.astype(form.dtype, copy=False))
+        return jax.device_put(out.astype(form.dtype, copy=False), self._place)
 
     def _quantized(self, form: QuantizedForm) -> QTensor:
         host = {name: aligned(child.shape, child.dtype) for name, child in form.children().items()}
         lead = len(self._source.lead)
+        self._fill_up(form.shape[0], list(host.values()))
         blocks = {name: array.reshape(len(self._source.blocks), *array.shape[lead:]) for name, array in host.items()}
         ways = {"rows": self._put_rows, "planar": self._put_planar, "tiles": self._put_tiles}
         put = ways[form.layout](form, blocks)
@@ -115,7 +124,17 @@ class _Reader:
             self._put_permutations(blocks["permutation"])
         self._each_chunk(put, form.shape[0])
         # The device may take the memory over.
-        return form.qtensor({name: jax.device_put(array) for name, array in host.items()})
+        return form.qtensor({name: jax.device_put(array, self._place_of(name)) for name, array in host.items()})
+
+    def _place_of(self, child: str) -> Any:
+        return None if self._place is None else getattr(self._place, child)
+
+    def _fill_up(self, num_rows: int, arrays: list[_Array]) -> None:
+        """Zeros, where rows of the weight come from no tensor."""
+        parts = self._source.blocks[0]
+        if sum(len(_indices(part.to, num_rows)) for part in parts) < num_rows:
+            for array in arrays:
+                array[...] = 0
 
     def _put_rows(self, form: QuantizedForm, blocks: dict[str, _Array]) -> "_Put":
         def put(block: int, part: Part, rows: Rows, to: Rows) -> None:
