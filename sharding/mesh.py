@@ -33,8 +33,6 @@ class MeshShape:
 
     def __post_init__(self) -> None:
         for name, size in self.sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise ShardingError(f"mesh.{name}", size, "must be an integer")
             if size != INFERRED and not 1 <= size <= LARGEST:
                 raise ShardingError(f"mesh.{name}", size, f"must be between 1 and {LARGEST}, or -1 for what is left")
         inferred = [name for name, size in self.sizes.items() if size == INFERRED]
@@ -114,4 +112,7 @@ def mesh_of(sizes: Mapping[str, Any]) -> MeshShape:
     unknown = sorted(set(sizes) - set(AXES))
     if unknown:
         raise ShardingError(f"mesh.{unknown[0]}", sizes[unknown[0]], f"is no axis; there are {', '.join(AXES)}")
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise ShardingError(f"mesh.{name}", size, "must be an integer")
     return MeshShape(**sizes)

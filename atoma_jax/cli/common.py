@@ -201,6 +201,10 @@ def running_engine(config: EngineConfig) -> Generator[RunningEngine]:
     _report_phase("imports", imports)
     llm = LLM.from_config(config, on_phase=_report_phase)
     typer.echo(f"kernels: {llm.startup.kernels}", err=True)
+    if llm.startup.mesh is not None:
+        typer.echo(f"mesh: {llm.startup.mesh}; on each device:", err=True)
+        for part, (planned, allocated) in llm.startup.device_bytes.items():
+            typer.echo(f"{part:<12}{allocated:>15,} bytes, {planned:,} planned", err=True)
     try:
         yield RunningEngine(llm=llm, phases={"imports": imports, **llm.startup.phases})
     finally:

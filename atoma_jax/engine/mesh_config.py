@@ -4,9 +4,11 @@ import tomllib
 from importlib import resources
 from pathlib import Path
 
+import jax
+
 from atoma_jax.errors import ConfigError
 from sharding.errors import ShardingError
-from sharding.mesh import MeshShape, mesh_of, parse_mesh
+from sharding.mesh import INFERRED, MeshShape, mesh_of, parse_mesh
 
 
 def read_mesh(text: str | None) -> MeshShape | None:
@@ -38,6 +40,14 @@ def resolved_mesh(text: str | None, num_devices: int) -> MeshShape | None:
         shape = shape.resolved(num_devices)
     except ShardingError as error:
         raise ConfigError(error.field, error.value, error.problem) from error
+    return None if shape.num_devices == 1 else shape
+
+
+def planned_mesh(text: str | None) -> MeshShape | None:
+    """The same for devices that need not be there; what is inferred comes from those that are. Errors likewise."""
+    shape = read_mesh(text)
+    if shape is None or INFERRED in shape.sizes.values():
+        return resolved_mesh(text, len(jax.devices()))
     return None if shape.num_devices == 1 else shape
 
 

@@ -8,7 +8,7 @@ import itertools
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from atoma_jax.engine.sampler_state import SamplerShape, SlotRules, empty_row, w
 from atoma_jax.engine.step import EngineState, StepOutput, StepSizes, Weights, make_state, run_step
 from atoma_jax.model_spec import KVDtype, ModelSpec
 from atoma_jax.ops import Backend
+from sharding.plan import allocated_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,11 @@ class Runner:
         words = np.zeros(len(self._tables) * batch_size(program, self._sizes.table_width), np.int32)
         self._state, _ = self._programs[program].result()(self._weights, self._state, words)
         jax.block_until_ready(self._state)
+
+    def device_bytes(self, part: Literal["weights", "pages"]) -> int:
+        """Bytes that weights or the KV cache hold on the device that has most of them."""
+        assert self._state is not None
+        return max(allocated_bytes(self._weights if part == "weights" else self._state.pages).values())
 
     def close(self) -> None:
         """Gives the device's memory back; the runner is of no use afterwards."""

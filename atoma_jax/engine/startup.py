@@ -49,6 +49,9 @@ class StartupReport:
 
     phases: dict[str, float] = field(default_factory=lambda: dict[str, float]())
     kernels: str = ""  # of the programs, once that is decided: xla, pallas or interpret
+    mesh: str | None = None  # devices along each axis; None: one device
+    # Bytes of each device, planned from headers and allocated, by what they are for.
+    device_bytes: dict[str, tuple[int, int]] = field(default_factory=lambda: dict[str, tuple[int, int]]())
     compile_cache_hits: int = 0
     compile_cache_misses: int = 0
 
@@ -127,6 +130,11 @@ def start_engine(
         seed=config.model.seed,
         default_params=default_params,
     )
+    phases.report.mesh = None if mesh is None else mesh.text
+    phases.report.device_bytes = {
+        "weights": (limits.weight_bytes, runner.device_bytes("weights")),
+        "KV cache": (limits.kv_cache_bytes, runner.device_bytes("pages")),
+    }
     phases.report.compile_cache_hits = COMPILATIONS.cache_hits - hits
     phases.report.compile_cache_misses = COMPILATIONS.cache_misses - misses
     return engine, phases.report

@@ -62,9 +62,10 @@ def find_cut(
         if V <= 4 * NEAR:
             return search_all(logits, weights)
         # Behind the barrier: slices that XLA merges into its top-k make it a sort of the whole row.
-        values, ids = lax.optimization_barrier(lax.top_k(logits, min(NEAR + 1, logits.shape[1])))
-        payload = ids
-        if shards.count > 1:  # the likeliest of each part, with their weights
+        values, ids = lax.top_k(logits, min(NEAR + 1, logits.shape[1]))
+        if shards.count == 1:
+            values, payload = lax.optimization_barrier((values, ids))
+        else:  # the likeliest of each part, with their weights. For several devices XLA fails on such a barrier.
             own = jnp.take_along_axis(weights, ids, axis=1, mode="clip")
             values, payload = shards.merged_top(values, own, NEAR + 1)
         near, outside = order_of(values[:, :NEAR]), order_of(values[:, NEAR])
