@@ -77,7 +77,7 @@ format: $(STAMP)
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed-bench
+bench: $(VENV)/.installed-bench native
 	@$(BIN)/python bench/compare.py
 
 wheel: $(STAMP)

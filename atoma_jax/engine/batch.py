@@ -12,7 +12,7 @@ from jaxtyping import Int32
 
 from atoma_jax.engine.buckets import Program
 from atoma_jax.engine.plan import StepPlan, Work
-from atoma_jax.engine.sampling_rows import NUM_COLUMNS, Column, RowFlag
+from atoma_jax.engine.sampling_rows import NUM_COLUMNS, Column, encode_score
 
 Words: TypeAlias = Any  # int32: numpy arrays while the host packs, JAX arrays while the device unpacks
 
@@ -96,7 +96,7 @@ def pack(plan: StepPlan, program: Program, tables: SlotTables) -> Int32[np.ndarr
     _pack_decodes(plan.decodes, slots, batch)
     _pack_prefills(plan.prefills, len(plan.decodes), batch)
     if plan.is_scoring:
-        _pack_scores(plan.prefills[0], tables, batch)
+        _pack_scores(plan.prefills, batch)
     else:
         _pack_samples(works, slots, tables, batch)
     return words
@@ -147,11 +147,9 @@ def _pack_samples(works: tuple[Work, ...], slots: np.ndarray, tables: SlotTables
             batch.sampling[row, Column.FLAGS] = 0
 
 
-def _pack_scores(work: Work, tables: SlotTables, batch: BatchFields) -> None:
-    n = work.count
-    settings = tables.settings[work.seq.slot].copy()  # pyright: ignore[reportArgumentType]
-    settings[Column.FLAGS] = RowFlag.SCORE | RowFlag.LOGPROBS
-    settings[Column.NUM_LOGPROBS] = work.seq.params.prompt_logprobs or 0
-    batch.sampling[:n] = settings
-    batch.sampling[:n, Column.TARGET] = work.seq.tokens[work.start + 1 : work.end + 1]
-    batch.logit_token[:n] = np.arange(n, dtype=np.int32)
+def _pack_scores(works: tuple[Work, ...], batch: BatchFields) -> None:
+    for start, work in zip(batch.chunk_start, works, strict=False):  # rows without work have starts, too
+        rows = slice(start, start + work.count)
+        batch.sampling[rows] = encode_score(work.seq.params.prompt_logprobs or 0)
+        batch.sampling[rows, Column.TARGET] = work.seq.tokens[work.start + 1 : work.end + 1]
+        batch.logit_token[rows] = np.arange(rows.start, rows.stop, dtype=np.int32)

@@ -17,8 +17,8 @@ class Program:
     """One compiled step.
 
     Attributes:
-        kind: decode: one token a row. mixed: decodes and chunks of prefill. score: one chunk of one sequence, all of
-            whose positions yield logits.
+        kind: decode: one token a row. mixed: decodes and chunks of prefill. score: chunks of prefill, all of whose
+            positions yield logits.
         tokens: T, positions computed.
         rows: B, sequences.
     """
@@ -85,7 +85,7 @@ def make_buckets(config: CompileConfig, *, max_num_seqs: int, max_num_batched_to
     return Buckets(
         decode=tuple(Program("decode", size, size) for size in rows),
         mixed=tuple(Program("mixed", size, max_num_seqs) for size in tokens),
-        score=Program("score", min(config.score_tokens, max_num_batched_tokens), 1),
+        score=Program("score", min(config.score_tokens, max_num_batched_tokens), max_num_seqs),
     )
 
 

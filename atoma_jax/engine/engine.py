@@ -220,7 +220,7 @@ class Engine:
         """Takes in one row; whether the caller may see something new."""
         work = news.work
         if work.scores and output.ok[news.row : news.row + work.count].all():
-            request.add_scores(work.start, work.count, output, news.row)
+            request.add_scores(work.start, work.count, news.row, output)
             return False
         if work.scores:
             self._scheduler.finish(work.seq, "error")

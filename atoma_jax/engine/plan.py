@@ -39,7 +39,7 @@ class Work(NamedTuple):
 class StepPlan:
     """One step. Rows are numbered decodes first, then prefills; each sequence has at most one row.
 
-    A step that scores holds one work and nothing else, as it runs a program of its own.
+    A step that scores holds works that score and nothing else, as it runs a program of its own.
     """
 
     decodes: tuple[Work, ...]
@@ -67,7 +67,7 @@ class StepPlan:
 
     @property
     def is_scoring(self) -> bool:
-        """The one row wants prompt log-probabilities."""
+        """Every row wants prompt log-probabilities."""
         return bool(self.prefills) and self.prefills[0].scores
 
     @property
@@ -77,8 +77,8 @@ class StepPlan:
 
     @property
     def num_results(self) -> int:
-        """Rows that the step yields: of `sampling`, or the positions of a score."""
-        return self.prefills[0].count if self.is_scoring else len(self.sampling)
+        """Rows that the step yields: of `sampling`, or the positions that are scored."""
+        return self.num_tokens if self.is_scoring else len(self.sampling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Committed(NamedTuple):
     """News of one sequence after a step. `work.seq.finish_reason` says whether it goes on.
 
     Attributes:
-        row: among the results of the step; of a score, the first of its rows.
+        row: of the step's results: index into `StepPlan.sampling`, or the first of the positions that were scored.
         token: appended to the sequence; None for work that scores, and where the logits were not finite.
     """
 

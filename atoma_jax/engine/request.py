@@ -79,13 +79,13 @@ class Request:
             sample.stream.finish()
         return stopped
 
-    def add_scores(self, start: int, count: int, output: HostOutput, first: int) -> None:
-        """Takes prompt log-probabilities: `count` rows from `first` score the tokens behind `start`."""
+    def add_scores(self, start: int, count: int, row: int, output: HostOutput) -> None:
+        """Takes prompt log-probabilities: `count` rows from `row` on score the tokens behind `start`."""
         assert self._prompt_logprobs is not None
         assert self.params.prompt_logprobs is not None
-        for row in range(count):
-            token = self._prompt_ids[start + row + 1]
-            self._prompt_logprobs.append(self._entry(token, first + row, output, self.params.prompt_logprobs))
+        for index in range(count):
+            token = self._prompt_ids[start + index + 1]
+            self._prompt_logprobs.append(self._entry(token, row + index, output, self.params.prompt_logprobs))
 
     def end_texts(self) -> None:
         """Shows what is held back of samples that ended without a last token, by abort or error."""

@@ -27,7 +27,7 @@ from sharding.plan import allocated_bytes
 
 @dataclass(frozen=True, slots=True)
 class HostOutput:
-    """A step's results on the host, one row for each of `StepPlan.sampling`, or for each position of a score."""
+    """A step's results on the host, one row for each of `StepPlan.sampling`, or for each position that is scored."""
 
     tokens: np.ndarray
     ok: np.ndarray
@@ -222,7 +222,7 @@ def _calls(plans: tuple[StepPlan, ...], *, split_prefill: bool) -> list[tuple[St
 
 
 def _yielding_rows(plan: StepPlan) -> np.ndarray:
-    """Rows of logits that belong to `StepPlan.sampling`, or to the positions of a score."""
+    """Rows of logits that belong to `StepPlan.sampling`, or to the positions that are scored."""
     if plan.is_scoring:
-        return np.arange(plan.prefills[0].count)
+        return np.arange(plan.num_tokens)
     return np.asarray([row for row, work in enumerate(plan.works) if work.samples], np.intp)

@@ -210,8 +210,8 @@ class Scheduler:
 
         None where nothing can be done: no work, or all of it waits for a plan in flight to be committed.
         """
-        # Scoring steps leave every second step to the decodes.
-        if not (self._scored_last and any(self._can_decode(seq) for seq in self._running)):
+        # Scoring steps leave every second step to the others, but for prompts that were scored: those go on together.
+        if not (self._scored_last and any(map(self._is_held_up, self._running))):
             scoring = self._plan_scoring()
             if scoring is not None:
                 return scoring
@@ -238,7 +238,7 @@ class Scheduler:
         token_list: list[int] = np.asarray(tokens).tolist()
         ok_list: list[bool] = np.asarray(ok).tolist()
         news: list[Committed] = []
-        row = 0
+        row = 0  # of the results
         for work in plan.decodes:
             if work.seq.finish_reason is None:
                 news.append(self._commit_sample(work, row, token_list[row], ok_list[row]))
@@ -250,9 +250,11 @@ class Scheduler:
                     news.append(self._commit_sample(work, row, token_list[row], ok_list[row]))
                     self._waiting.release_siblings(seq.request_id)
                 row += 1
-            elif work.scores and seq.finish_reason is None and seq.epoch == work.epoch:
-                seq.num_scored = work.end
-                news.append(Committed(work, 0, None))
+            elif work.scores:
+                if seq.finish_reason is None and seq.epoch == work.epoch:
+                    seq.num_scored = work.end
+                    news.append(Committed(work, row, None))
+                row += work.count
         return news
 
     def reset_prefix_cache(self) -> None:
@@ -269,9 +271,9 @@ class Scheduler:
 
     # plan
 
-    def _can_decode(self, seq: Sequence) -> bool:
-        """It decodes, and is not at its last token by count with that token in flight."""
-        return not seq.prefilling and seq.num_dispatched + 1 < seq.max_len
+    def _is_held_up(self, seq: Sequence) -> bool:
+        """Steps that score keep it from its answer: it does not score, or decodes a token that is not its last."""
+        return not seq.score_len if seq.prefilling else seq.num_dispatched + 1 < seq.max_len
 
     def _plan_decodes(self) -> list[Work]:
         running, size = self._running, self._page_size
@@ -315,25 +317,42 @@ class Scheduler:
         return works
 
     def _plan_scoring(self) -> StepPlan | None:
-        """A step that scores one chunk of the first running sequence that wants it."""
-        for index, seq in enumerate(self._running):
-            if seq.prefilling and seq.scores_next:
-                limit = min(self.limits.score_chunk, self.limits.max_num_batched_tokens)
-                end = min(seq.num_dispatched + limit, seq.score_len)
-                reached = self._residency.grow(seq, end, self._running[index + 1 :]) - seq.num_dispatched
-                if reached <= 0:
-                    return None
-                self._scored_last = True
-                return StepPlan((), (self._prefill(seq, reached, scores=True),))
-        return None
+        """A step that scores a chunk of each running sequence that wants it, as far as budget and rows reach."""
+        running = self._running
+        if not any(seq.prefilling and seq.scores_next for seq in running):
+            return None
+        budget = chunk = min(self.limits.score_chunk, self.limits.max_num_batched_tokens)
+        self._admit(budget, [], scoring=True)
+        works: list[Work] = []
+        index = 0
+        while index < len(running) and budget > 0 and len(works) < self._max_prefill_rows:
+            seq = running[index]
+            index += 1
+            if not (seq.prefilling and seq.scores_next):
+                continue
+            count = min(seq.score_len - seq.num_dispatched, chunk)
+            if count > budget and self.limits.fixed_chunk is not None:
+                continue
+            end = seq.num_dispatched + min(count, budget)
+            # Preemption shortens the list, but only behind `index`.
+            reached = self._residency.grow(seq, end, running[index:]) - seq.num_dispatched
+            if reached <= 0:
+                break
+            works.append(self._prefill(seq, reached, scores=True))
+            budget -= reached
+        self._scored_last = bool(works)
+        return StepPlan((), tuple(works)) if works else None
 
-    def _admit(self, budget: int, works: list[Work]) -> None:
-        """Move sequences from the queue's head to `_running` and append their first chunks to `works`."""
+    def _admit(self, budget: int, works: list[Work], *, scoring: bool = False) -> None:
+        """Move sequences from the queue's head to `_running` and append their first chunks to `works`.
+
+        Those that score first have no such chunk; `scoring`: take no others.
+        """
         growing = [seq for seq in self._running if seq.prefilling or self._reserves]
         reserved = sum(map(self._residency.pages_lacking, growing))
         while self._residency.has_free_slot and budget > 0 and len(works) < self._max_prefill_rows:
             seq = self._waiting.head
-            if seq is None or seq.num_pending:
+            if seq is None or seq.num_pending or (scoring and not seq.scores_next):
                 return
             spare = self.pool.num_available - reserved
             if self._running and self._stuck is not None and self._stuck.still_holds(seq, spare, self._cache):

@@ -25,7 +25,10 @@ class Atoma:
         }
         self._llm = LLM(setup.model, **chosen)
         self._num_requests = 0
-        self.description = f"atoma-jax {__version__}, JAX {jax.__version__}, {self._llm.startup.total:.1f} s to start"
+        startup = self._llm.startup
+        self.description = (
+            f"atoma-jax {__version__}, JAX {jax.__version__}, {startup.kernels} kernels, {startup.total:.1f} s to start"
+        )
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> Timing:
         """See `Peer.run`."""

@@ -139,7 +139,8 @@ class Harness:
         news = self.scheduler.commit(plan, [*tokens, 99], [*ok, True])  # a padded row
         for work, row, token in news:
             if work.scores:
-                assert (row, token) == (None, None)
+                assert token is None
+                assert row == sum(other.count for other in plan.prefills[: plan.prefills.index(work)])
                 self.scored.setdefault(work.seq, []).extend(range(work.start, work.end))
             else:
                 assert plan.sampling[row] is work
@@ -173,7 +174,7 @@ class Harness:
             assert work.end < work.seq.max_len, "KV beyond what the sequence may ever read"
             assert not (work.samples and work.scores)
         if plan.is_scoring:
-            assert len(plan.works) == 1
+            assert all(work.scores for work in plan.works)
             assert plan.num_tokens <= self.limits.score_chunk
 
     def check(self) -> None:

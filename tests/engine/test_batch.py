@@ -155,21 +155,25 @@ def test_rows_that_yield_a_token_bring_their_settings(wish: Wish) -> None:
         np.testing.assert_array_equal(settings, wanted)
 
 
-@given(st.integers(2, 12), st.data())
-def test_a_score_asks_for_every_following_token(length: int, data: st.DataObject) -> None:
-    seq = sequence(1, Row(length, 0), slot=3, prompt_logprobs=2)
-    start = data.draw(st.integers(0, length - 2))
-    count = data.draw(st.integers(1, length - 1 - start))
-    plan = StepPlan((), (Work(seq, start, count, False, True, False, True, 0),))
-    program = Program("score", 12, 1)
-    batch = unpack(pack(plan, program, tables_of([seq])), program, WIDTH)
-    following = seq.tokens[start + 1 : start + count + 1]
-    assert batch.sampling[:count, Column.TARGET].tolist() == following
-    assert batch.logit_token[:count].tolist() == list(range(count))
-    assert set(batch.sampling[:count, Column.FLAGS].tolist()) == {int(RowFlag.SCORE | RowFlag.LOGPROBS)}
-    assert set(batch.sampling[:count, Column.NUM_LOGPROBS].tolist()) == {2}
-    assert not batch.sampling[count:].any()
-    assert batch.tokens[:count].tolist() == seq.tokens[start : start + count]
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=4), st.data())
+def test_a_score_asks_for_every_following_token(lengths: list[int], data: st.DataObject) -> None:
+    works: list[Work] = []
+    for index, length in enumerate(lengths):
+        seq = sequence(index, Row(length, 0), slot=3 - index, prompt_logprobs=index)
+        start = data.draw(st.integers(0, length - 2))
+        count = data.draw(st.integers(1, length - 1 - start))
+        works.append(Work(seq, start, count, False, True, False, True, 0))
+    program = Program("score", 36, 4)
+    batch = unpack(pack(StepPlan((), tuple(works)), program, tables_of([w.seq for w in works])), program, WIDTH)
+    total = sum(work.count for work in works)
+    rows = batch.sampling[:total]
+    assert batch.tokens[:total].tolist() == [t for w in works for t in w.seq.tokens[w.start : w.end]]
+    assert rows[:, Column.TARGET].tolist() == [t for w in works for t in w.seq.tokens[w.start + 1 : w.end + 1]]
+    wanted = [w.seq.params.prompt_logprobs for w in works for _ in range(w.count)]
+    assert rows[:, Column.NUM_LOGPROBS].tolist() == wanted
+    assert set(rows[:, Column.FLAGS].tolist()) == {int(RowFlag.SCORE | RowFlag.LOGPROBS)}
+    assert batch.logit_token[:total].tolist() == list(range(total))
+    assert not batch.sampling[total:].any()
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12))

@@ -45,7 +45,7 @@ def test_sizes_that_are_given_are_taken() -> None:
         "mixed-64x8",
         "decode-3x3",
         "decode-8x8",
-        "score-48x1",
+        "score-48x8",
     ]
     assert made.score.logit_rows == 48
     assert made.mixed[0].logit_rows == 8
@@ -88,7 +88,7 @@ def test_sizes_that_miss_the_limits_are_refused(settings: dict, field: str, limi
         (plan(0, 10), "mixed-10x8"),
         (plan(1, 10), "mixed-64x8"),
         (plan(7, 57), "mixed-64x8"),
-        (StepPlan((), (work(5, scores=True),)), "score-32x1"),
+        (StepPlan((), (work(5, scores=True),)), "score-32x8"),
     ],
 )
 def test_the_smallest_program_that_holds_a_plan_runs_it(made: StepPlan, name: str) -> None:

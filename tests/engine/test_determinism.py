@@ -158,7 +158,7 @@ def test_it_pins_one_program_of_each_kind(deterministic_llm: LLM) -> None:
     assert [str(program) for program in deterministic_llm.llm_engine._runner.buckets.programs] == [
         "mixed-32x4",
         "decode-4x4",
-        "score-16x1",
+        "score-16x4",
     ]
     assert CompileConfig().deterministic is False
 

@@ -42,7 +42,7 @@ PLANS = {
     "decode-4x4": StepPlan((decode(0, 8, [5, 6]), decode(3, 0, [8]), decode(1, 23, [1, 2, 3])), ()),
     "mixed-16x4": StepPlan((decode(3, 12, [4, 5]),), (prefill(0, 0, 9, [6, 7]), prefill(2, 11, 2, [8, 9]))),
     "mixed-32x4": StepPlan((), (prefill(1, 0, 17, [3, 1, 2]), prefill(0, 3, 6, [9, 8]))),
-    "score-16x1": StepPlan((), (score(1, 4, 7, [2, 5]),)),
+    "score-16x4": StepPlan((), (score(1, 4, 7, [2, 5]), score(3, 0, 3, [6]))),
 }
 
 

@@ -405,6 +405,26 @@ def test_scores_of_a_chunk_in_flight_are_not_given_twice_after_a_preemption():
     harness.check_outputs()
 
 
+def test_a_step_scores_chunks_of_several_prompts_and_lets_more_in():
+    harness = Harness(score_chunk=12)
+    for seed, length in enumerate((6, 11, 4)):
+        harness.add(finite_prompt(length, 2, seed=seed), max_tokens=2, prompt_logprobs=0)
+    assert [(work.start, work.count) for work in harness.step().prefills] == [(0, 5), (0, 7)]
+    assert [(work.start, work.count) for work in harness.step().prefills] == [(7, 3), (0, 3)]
+    assert [(work.samples, work.count) for work in harness.step().prefills] == [(True, 1)] * 3
+    harness.drain()
+    harness.check_outputs()
+
+
+def test_fixed_chunks_are_scored_whole_or_later():
+    harness = Harness(score_chunk=8, fixed_chunk=8)
+    for seed, length in enumerate((6, 11, 4)):
+        harness.add(finite_prompt(length, 2, seed=seed), max_tokens=2, prompt_logprobs=0)
+    assert [(work.start, work.count) for work in harness.step().prefills] == [(0, 5), (0, 3)]
+    harness.drain()
+    harness.check_outputs()
+
+
 def test_scoring_leaves_every_second_step_to_the_decodes():
     harness = Harness(score_chunk=4, depth=1)
     (runs,) = harness.add(finite_prompt(4, 16), max_tokens=16)
@@ -413,6 +433,14 @@ def test_scoring_leaves_every_second_step_to_the_decodes():
     kinds = [harness.step().is_scoring for _ in range(8)]
     assert kinds[1:] == [True, False, True, False, True, False, True]
     assert not runs.is_finished
+
+
+def test_scoring_leaves_every_second_step_to_prompts_that_are_not_scored():
+    harness = Harness(score_chunk=4, max_num_seqs=4, max_num_batched_tokens=4, depth=1)
+    for seed, scores in enumerate((0, None)):
+        harness.add(finite_prompt(12, 1, seed=seed), max_tokens=1, prompt_logprobs=scores)
+    kinds = [harness.step().is_scoring for _ in range(6)]
+    assert kinds == [False, True, False, True, False, True]
 
 
 def test_kv_waste_counts_the_empty_places_of_the_last_pages():
