@@ -30,7 +30,19 @@ PARSERS = tuple(
 NAMES = ("atoma_jax.loading.gguf.names", "atoma_jax.loading.hf.names")  # beside the parsers: they know models' weights
 HOST_QUANT = ("groups", "ggml", "ggml_types", "ggml_blocks", "packed", "quantizers")  # of quant, what works with numpy
 # The engine's books: no arrays of a device. What they import joins them here.
-HOST_MODULES = ("scheduler", "admission", "plan", "waiting", "residency", "pages", "prefix_cache", "sequence")
+HOST_MODULES = (
+    *(
+        "scheduler",
+        "sliced_scheduler",
+        "admission",
+        "plan",
+        "waiting",
+        "residency",
+        "pages",
+        "prefix_cache",
+        "sequence",
+    ),
+)
 ON_THE_HOST = tuple(f"atoma_jax.engine.{name}" for name in HOST_MODULES)
 
 KERNELS = ("pallas_kernels", "sharding", "atoma_jax.parts", "atoma_jax.quant", "atoma_jax.native", *BASICS)

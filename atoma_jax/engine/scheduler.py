@@ -137,14 +137,17 @@ class Scheduler:
         """Whether a request has unfinished samples here."""
         return request_id in self._requests
 
+    @property
+    def spare_pages(self) -> int:
+        """Pages that neither a prompt under way nor a sequence that waits will take, nor the watermark keeps."""
+        prompts = sum(self._residency.pages_lacking(seq) for seq in self._running if seq.prefilling)
+        waiting = sum(self._prompt_pages(seq) for seq in self._waiting)
+        return self.pool.num_available - prompts - waiting - self._watermark
+
     def could_admit(self, seq: Sequence) -> bool:
         """Whether a new sequence would not have to wait, as far as slots and pages for its prompt tell."""
-        if not self._running and not self._waiting:
-            return True
-        reserved = sum(self._residency.pages_lacking(other) for other in self._running if other.prefilling)
-        spare = self.pool.num_available - reserved - self._watermark
-        lacking = -(-len(seq.tokens) // self._page_size)
-        return self._waiting.head is None and self._residency.has_free_slot and lacking <= spare
+        taken = len(self._running) + len(self._waiting)
+        return taken == 0 or (taken < self.limits.max_num_seqs and self._prompt_pages(seq) <= self.spare_pages)
 
     def known_prefix(self, seq: Sequence) -> int:
         """Pages of a new sequence's prompt that are in the prefix cache."""
@@ -397,6 +400,9 @@ class Scheduler:
         if self._may_cut or rest > self.limits.max_num_batched_tokens:
             return min(rest, budget)
         return rest if rest <= budget else 0
+
+    def _prompt_pages(self, seq: Sequence) -> int:
+        return -(-len(seq.tokens) // self._page_size)
 
     @property
     def _may_cut(self) -> bool:

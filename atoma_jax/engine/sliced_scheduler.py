@@ -130,7 +130,7 @@ class SlicedScheduler:
             if not open_:
                 return
             del self._unplaced[0]
-            home = max(open_, key=lambda scheduler: (scheduler.known_prefix(seqs[0]), scheduler.pool.num_available))
+            home = max(open_, key=lambda scheduler: (scheduler.known_prefix(seqs[0]), scheduler.spare_pages))
             for seq in seqs:
                 seq.home = self.schedulers.index(home)
             home.add(seqs)
