@@ -1,10 +1,11 @@
 """Tiny models of every kind that a mesh cuts in another way. Those that need PyTorch say so when they are skipped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
 import pytest
 
 from atoma_jax.loading.gguf.mixtures import TypeOptions
@@ -65,6 +66,19 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "ternary": lambda folder: TERNARY / "hf",
     **{name: _hf(name) for name in ("gemma", "mixtral", "biases", "GPTQ", "AWQ")},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compiler() -> Iterator[None]:
+    """LLVM does not optimize programs that run a few steps; what XLA makes of them, collectives too, is the same."""
+    compiled = jax.stages.Lowered.compile
+
+    def quickly(lowered: Any) -> Any:
+        return compiled(lowered, {"xla_backend_optimization_level": 0})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", quickly)
+        yield
 
 
 @pytest.fixture(scope="session")

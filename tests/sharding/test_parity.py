@@ -16,7 +16,6 @@ LAYOUTS = {"Q4_1": ("rows", "planar"), "Q4_K": ("rows", "planar"), "ternary": ("
 QUICK = [  # what cuts in a way of its own: rows, planes, kv heads that are repeated, supergroups, experts, permutations
     ("Q4_1", "rows", "tensor=4"),
     ("Q4_K", "planar", "fsdp=2,tensor=2"),
-    ("gemma", "rows", "tensor=2"),
     ("mixtral", "rows", "expert=2,tensor=2"),
     ("GPTQ", "rows", "tensor=2"),
 ]
