@@ -78,7 +78,7 @@ format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.installed-bench native
-	@$(BIN)/python bench/compare.py
+	@$(BIN)/python -m bench.compare
 
 wheel: $(STAMP)
 	@$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

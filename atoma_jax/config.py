@@ -192,30 +192,23 @@ class EngineConfig:
         Raises:
             ConfigError: the file is missing or no TOML, or a section, setting or value is not valid.
         """
-        try:
-            sections = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError("config", str(path), f"cannot be read: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError("config", str(path), f"is no valid TOML: {error}") from error
+        return cls.from_sections(read_toml(path), overrides)
+
+    @classmethod
+    def from_sections(cls, sections: dict[str, Any], overrides: dict[str, Any] | None = None) -> "EngineConfig":
+        """Builds a configuration from `{"cache": {"block_size": 16}, …}`; flat `overrides` win. Errors as above."""
+        sections = {name: dict(values) if isinstance(values, dict) else values for name, values in sections.items()}
         for name, value in (overrides or {}).items():
             if name not in _SECTION_OF:
                 raise ConfigError(name, value, f"is no setting of the engine{_suggestion(name, list(_SECTION_OF))}")
             section = sections.setdefault(_SECTION_OF[name], {})
             if isinstance(section, dict):
                 section[name] = value
-        return cls.from_sections(sections)
-
-    @classmethod
-    def from_sections(cls, sections: dict[str, Any]) -> "EngineConfig":
-        """Builds a configuration from `{"cache": {"block_size": 16}, …}`; errors as in `from_options`."""
         built: dict[str, Any] = {}
         for name, values in sections.items():
             if name not in _SECTIONS:
                 raise ConfigError(name, values, f"is no section; there are {', '.join(_SECTIONS)}")
-            if not isinstance(values, dict):
-                raise ConfigError(name, values, "must be a table of settings")
-            built[name] = _build(name, _SECTIONS[name], values)
+            built[name] = build_section(name, _SECTIONS[name], values)
         if "model" not in built:
             raise ConfigError("model", None, _NO_MODEL)
         return cls(**built)
@@ -245,7 +238,24 @@ def _suggestion(name: str, known: list[str]) -> str:
     return f"; did you mean {near[0]}" if near else f"; there are {', '.join(sorted(known))}"
 
 
-def _build(section: str, kind: type, values: dict[str, Any]) -> Any:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file, unchecked. Raises `ConfigError` where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("config", str(path), f"cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError("config", str(path), f"is no valid TOML: {error}") from error
+
+
+def build_section(section: str, kind: type, values: Any) -> Any:
+    """One section's table as its frozen dataclass, every value of the type that the dataclass says.
+
+    Raises:
+        ConfigError: it is no table, or a setting is unknown, of a wrong type or outside its limits.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(section, values, "must be a table of settings")
     hints = get_type_hints(kind)
     checked: dict[str, Any] = {}
     for name, value in values.items():
@@ -270,8 +280,9 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         return None if value is None else _checked(name, value, choices[0])
     if get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(name, value, "must be a list of integers")
-        return tuple(_checked(name, item, int) for item in value)
+            kind = "integers" if choices[0] is int else "strings"
+            raise ConfigError(name, value, f"must be a list of {kind}")
+        return tuple(_checked(name, item, choices[0]) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 2**53 else math.inf
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

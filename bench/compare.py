@@ -12,18 +12,20 @@ ids, new in every round and the same for all; outputs are greedy, of a fixed len
 | batch | 16 sequences, 128 in, 64 out | 16·64 / time, prefill included |
 | batch decode | the same run | tokens that came once every sequence had its first / their time |
 
-`python bench/compare.py --model smollm2-135m-instruct --python llama_cpp=/other/venv/bin/python`
+Beside this engine's numbers stands what the machine could do at most (`bench/roofline.py`).
+
+`python -m bench.compare --model smollm2-135m-instruct --python llama_cpp=/other/venv/bin/python`, and on another
+type of the same model with `--requantize Q8_0`; `--json`, `--markdown` and `--plot` write files.
 """
 
 import contextlib
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,9 +34,12 @@ import typer
 from atoma_jax.benchmarks.machine import describe_host
 from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.gguf.file import GGUFFile
+from atoma_jax.loading.gguf.mixtures import TypeOptions
+from atoma_jax.loading.gguf.requantize import requantize
+from bench.compare_report import ENGINE, markdown, plot, ratios, report
+from bench.roofline import Peaks, Weight, limits
 
 ROOT = Path(__file__).resolve().parent.parent
-ENGINE = "atoma"
 PEERS = ("llama_cpp", "transformers", "openvino")
 LOWEST_ID = 1000  # ids below are control tokens and bytes in the vocabularies of all common models
 TAIL = 1500  # characters of a failed process's messages
@@ -67,6 +72,17 @@ class Sizes:
             "decode": Work(num_seqs=1, prompt_tokens=16, new_tokens=self.decode_tokens),
             "batch": Work(num_seqs=S, prompt_tokens=P, new_tokens=O),
         }
+
+    def limits(self, weight: Weight, peaks: Peaks) -> dict[str, float]:
+        """Tokens a second at most by kind, on a machine of such peaks."""
+        return limits(
+            weight,
+            peaks,
+            prefill_tokens=self.prefill_tokens,
+            num_seqs=self.num_seqs,
+            prompt_tokens=self.prompt_tokens,
+            output_tokens=self.output_tokens,
+        )
 
     def rates(self, timings: dict[str, dict[str, Any]]) -> dict[str, float]:
         """Tokens a second by kind, from the timings of one round."""
@@ -167,7 +183,12 @@ def main(
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     output_tokens: Annotated[int, typer.Option(min=2)] = 64,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    requantized: Annotated[
+        str | None, typer.Option("--requantize", help="Compare on the model in another type, such as Q8_0.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all numbers here.")] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Also write the table here.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Also draw it here; takes matplotlib.")] = None,
 ) -> None:
     """Compare this engine with others on this machine."""
     names = [name for name in peers.split(",") if name]
@@ -181,12 +202,7 @@ def main(
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
     )
-    path = resolve(model).path.absolute()
-    with GGUFFile.open(path) as file:
-        tokens = file.metadata["tokenizer.ggml.tokens"]
-        assert isinstance(tokens, list), "the reader checks it"
     setup = {
-        "model": str(path),
         "threads": threads or len(os.sched_getaffinity(0)),
         "num_seqs": num_seqs,
         "max_len": max(work.prompt_tokens + work.new_tokens for work in sizes.works().values()) + 1,
@@ -197,18 +213,36 @@ def main(
         target, value = _pair(entry, "--option")
         peer, _, setting = target.partition(":")
         options.setdefault(peer, {})[setting] = value
-    workers = start([ENGINE, *names], setup, interpreters, options)
-    try:
-        results = compare(workers, sizes, rounds=rounds, vocab_size=len(tokens), seed=seed)
-    finally:
-        for worker in workers:
-            worker.close()
-    report(results)
+    peaks = Peaks.measure(setup["threads"])
+    with tempfile.TemporaryDirectory() as scratch:
+        path = resolve(model).path.absolute()
+        if requantized is not None:
+            target_path = Path(scratch) / f"{path.stem}-{requantized}.gguf"
+            requantize(path, target_path, TypeOptions.named(requantized))
+            path = target_path
+        with GGUFFile.open(path) as file:
+            tokens = file.metadata["tokenizer.ggml.tokens"]
+            assert isinstance(tokens, list), "the reader checks it"
+            weight = Weight.of(file)
+        workers = start([ENGINE, *names], {"model": str(path), **setup}, interpreters, options)
+        try:
+            results = compare(workers, sizes, rounds=rounds, vocab_size=len(tokens), seed=seed)
+        finally:
+            for worker in workers:
+                worker.close()
+    most = None if peaks is None else sizes.limits(weight, peaks)
+    report(results, most)
+    descriptions = {worker.name: worker.description for worker in workers}
     if json_file is not None:
-        about = {"model": str(path), "rounds": rounds, "threads": setup["threads"], **describe_host()}
-        descriptions = {worker.name: worker.description for worker in workers}
-        everything = {**about, "engines": descriptions, "rates": results, "ratios": ratios(results)}
+        about = {"model": model, "requantized": requantized, "rounds": rounds, "threads": setup["threads"]}
+        measured = {"rates": results, "ratios": ratios(results), "limits": most}
+        machine = {**describe_host(), "peaks": None if peaks is None else asdict(peaks)}
+        everything = {**about, **machine, "weights": asdict(weight), "engines": descriptions, **measured}
         json_file.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    if markdown_file is not None:
+        markdown_file.write_text(markdown(results, most, descriptions), encoding="utf-8")
+    if plot_file is not None:
+        plot(results, most, plot_file)
 
 
 def start(
@@ -259,40 +293,6 @@ def compare(
                 for kind, rate in sizes.rates(timings[worker.name]).items():
                     results[worker.name].setdefault(kind, []).append(rate)
     return {name: rates for name, rates in results.items() if len(next(iter(rates.values()), [])) == rounds}
-
-
-def ratios(results: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """This engine's rate over each peer's, within each round: median and extremes, by peer and kind."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for name, rates in results.items():
-        if name == ENGINE:
-            continue
-        found[name] = {}
-        for kind, theirs in rates.items():
-            quotients = [ours / other for ours, other in zip(results[ENGINE][kind], theirs, strict=True)]
-            found[name][kind] = {
-                "median": statistics.median(quotients),
-                "min": min(quotients),
-                "max": max(quotients),
-            }
-    return found
-
-
-def report(results: dict[str, dict[str, list[float]]]) -> None:
-    """Prints a table: medians in tokens a second; behind each peer's, this engine's ratio to it (min–max)."""
-    quotients = ratios(results)
-    names = [ENGINE, *quotients]
-    print("\n" + f"{'tokens/s':<15}{ENGINE:>9}" + "".join(f"{name:>32}" for name in quotients))
-    for kind in results[ENGINE]:
-        cells: list[str] = []
-        for name in names:
-            cell = f"{statistics.median(results[name][kind]):9.1f}"
-            if name != ENGINE:
-                ratio = quotients[name][kind]
-                cell += f"  ×{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})".rjust(23)
-            cells.append(cell)
-        print(f"{kind.replace('_', ' '):<15}" + "".join(cells))
-    print(f"× = {ENGINE} / peer: above 1, this engine is faster.")
 
 
 def _give_up_on(name: str, error: PeerError) -> None:

@@ -53,6 +53,16 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_max_size", _COMPILE_CACHE_BYTES)
 
 
+@pytest.hookimpl(tryfirst=True)  # before fixtures, whose programs it is about
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Small models run a few steps only: what LLVM takes to optimize their programs is not worth it. The arithmetic is
+    the same but for the order of some sums. Real models, and tests marked `optimized`, run programs as users do."""
+    import jax
+
+    optimized = any(item.get_closest_marker(name) for name in ("optimized", "model"))
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct, Q4_1: what `atoma-jax pull smollm2-135m-instruct` brings."""

@@ -16,7 +16,8 @@ SOURCES = sorted(path for package in SHIPPED for path in (ROOT / package).rglob(
 ALL_PYTHON = sorted([*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")])
 
 BASICS = tuple(
-    f"atoma_jax.{name}" for name in ("errors", "config", "cores", "model_spec", "sampling_params", "outputs")
+    f"atoma_jax.{name}"
+    for name in ("errors", "config", "cores", "histogram", "model_spec", "sampling_params", "outputs")
 )
 PUBLIC = ("atoma_jax", *BASICS)
 PARSERS = tuple(
@@ -58,6 +59,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "atoma_jax.errors": (),
     "atoma_jax.config": BASICS,
     "atoma_jax.cores": (),
+    "atoma_jax.histogram": (),
     "atoma_jax.model_spec": BASICS,
     "atoma_jax.sampling_params": BASICS,
     "atoma_jax.outputs": BASICS,

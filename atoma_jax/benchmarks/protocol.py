@@ -71,7 +71,7 @@ class StepEngine(Protocol):
         """Sizes of the model as it is served."""
         ...
 
-    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
+    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams) -> object:
         """Queues a request."""
         ...
 

@@ -21,6 +21,7 @@ from atoma_jax.cli.generate import generate
 from atoma_jax.cli.plan import plan
 from atoma_jax.cli.pull import pull
 from atoma_jax.cli.quantize import quantize
+from atoma_jax.cli.serve import serve
 from atoma_jax.errors import AtomaError, UserError
 
 EXIT_FAILED = 1
@@ -80,7 +81,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _command in (generate, chat, pull, plan, convert, quantize):
+for _command in (generate, chat, serve, pull, plan, convert, quantize):
     app.command()(_command)
 app.add_typer(bench)
 app.add_typer(evaluate)

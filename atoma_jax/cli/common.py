@@ -16,11 +16,25 @@ import platformdirs
 import typer
 
 from atoma_jax.cli.protocol import ChatEngine
-from atoma_jax.config import EngineConfig
+from atoma_jax.config import EngineConfig, read_toml
 from atoma_jax.errors import ConfigError
 from atoma_jax.sampling_params import RequestOutputKind, SamplingParams
 
 LOWEST_LOGPROB = -9999.0  # stands for -inf, which JSON cannot hold; the same number as in the server's answers
+
+
+AUTO = -1  # a length that the model decides, even where the file names another
+
+
+def _length(text: str | int) -> int:
+    """A number of tokens: 32k is 32,000, 32K is 32,768."""
+    digits = str(text).rstrip("kK")
+    unit = {"": 1, "k": 1000, "K": 1024}.get(str(text)[len(digits) :])
+    if text == "auto":
+        return AUTO
+    if unit is None or not (digits.isascii() and digits.isdigit()) or len(digits) > 12:
+        raise ConfigError("max_model_len", text, "must be a number of tokens, such as 4096, 32k or 32K, or auto")
+    return int(digits) * unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +61,10 @@ class EngineOptions:
     cpu_precision: Annotated[
         str | None, typer.Option(help="Of activations in native kernels: default (int8), high (twice that) or exact.")
     ] = None
-    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output together.")] = None
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(parser=_length, metavar="TOKENS", help="Prompt and output together; also 32k, 32K or auto."),
+    ] = None
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that one step may hold.")] = None
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens that one step may hold.")] = None
     block_size: Annotated[int | None, typer.Option(help="Tokens of a KV page.")] = None
@@ -76,8 +93,8 @@ class EngineOptions:
         bool, typer.Option("--compile-cache/--no-compile-cache", help="Whether compiled programs are kept.")
     ] = True
 
-    def engine_config(self) -> EngineConfig:
-        """The settings, checked.
+    def engine_config(self, tables: dict[str, Any] | None = None) -> EngineConfig:
+        """The settings, checked. `tables` are those of the --config file where it was read already.
 
         Raises:
             ConfigError: a setting is unknown or outside its limits, or two contradict each other.
@@ -89,7 +106,11 @@ class EngineOptions:
             for name, value in dataclasses.asdict(self).items()
             if value is not None and name not in ("config", "compile_cache")
         }
-        config = EngineConfig.from_options(given) if self.config is None else EngineConfig.from_toml(self.config, given)
+        if self.max_model_len == AUTO:
+            given["max_model_len"] = None
+        if self.config is not None and tables is None:
+            tables = read_toml(self.config)
+        config = EngineConfig.from_sections(tables or {}, given)
         if not self.compile_cache:
             return _with_compile_cache(config, None)
         if config.compile.compile_cache_dir is None:

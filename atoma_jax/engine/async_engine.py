@@ -2,40 +2,44 @@
 
 import asyncio
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
 
 from atoma_jax.config import EngineConfig
 from atoma_jax.engine.engine import Engine, Prompt
 from atoma_jax.engine.startup import OnPhase, StartupReport, start_engine
 from atoma_jax.engine.stats import EngineStats
 from atoma_jax.errors import EngineDeadError
-from atoma_jax.outputs import RequestOutput
+from atoma_jax.outputs import RequestMetrics, RequestOutput
 from atoma_jax.sampling_params import SamplingParams
 from atoma_jax.tokenizer import Tokenizer
 
-_Item = RequestOutput | BaseException
+Item = RequestOutput | EngineDeadError
+Deliver = Callable[[Item], object]  # takes an output, or the error that ends them all
+
+_T = TypeVar("_T")
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Stream:
-    """Where the outputs of one request go: a queue of the loop that asked."""
+    """Where the outputs of one request go: to a callback, in the loop that asked."""
 
     loop: asyncio.AbstractEventLoop
-    queue: "asyncio.Queue[_Item]" = field(default_factory=lambda: asyncio.Queue[_Item]())
-
-    def put(self, item: _Item) -> None:
-        """From the engine's thread."""
-        _post(self.loop, lambda: self.queue.put_nowait(item))
+    deliver: Deliver
 
 
 class AsyncLLM:
     """Serves many requests at once.
 
     A request is handed over in `generate` and comes back as an async iterator. Cancelling the iterator aborts it.
+    `submit` is what lies below it, for who joins the outputs of several requests.
     """
 
     def __init__(self, engine: Engine, startup: StartupReport):
@@ -46,6 +50,7 @@ class AsyncLLM:
         self._calls: deque[Callable[[], None]] = deque()  # what the engine's thread is to do between steps
         self._wake = threading.Condition()
         self._closing = False
+        self._busy_since: float | None = None
         self._error: EngineDeadError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -70,6 +75,15 @@ class AsyncLLM:
     def is_dead(self) -> bool:
         """Whether a step failed; every later call raises `EngineDeadError`."""
         return self._error is not None
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds that the engine's thread has been at its present step; 0 while it waits for work.
+
+        A number far above what a step takes means that the device hangs.
+        """
+        since = self._busy_since
+        return 0.0 if since is None else time.perf_counter() - since
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
@@ -102,40 +116,72 @@ class AsyncLLM:
             Overloaded: the queue is full.
             EngineDeadError: a step failed, now or before.
         """
-        stream = _Stream(asyncio.get_running_loop())
-        params = self._engine.default_params if sampling_params is None else sampling_params
-
-        def add() -> None:
-            try:
-                self._engine.add_request(request_id, prompt, params, priority=priority, cache_salt=cache_salt)
-            except Exception as error:
-                stream.put(error)
-            else:
-                self._streams[request_id] = stream
-
-        self._call(add)
+        queue: asyncio.Queue[Item] = asyncio.Queue()
+        deliver = queue.put_nowait
+        await self.submit(prompt, sampling_params, request_id, deliver, priority=priority, cache_salt=cache_salt)
         finished = False
         try:
             while not finished:
-                item = await stream.queue.get()
-                if isinstance(item, BaseException):
+                item = await queue.get()
+                if isinstance(item, EngineDeadError):
                     finished = True
                     raise item
                 finished = item.finished
                 yield item
         finally:
             if not finished:
-                with suppress(EngineDeadError):  # it has dropped everything by itself
-                    self._call(lambda: self._drop(request_id, stream))
+                self._leave(request_id, deliver)
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None,
+        request_id: str,
+        deliver: Deliver,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> RequestMetrics:
+        """Hands a request over, and returns once the engine has queued it.
+
+        Whoever is not interested any more calls `abort`. Cancelling this call does so by itself.
+
+        Args:
+            prompt: as in `generate`, like all that is not named here.
+            sampling_params: see there.
+            request_id: see there.
+            deliver: called in this task's loop with each output up to the finished one, or with `EngineDeadError`.
+            priority: see there.
+            cache_salt: see there.
+
+        Returns:
+            The request's times, which the engine goes on filling in.
+
+        Raises:
+            ParameterError: as in `generate`, like the others.
+        """
+        loop = asyncio.get_running_loop()
+        stream = _Stream(loop, deliver)
+        params = self._engine.default_params if sampling_params is None else sampling_params
+
+        def add() -> RequestMetrics:
+            metrics = self._engine.add_request(request_id, prompt, params, priority=priority, cache_salt=cache_salt)
+            self._streams[request_id] = stream
+            return metrics
+
+        try:
+            return await self._ask(add)
+        except asyncio.CancelledError:
+            self._leave(request_id, deliver)
+            raise
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its iterator gets what there is, with finish reason "abort"."""
 
         def abort() -> None:
             output = self._engine.abort_request(request_id)
-            stream = self._streams.pop(request_id, None)
-            if output is not None and stream is not None:
-                stream.put(output)
+            if output is not None:
+                self._hand_out([output])
 
         self._call(abort)
 
@@ -146,15 +192,27 @@ class AsyncLLM:
 
     async def stats(self) -> EngineStats:
         """Times and counters since the start."""
-        loop = asyncio.get_running_loop()
-        reading: asyncio.Future[EngineStats] = loop.create_future()
+        return await self._ask(self._engine.stats)
 
-        def read() -> None:
-            stats = self._engine.stats()
-            _post(loop, lambda: None if reading.done() else reading.set_result(stats))
+    async def reset_prefix_cache(self) -> None:
+        """Forgets all shared prefixes."""
+        await self._ask(self._engine.reset_prefix_cache)
 
-        self._call(read)
-        return await reading
+    async def start_profile(self, folder: str) -> None:
+        """Begins to record what host and device do, for TensorBoard or Perfetto.
+
+        Raises:
+            RuntimeError: a recording is under way.
+        """
+        await self._ask(partial(jax.profiler.start_trace, folder))
+
+    async def stop_profile(self) -> None:
+        """Ends the recording and writes it. No step runs meanwhile.
+
+        Raises:
+            RuntimeError: there is no recording.
+        """
+        await self._ask(jax.profiler.stop_trace)
 
     def shutdown(self) -> None:
         """Aborts what is unfinished, whose iterators raise `EngineDeadError`, and gives the device's memory back."""
@@ -164,6 +222,7 @@ class AsyncLLM:
         self._thread.join()
 
     def _call(self, call: Callable[[], None]) -> None:
+        """Has the engine's thread do something between two steps."""
         with self._wake:
             if self._error is not None:
                 raise self._error
@@ -172,10 +231,33 @@ class AsyncLLM:
             self._calls.append(call)
             self._wake.notify()
 
-    def _drop(self, request_id: str, stream: _Stream) -> None:
-        if self._streams.get(request_id) is stream:  # an id may be in use again by now
-            del self._streams[request_id]
-            self._engine.abort_request(request_id)
+    async def _ask(self, call: Callable[[], _T]) -> _T:
+        """The same, and waits for what comes of it."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[_T] = loop.create_future()
+
+        def ask() -> None:
+            try:
+                result = call()
+            except Exception as error:
+                _post(loop, partial(_settle, answer, answer.set_exception, error))
+            else:
+                _post(loop, partial(_settle, answer, answer.set_result, result))
+
+        self._call(ask)
+        return await answer
+
+    def _leave(self, request_id: str, deliver: Deliver) -> None:
+        """Aborts a request of which nothing more is to be delivered."""
+
+        def drop() -> None:
+            stream = self._streams.get(request_id)
+            if stream is not None and stream.deliver is deliver:  # an id may be in use again by now
+                del self._streams[request_id]
+                self._engine.abort_request(request_id)
+
+        with suppress(EngineDeadError):  # it has dropped everything by itself
+            self._call(drop)
 
     def _run(self) -> None:
         try:
@@ -191,23 +273,29 @@ class AsyncLLM:
 
     def _turn(self) -> bool:
         """Waits for work and does one step of it; False once the engine is to shut down."""
+        self._busy_since = None
         with self._wake:
             self._wake.wait_for(lambda: self._closing or self._calls or self._engine.has_work)
             if self._closing:
                 return False
             calls, self._calls = self._calls, deque()
+        self._busy_since = time.perf_counter()
         for call in calls:
             call()
-        for output in self._engine.step():
-            self._hand_out(output)
+        self._hand_out(self._engine.step())
         return True
 
-    def _hand_out(self, output: RequestOutput) -> None:
-        stream = self._streams.get(output.request_id)
-        if stream is not None:
-            stream.put(output)
-            if output.finished:
-                del self._streams[output.request_id]
+    def _hand_out(self, outputs: Iterable[RequestOutput]) -> None:
+        """One message to each loop, however many of its requests have news: waking a loop costs more than a row."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Deliver, RequestOutput]]] = {}
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                by_loop.setdefault(stream.loop, []).append((stream.deliver, output))
+                if output.finished:
+                    del self._streams[output.request_id]
+        for loop, news in by_loop.items():
+            _post(loop, partial(_deliver_all, news))
 
     def _die(self, error: EngineDeadError) -> None:
         with self._wake:
@@ -216,11 +304,22 @@ class AsyncLLM:
         for call in calls:  # additions come back with the engine's own error
             call()
         for stream in self._streams.values():
-            stream.put(error)
+            _post(stream.loop, partial(stream.deliver, error))
         self._streams.clear()
+        self._busy_since = None
 
 
 def _post(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
     """Has a loop call something; one that was closed meanwhile has nobody who waits."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(call)
+
+
+def _settle(answer: "asyncio.Future[Any]", settle: Callable[[Any], None], value: Any) -> None:
+    if not answer.done():  # whoever asked may have been cancelled
+        settle(value)
+
+
+def _deliver_all(news: Iterable[tuple[Deliver, RequestOutput]]) -> None:
+    for deliver, output in news:
+        deliver(output)

@@ -24,7 +24,7 @@ from atoma_jax.engine.sliced_scheduler import SlicedScheduler
 from atoma_jax.engine.stats import EngineStats, StatsRecorder
 from atoma_jax.engine.text_stream import TextStream
 from atoma_jax.errors import EngineDeadError, ParameterError
-from atoma_jax.outputs import RequestOutput
+from atoma_jax.outputs import RequestMetrics, RequestOutput
 from atoma_jax.sampling_params import RequestOutputKind, SamplingParams, validate_prompt
 from atoma_jax.tokenizer import Tokenizer
 
@@ -116,7 +116,7 @@ class Engine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
-    ) -> None:
+    ) -> RequestMetrics:
         """Queues a request. Nothing is kept of one that is refused.
 
         Args:
@@ -125,6 +125,9 @@ class Engine:
             params: its settings.
             priority: smaller goes first, under the priority policy.
             cache_salt: prefixes are shared only between requests of equal salt.
+
+        Returns:
+            The request's times, which the engine goes on filling in.
 
         Raises:
             ParameterError: the prompt or a parameter is outside the limits of this model or engine.
@@ -146,6 +149,7 @@ class Engine:
         self._requests[request_id] = request
         self._num_requests += 1
         self._recorder.prompt_tokens += len(ids)
+        return request.metrics
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """Ends a request in whatever state and frees its pages; returns what it had, None if it is not there."""
@@ -181,7 +185,12 @@ class Engine:
             self._dead = f"a step failed with {type(error).__name__}: {error}"
             raise self._lost() from error
         end = time.perf_counter()
-        self._recorder.add_step(host=(wait - begin) + (end - read), device=read - wait, stats=self._scheduler.stats())
+        self._recorder.add_step(
+            tokens=done.plan.num_tokens,
+            host=(wait - begin) + (end - read),
+            device=read - wait,
+            stats=self._scheduler.stats(),
+        )
         return outputs
 
     def _launch(self, plan: StepPlan | SlicedPlan) -> None:
@@ -203,10 +212,15 @@ class Engine:
 
     def _commit(self, plan: StepPlan | SlicedPlan, output: HostOutput, now: float) -> list[RequestOutput]:
         changed: dict[str, Request] = {}
-        for news in self._scheduler.commit(plan, output.tokens, output.ok):  # pyright: ignore[reportArgumentType]  # its own plans
+        gaps: dict[float, int] = {}  # requests with news, by when they had some before
+        for news in self._scheduler.commit(plan, output.tokens, output.ok):  # pyright: ignore[reportArgumentType]  # own plans
             request = self._requests[news.work.seq.request_id]
+            before = request.metrics.last_token_time
             if self._take(request, news, output, now):
                 changed[request.request_id] = request
+                if before is not None and before != now:  # not the second sample of a step
+                    gaps[before] = gaps.get(before, 0) + 1
+        self._recorder.add_gaps(now, gaps)
         outputs: list[RequestOutput] = []
         for request_id, request in changed.items():
             if request.params.output_kind is RequestOutputKind.FINAL_ONLY and not request.finished:

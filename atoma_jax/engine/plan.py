@@ -92,6 +92,11 @@ class SlicedPlan:
         """Every row of every slice."""
         return tuple(work for plan in self.slices for work in plan.works)
 
+    @property
+    def num_tokens(self) -> int:
+        """Positions computed by the step."""
+        return sum(plan.num_tokens for plan in self.slices)
+
 
 class Committed(NamedTuple):
     """News of one sequence after a step. `work.seq.finish_reason` says whether it goes on.

@@ -172,8 +172,8 @@ class Scheduler:
         max_waiting = self.limits.max_waiting
         if max_waiting is not None and self.num_waiting + len(seqs) > max_waiting:
             raise Overloaded(
-                f"{self.num_waiting} sequences wait already and max_waiting is {max_waiting}: no room for {len(seqs)} "
-                "more. Try again later or raise max_waiting.",
+                f"{self.num_waiting} sequences wait already and max_num_queued_reqs is {max_waiting}: no room for "
+                f"{len(seqs)} more. Try again later or raise max_num_queued_reqs.",
                 RETRY_AFTER,
             )
         # A salt of its own lets the samples of a request share their prompt even where requests share nothing.

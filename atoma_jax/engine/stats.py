@@ -1,8 +1,34 @@
-"""Times and counters of an engine over a span of steps."""
+"""Times and counters of an engine over a span of steps, and its gauges of one moment."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from atoma_jax.engine.scheduler import SchedulerStats
+from atoma_jax.histogram import Distribution, Histogram
+
+GAP_BOUNDS = (
+    *(0.001, 0.002, 0.004, 0.006, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)  # seconds
+STEP_TOKEN_BOUNDS = (1.0, *(2.0**power for power in range(3, 15)))
+STEP_BOUNDS = (
+    0.0001,
+    0.0002,
+    0.0005,
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+    2.0,
+    5.0,
+    10.0,
+)  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +46,14 @@ class EngineStats:
     recompilations: int  # programs compiled after start-up
     prompt_tokens: int
     generation_tokens: int
+    num_running: int  # sequences in steps, of this moment
+    num_waiting: int
+    kv_usage: float  # share of all pages that sequences own
+    kv_waste_now: float
+    host_step_seconds: Distribution
+    device_step_seconds: Distribution
+    step_tokens: Distribution
+    inter_token_seconds: Distribution  # between steps that brought one request tokens
 
     @property
     def host_ms_per_step(self) -> float:
@@ -40,15 +74,26 @@ class StatsRecorder:
         self._device_seconds = 0.0
         self._waste = 0.0
         self._peak = 0.0
+        self._host_steps = Histogram(STEP_BOUNDS)
+        self._device_steps = Histogram(STEP_BOUNDS)
+        self._step_tokens = Histogram(STEP_TOKEN_BOUNDS)
+        self._gaps = Histogram(GAP_BOUNDS)
 
-    def add_step(self, *, host: float, device: float, stats: SchedulerStats) -> None:
+    def add_step(self, *, tokens: int, host: float, device: float, stats: SchedulerStats) -> None:
         """One step was committed."""
         self._steps += 1
         self.host_seconds += host
         self._device_seconds += device
-        self._waste += stats.kv_wasted / stats.kv_allocated if stats.kv_allocated else 0.0
-        pages = stats.pages_free + stats.pages_cached + stats.pages_owned
-        self._peak = max(self._peak, stats.pages_owned / pages)
+        self._host_steps.add(host)
+        self._device_steps.add(device)
+        self._step_tokens.add(float(tokens))
+        self._waste += _waste(stats)
+        self._peak = max(self._peak, _usage(stats))
+
+    def add_gaps(self, now: float, since: Mapping[float, int]) -> None:
+        """Tokens came at `now`; `since` counts requests by when theirs came last. Few times, however many rows."""
+        for before, count in since.items():
+            self._gaps.add(now - before, count)
 
     def read(self, now: SchedulerStats, recompilations: int) -> EngineStats:
         """The reading of this moment."""
@@ -65,4 +110,20 @@ class StatsRecorder:
             recompilations=recompilations,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
+            num_running=now.num_running,
+            num_waiting=now.num_waiting,
+            kv_usage=_usage(now),
+            kv_waste_now=_waste(now),
+            host_step_seconds=self._host_steps.read(),
+            device_step_seconds=self._device_steps.read(),
+            step_tokens=self._step_tokens.read(),
+            inter_token_seconds=self._gaps.read(),
         )
+
+
+def _waste(stats: SchedulerStats) -> float:
+    return stats.kv_wasted / stats.kv_allocated if stats.kv_allocated else 0.0
+
+
+def _usage(stats: SchedulerStats) -> float:
+    return stats.pages_owned / (stats.pages_free + stats.pages_cached + stats.pages_owned)

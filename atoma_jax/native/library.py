@@ -9,9 +9,10 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import jax
+import numpy as np
 
 from atoma_jax.cores import usable_cores
 from atoma_jax.native.build import LIBRARY, BuildError, Stamp, ffi_version, source_digest, takes
@@ -24,6 +25,8 @@ REBUILD = "run `python -m atoma_jax.native.build`, which takes a C++ compiler an
 
 _log = logging.getLogger(__name__)
 
+_Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
 
 class UnfitError(Exception):
     """The library cannot be used here; the message says why, and what to do."""
@@ -34,6 +37,9 @@ class Library:
 
     def __init__(self, loaded: ctypes.CDLL):
         self._loaded = loaded
+        size, place = ctypes.c_int64, ctypes.c_void_p
+        loaded.atoma_pack_codes.argtypes = (place, size, size, size, place, size, place)
+        loaded.atoma_pack_factors.argtypes = (place, size, size, size, place, size, place)
 
     @property
     def variant(self) -> str:
@@ -43,6 +49,21 @@ class Library:
     def supported_variants(self) -> tuple[str, ...]:
         """Those that this CPU can run."""
         return tuple(name for index, name in enumerate(VARIANTS) if self._loaded.atoma_is_supported(index))
+
+    def pack_codes(self, codes: _Array, bits: int, rows: _Array, out: _Array) -> None:
+        """`tiles.put_codes` of arrays that were checked there; lets other threads run meanwhile."""
+        assert all(array.flags.c_contiguous for array in (codes, rows, out))
+        n, K = codes.shape
+        places = [array.ctypes.data for array in (codes, rows, out)]
+        self._loaded.atoma_pack_codes(places[0], n, K, bits, places[1], out.shape[1], places[2])
+
+    def pack_factors(self, factors: _Array, rows: _Array, out: _Array) -> None:
+        """`tiles.put_factors` likewise; both arrays have one type."""
+        assert all(array.flags.c_contiguous for array in (factors, rows, out))
+        assert factors.dtype == out.dtype, (factors.dtype, out.dtype)
+        n, groups = factors.shape
+        places = [array.ctypes.data for array in (factors, rows, out)]
+        self._loaded.atoma_pack_factors(places[0], n, groups, out.itemsize, places[1], out.shape[1], places[2])
 
     @contextmanager
     def forced(self, *, variant: str | None = None, threads: int | None = None) -> Generator[None]:

@@ -5,6 +5,7 @@ what ids mean is `vocabulary.py`, templates are `chat_template.py`, decoding a s
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,7 @@ class Tokenizer:
         eos_token_ids: every token that ends an answer (`end_token_ids`).
         pad_token_id: the padding token, if the model has one.
         special_ids: control and unknown tokens, which `skip_special_tokens` leaves out.
+        special_names: marked tokens as the model's files spell them, by role: bos_token, eos_token, …
         chat_template: the Jinja source of the model's default chat template, None if it has none.
     """
 
@@ -89,6 +91,7 @@ class Tokenizer:
         self.eos_token_ids = special.eos_token_ids
         self.pad_token_id = special.pad_token_id
         self.special_ids = vocabulary.special_ids
+        self.special_names = dict(special.names)
         self.chat_template = self._template_sources.get("default")
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
@@ -185,6 +188,13 @@ class Tokenizer:
             documents=documents,
             extra=chat_template_kwargs or {},
         )
+
+    def with_chat_template(self, source: str) -> "Tokenizer":
+        """The same tokenizer with another default template, and no other. Raises `TemplateError` if it is none."""
+        other = copy(self)
+        other._template_sources, other._templates, other.chat_template = {"default": source}, {}, source
+        other._template(None, with_tools=False, limits=TemplateLimits())
+        return other
 
     def _template(self, asked: str | None, *, with_tools: bool, limits: TemplateLimits) -> ChatTemplate:
         """The template to use, compiled. The model's own are kept compiled, a caller's are not."""

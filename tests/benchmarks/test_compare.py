@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from bench import compare
-from bench.compare import PeerError, Sizes, Worker, ratios, report
+from bench.compare import PeerError, Sizes, Worker
+from bench.compare_report import markdown, ratios, report
 from bench.peers import worker as worker_module
 
 SIZES = Sizes(prefill_tokens=512, decode_tokens=128, num_seqs=16, prompt_tokens=128, output_tokens=64)
@@ -94,6 +95,15 @@ def test_the_table_names_peers_and_spreads(capsys: pytest.CaptureFixture[str]) -
     assert "openvino" in table
     assert "batch decode" in table
     assert "×2.50 (2.00–3.00)" in table
+
+
+def test_the_tables_say_how_much_of_the_machine_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    results = {"atoma": {"decode": [80.0, 120.0]}, "openvino": {"decode": [50.0, 40.0]}}
+    report(results, {"decode": 200.0})
+    assert "200.0 ( 50%)" in capsys.readouterr().out
+    table = markdown(results, {"decode": 200.0}, {"atoma": "atoma 1", "openvino": "ov 2", "llama_cpp": "failed"})
+    assert "| decode | 100.0 | 200.0: 50% reached | 45.0, ×2.30 (1.60–3.00) |" in table
+    assert table.endswith("- atoma: atoma 1\n- openvino: ov 2\n")
 
 
 PEER = """

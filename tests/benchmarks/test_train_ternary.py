@@ -23,6 +23,8 @@ from bench.ternary.text import BOS_ID, all_windows, random_windows
 from bench.train_ternary import Recipe, Run
 from tests.models.bitnet_reference import EDGE, BitNetReference
 
+pytestmark = pytest.mark.optimized  # hundreds of steps
+
 FOLDER = Path(__file__).parents[1] / "data" / "ternary" / "hf"
 TINY = Shape(V=32, D=16, F=24, L=1, N=2, K=1, H=8, context=8)
 TOKENS = np.random.default_rng(3).integers(2, TINY.V, 400).astype(np.int32)

@@ -292,6 +292,110 @@ class TestTheEnd:
         served.shutdown()
 
 
+class TestSubmit:
+    """What servers build on: outputs of several requests in one place."""
+
+    def test_outputs_of_several_requests_come_in_one_queue(self, serve: Serve) -> None:
+        served = serve()
+
+        async def main() -> None:
+            queue: asyncio.Queue[Any] = asyncio.Queue()
+            times = [await served.submit(prompt_of(9, i), GREEDY, f"r{i}", queue.put_nowait) for i in range(3)]
+            finished: set[str] = set()
+            while len(finished) < 3:
+                output = await queue.get()
+                finished |= {output.request_id} if output.finished else set()
+            assert finished == {"r0", "r1", "r2"}
+            for metrics in times:  # the same objects that the engine fills in
+                assert metrics.first_scheduled_time is not None
+                assert metrics.num_generation_tokens == 12
+            await idle(served)
+
+        asyncio.run(main())
+
+    def test_it_returns_only_what_was_taken(self, serve: Serve) -> None:
+        served = serve()
+
+        async def main() -> None:
+            with pytest.raises(ParameterError, match="cannot be empty"):
+                await served.submit([], GREEDY, "r", lambda item: None)
+            assert not served._streams
+
+        asyncio.run(main())
+
+    def test_cancelling_it_gives_everything_back(self, serve: Serve) -> None:
+        served = serve()
+
+        async def main() -> None:
+            gate = threading.Event()
+            served._call(lambda: gate.wait(20) and None)
+            task = asyncio.create_task(served.submit(prompt_of(9), LONG, "r", lambda item: None))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            gate.set()
+            await idle(served)
+
+        asyncio.run(main())
+
+    def test_a_lost_device_is_delivered(self, serve: Serve) -> None:
+        served = serve(fails_at=3)
+
+        async def main() -> None:
+            queue: asyncio.Queue[Any] = asyncio.Queue()
+            await served.submit(prompt_of(9), LONG, "r", queue.put_nowait)
+            while not isinstance(item := await queue.get(), EngineDeadError):
+                assert not item.finished
+
+        asyncio.run(main())
+
+
+def test_a_device_that_hangs_shows(serve: Serve) -> None:
+    served = serve()
+    asyncio.run(finish(served.generate(prompt_of(9), GREEDY, "r")))
+    asyncio.run(idle(served))
+    gate = threading.Event()
+    served._call(lambda: gate.wait(20) and None)
+    while served.busy_seconds < 0.01:
+        time.sleep(0.001)
+    gate.set()
+    asyncio.run(idle(served))
+    while served.busy_seconds:
+        time.sleep(0.001)
+
+
+def test_prefixes_are_forgotten_on_demand_and_kept_apart_by_salt(serve: Serve) -> None:
+    served = serve()
+
+    async def cached(salt: str | None = None) -> int:
+        name = f"r{time.perf_counter_ns()}"
+        return (await finish(served.generate(prompt_of(33), GREEDY, name, cache_salt=salt))).num_cached_tokens
+
+    async def main() -> list[int]:
+        found = [await cached(), await cached(), await cached("a"), await cached("a"), await cached("b")]
+        await served.reset_prefix_cache()
+        return [*found, await cached()]
+
+    assert asyncio.run(main()) == [0, 32, 0, 32, 0, 0]
+
+
+def test_a_profile_is_written(serve: Serve, tmp_path: Path) -> None:
+    served = serve()
+
+    async def main() -> None:
+        with pytest.raises(RuntimeError):
+            await served.stop_profile()
+        await served.start_profile(str(tmp_path))
+        with pytest.raises(RuntimeError):
+            await served.start_profile(str(tmp_path))
+        await finish(served.generate(prompt_of(9), GREEDY, "r"))
+        await served.stop_profile()
+
+    asyncio.run(main())
+    assert list(tmp_path.rglob("*.xplane.pb"))
+
+
 def test_two_loops_share_an_engine(serve: Serve) -> None:
     served = serve()
     got: dict[int, list[RequestOutput]] = {}

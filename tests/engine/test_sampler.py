@@ -20,6 +20,8 @@ from atoma_jax.engine.sampling_rows import (
 )
 from atoma_jax.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.optimized  # bits are compared
+
 V, S, B = 1024, 16, 16
 TOP = 20
 SHAPE = SamplerShape(slots=S, vocab_size=V, max_model_len=300, max_adjusted=8, max_bad_words=4, max_bad_word_tokens=4)

@@ -474,7 +474,9 @@ def test_a_prompt_that_can_never_run_is_refused_by_name(length, limits, message)
 def test_a_full_queue_refuses_and_keeps_what_it_has():
     harness = Harness(max_num_seqs=1, max_waiting=3)
     harness.add(finite_prompt(4, 8), n=2)
-    with pytest.raises(Overloaded, match="2 sequences wait already and max_waiting is 3: no room for 2 more") as caught:
+    with pytest.raises(
+        Overloaded, match="2 sequences wait already and max_num_queued_reqs is 3: no room for 2 more"
+    ) as caught:
         harness.add(finite_prompt(4, 8), n=2)
     assert caught.value.retry_after > 0
     assert harness.scheduler.num_waiting == 2

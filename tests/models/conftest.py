@@ -5,7 +5,6 @@ Names of tensors and of metadata come from the `gguf` package, the arithmetic fr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,6 @@ from tests.kv_cache import poisoned_pages
 from tests.quant.ggml_samples import put_halves, reference
 
 F32 = gguf.GGMLQuantizationType.F32
-# A small model runs a few steps only: what LLVM takes to optimize its program is not worth it. The arithmetic is the
-# same; the programs as an engine compiles them are for tests/engine to run.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 @dataclass(kw_only=True)
@@ -176,7 +172,7 @@ class Work:
 class Paged:
     """A model behind a paged cache. Pages of all sequences are shuffled, and hold NaN where nothing was written.
 
-    S slots a page, B rows in a step, which are sequences, W pages each. `optimized` is for models that are not small.
+    S slots a page, B rows in a step, which are sequences, W pages each.
     """
 
     def __init__(
@@ -188,7 +184,6 @@ class Paged:
         kv_dtype: str = "float32",
         max_model_len: int | None = None,
         change: Callable[[ModelSpec], ModelSpec] = lambda spec: spec,
-        optimized: bool = False,
         S: int = 32,
         B: int = 3,
         W: int = 3,
@@ -211,9 +206,8 @@ class Paged:
             sources = files.sources(wanted)
             fill(model, load_weights(files.checkpoint, sources, wanted, backend, threads=2, on_bytes=lambda n: None))
         self._graph, self._weights = nnx.split(model)
-        compiled = partial(jax.jit, donate_argnums=1, compiler_options=None if optimized else QUICK)
-        self._mixed = compiled(self._step)
-        self._decode = compiled(lambda *inputs: self._step(*inputs, blocks=False))
+        self._mixed = jax.jit(self._step, donate_argnums=1)
+        self._decode = jax.jit(lambda *inputs: self._step(*inputs, blocks=False), donate_argnums=1)
         self.reset()
 
     def weight(self, path: str) -> Any:

@@ -28,7 +28,7 @@ def logprobs(smollm2_path, paged, work, ids) -> Logprobs:
     """Of every token after each of the ids but the last, in float64, over a cache of some type."""
 
     def run(kv_dtype: str) -> np.ndarray:
-        model = paged(smollm2_path, kv_dtype=kv_dtype, S=16, B=1, W=TOKENS // 16 + 2, optimized=True)
+        model = paged(smollm2_path, kv_dtype=kv_dtype, S=16, B=1, W=TOKENS // 16 + 2)
         chunks = [model.run([ids], [[work(0, CHUNK)]], tokens=CHUNK)[0] for _ in range(TOKENS // CHUNK)]
         logits = np.concatenate(chunks)[:-1].astype(np.float64)
         logits -= logits.max(-1, keepdims=True)

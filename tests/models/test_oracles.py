@@ -29,7 +29,7 @@ def name(request):
 @pytest.fixture(scope="module")
 def model(name, request, paged):
     path = request.getfixturevalue({"smollm2": "smollm2_path", "gemma3": "gemma3_path"}[name])
-    return paged(path, S=16, B=1, W=130, optimized=True)
+    return paged(path, S=16, B=1, W=130)
 
 
 @pytest.fixture(scope="module")

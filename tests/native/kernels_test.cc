@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "matmul.h"
+#include "pack.h"
 #include "pool.h"
 #include "variant.h"
 
@@ -94,6 +95,37 @@ void products(int variant, Codes kind, int subs, bool with_mins, FactorType type
         static_cast<int>(kind), 4);
 }
 
+// Codes and factors of scattered rows come back from where they were put, in memory of exactly their size.
+void packing(Codes kind) {
+  std::mt19937 random(5);
+  const int bits = bits_of(kind);
+  const int64_t N = 40, K = 80, groups = 3;
+  TiledWeight weight;
+  weight.kind = kind;
+  weight.N = N;
+  weight.blocks = 3;
+  const auto rows = exactly<uint8_t>(N * K);
+  const auto to = exactly<int64_t>(N);
+  const auto codes = exactly<uint8_t>(weight.tiles() * weight.tile_bytes());
+  for (int64_t i = 0; i < N * K; i++) rows[i] = static_cast<uint8_t>(random() % (1 << bits));
+  for (int64_t i = 0; i < N; i++) to[i] = i * 7 % N;
+  pack_codes(rows.get(), N, K, bits, to.get(), weight.blocks, codes.get());
+  weight.codes = codes.get();
+  const auto factors = exactly<uint16_t>(N * groups);
+  const auto packed = exactly<uint16_t>(weight.tiles() * groups * kTile);
+  for (int64_t i = 0; i < N * groups; i++) factors[i] = static_cast<uint16_t>(random());
+  pack_factors(factors.get(), N, groups, 2, to.get(), groups, packed.get());
+  bool holds = true;
+  for (int64_t i = 0; i < N; i++) {
+    const int64_t tile = to[i] / kTile;
+    const int column = static_cast<int>(to[i] % kTile);
+    const int zero = bits == 8 ? 128 : 0;
+    for (int64_t k = 0; k < K; k++) holds &= number_at(weight, tile, k, column) + zero == rows[i * K + k];
+    for (int64_t g = 0; g < groups; g++) holds &= packed[(tile * groups + g) * kTile + column] == factors[i * groups + g];
+  }
+  check(holds, "packing", -1, static_cast<int>(kind), N);
+}
+
 // Two callers at once, jobs of all sizes: every piece runs once.
 void pool() {
   Pool pool(4);
@@ -125,6 +157,7 @@ int main() {
       }
     }
   }
+  for (Codes kind : {Codes::kBits8, Codes::kBits4, Codes::kBits2}) packing(kind);
   pool();
   std::printf(failures == 0 ? "all kernels hold\n" : "%d checks failed\n", failures);
   return failures == 0 ? 0 : 1;

@@ -29,10 +29,9 @@ KINDS = {
     "ternary": (PlanarFormat(2, 32, 512, 1, None), False, None),
 }
 K = 512
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is what takes time here; arithmetic is the same
 
 
-@partial(jax.jit, static_argnums=(3, 4), compiler_options=QUICK)
+@partial(jax.jit, static_argnums=(3, 4))
 def product(x, stack, place, kind, tiles):
     return planar_matmul(x, stack, place, kind, tiles, interpret=True)
 
@@ -127,7 +126,7 @@ def test_groups_of_rows_have_weights_of_their_own():
     w = weight("Q4_K", 40)
     x = activations(24, K)
     start, stop, expert = np.int32([0, 3, 19, 0]), np.int32([3, 19, 20, 16]), np.int32([1, 0, 1, 0])
-    run = jax.jit(partial(planar_grouped_matmul, kind=w.kind, tiles=FEW, interpret=True), compiler_options=QUICK)
+    run = jax.jit(partial(planar_grouped_matmul, kind=w.kind, tiles=FEW, interpret=True))
     got = np.asarray(run(x, w.stack, index(3), expert, start, stop))
     for first, last, one in zip(start[:3], stop[:3], expert[:3], strict=True):
         np.testing.assert_allclose(got[first:last], x[first:last] @ w.values[one].T, rtol=1e-5, atol=2e-5)

@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kAlone = 1 << 16;
 constexpr int kTokensAtOnce = 8;  // that one piece writes
 
-// This thread's, grown as needed.
+// The calling thread's, grown as needed.
 float* scratch_memory(int64_t floats) {
   static thread_local std::vector<float> memory;
   constexpr int64_t kLine = 16;  // floats of a cache line
@@ -36,8 +36,18 @@ struct Plan {
   std::vector<DecodePiece> decode;
   std::vector<int> join_of;  // each decode piece
   std::vector<Join> joins;
-  int64_t floats = 0;  // of partial results
+  std::vector<float> partials;
+  std::vector<std::atomic<int>> missing;  // spans of each join
+  int64_t floats = 0;                     // of partial results
   int64_t products = 0;
+
+  void clear() {
+    prefill.clear();
+    decode.clear();
+    join_of.clear();
+    joins.clear();
+    floats = products = 0;
+  }
 };
 
 void plan_decode(const AttentionProblem& p, Plan& plan) {
@@ -106,14 +116,17 @@ AttentionKernels active_attention(KvFormat format) {
 void attend(const AttentionProblem& p, const AttentionKernels& kernels, Pool& pool) {
   zero_unclaimed(p);
   write_tokens(p, kernels, pool);
-  Plan plan;
+  // The caller's memory from call to call: a step asks for as much again in every layer.
+  static thread_local Plan memory;
+  Plan& plan = memory;  // for the other threads of the pool, which have a `memory` of their own
+  plan.clear();
   plan_decode(p, plan);
   plan_prefill(p, plan);
-  std::vector<float> partials(plan.floats);
-  std::vector<std::atomic<int>> missing(plan.joins.size());
+  if (static_cast<int64_t>(plan.partials.size()) < plan.floats) plan.partials.resize(plan.floats);
+  if (plan.missing.size() < plan.joins.size()) plan.missing = std::vector<std::atomic<int>>(plan.joins.size());
   const int64_t of_piece = static_cast<int64_t>(p.N / p.K) * (p.H + 2);
-  for (size_t i = 0; i < plan.joins.size(); i++) missing[i].store(plan.joins[i].spans, std::memory_order_relaxed);
-  for (size_t i = 0; i < plan.decode.size(); i++) plan.decode[i].partial = partials.data() + i * of_piece;
+  for (size_t i = 0; i < plan.joins.size(); i++) plan.missing[i].store(plan.joins[i].spans, std::memory_order_relaxed);
+  for (size_t i = 0; i < plan.decode.size(); i++) plan.decode[i].partial = plan.partials.data() + i * of_piece;
 
   const int64_t num_prefill = static_cast<int64_t>(plan.prefill.size());
   const int64_t pieces = num_prefill + static_cast<int64_t>(plan.decode.size());
@@ -124,9 +137,9 @@ void attend(const AttentionProblem& p, const AttentionKernels& kernels, Pool& po
     const int64_t at = i - num_prefill;
     kernels.decode(p, plan.decode[at], scratch);
     const int which = plan.join_of[at];
-    if (missing[which].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    if (plan.missing[which].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
     const Join& join = plan.joins[which];  // this was the last of its spans
-    kernels.join(p, join.row, join.kv_head, join.spans, partials.data() + join.partials);
+    kernels.join(p, join.row, join.kv_head, join.spans, plan.partials.data() + join.partials);
   };
   if (plan.products < kAlone)
     pool.for_each(1, [&](int64_t) {

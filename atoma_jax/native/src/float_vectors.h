@@ -63,13 +63,13 @@ struct VectorsOf {
   using I = typename Lanes<N>::I;
 
   static V load(const float* from) {
-    V v;
+    V v{};
     std::memcpy(&v, from, sizeof(v));
     return v;
   }
   static void store(float* to, V v) { std::memcpy(to, &v, sizeof(v)); }
   static V set1(float x) {
-    V v;
+    V v{};
     for (int i = 0; i < N; i++) v[i] = x;
     return v;
   }
@@ -103,17 +103,17 @@ struct VectorsOf {
   }
 
   static V load(const int8_t* from) {
-    V v;
+    V v{};
     for (int i = 0; i < N; i++) v[i] = from[i];
     return v;
   }
   static V load(const BFloat16* from) {
-    I v;
+    I v{};
     for (int i = 0; i < N; i++) v[i] = static_cast<int32_t>(static_cast<uint32_t>(from[i].bits) << 16);
     return bits_as<V>(v);
   }
   static V load(const Half* from) {
-    I v;
+    I v{};
     for (int i = 0; i < N; i++) v[i] = from[i].bits;
     // The exponent's bias is 15, and that of a float 127. Infinities and NaN have an exponent of ones in both.
     I size = (v & 0x7C00) == 0x7C00 ? ((v & 0x7FFF) << 13) | 0x7F800000 : ((v & 0x7FFF) << 13) + (112 << 23);
@@ -123,7 +123,7 @@ struct VectorsOf {
     return bits_as<V>(bits_as<I>(x) | ((v & 0x8000) << 16));
   }
   static V load(const Float8* from) {
-    I v;
+    I v{};
     for (int i = 0; i < N; i++) v[i] = from[i].bits;
     return float8(v);
   }

@@ -11,10 +11,9 @@ namespace {
 
 struct Avx2 {
   static constexpr int kLanes = 8;
-  // Four rows of two vectors take eight of the sixteen registers, the weights' fields four.
+  // Sums take eight of the sixteen registers, the weights' fields four.
   static constexpr int kMaxRows = 4;
-  static constexpr int kRowVectors = 2;
-  static constexpr int kSingleVectors = 4;
+  static constexpr int vectors(int rows) { return rows < 4 ? 4 : 2; }
 
   using Floats = __m256;
   using Ints = __m256i;
@@ -82,6 +81,12 @@ struct Avx2 {
   }
   static Bytes look_up(Bytes table, Bytes codes) { return _mm256_shuffle_epi8(table, codes); }
 
+  // GCC would add the products of several steps to each other first, and has no registers to keep them in.
+  static __m256i in_order(__m256i sum) {
+    asm("" : "+x"(sum));
+    return sum;
+  }
+
   // vpmaddubsw saturates sums of two products of unsigned and signed bytes. With codes up to 255 they overflow; with
   // |number| up to 128 and the number's sign moved to the activation, whose -128 does not occur, they do not.
   struct Wide {
@@ -97,7 +102,7 @@ struct Avx2 {
     static Sum zero() { return _mm256_setzero_si256(); }
     static Sum step(Sum sum, Weights w, Bytes x) {
       const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.number));
-      return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+      return in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
     }
     static Ints finish(Sum sum) { return sum; }
   };
@@ -107,7 +112,9 @@ struct Avx2 {
     using Sum = __m256i;
     static Weights prepare(Bytes codes) { return codes; }
     static Sum zero() { return _mm256_setzero_si256(); }
-    static Sum step(Sum sum, Weights w, Bytes x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)); }
+    static Sum step(Sum sum, Weights w, Bytes x) {
+      return in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)));
+    }
     static Ints finish(Sum sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
   };
 };

@@ -12,8 +12,7 @@ namespace {
 struct Avx512 {
   static constexpr int kLanes = 16;
   static constexpr int kMaxRows = 4;
-  static constexpr int kRowVectors = 2;
-  static constexpr int kSingleVectors = 2;
+  static constexpr int vectors(int) { return 2; }
 
   using Floats = __m512;
   using Ints = __m512i;

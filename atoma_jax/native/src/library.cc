@@ -1,5 +1,6 @@
-// What Python asks of the library itself before and after it registers handlers; and `probe`, the smallest handler.
+// What Python asks of the library itself: what it is and runs with, packing, and `probe`, the smallest handler.
 #include "ffi.h"
+#include "pack.h"
 #include "pool.h"
 #include "variant.h"
 
@@ -29,3 +30,13 @@ static ffi::Error ProbeImpl(ffi::ResultBufferR1<ffi::S32> out) {
   return ffi::Error::Success();
 }
 ATOMA_HANDLER(probe, ProbeImpl, ffi::Ffi::Bind().Ret<ffi::BufferR1<ffi::S32>>());
+
+// Called by Python itself, while it loads a model (native/tiles.py).
+ATOMA_EXPORT void atoma_pack_codes(const uint8_t* codes, int64_t n, int64_t K, int64_t bits, const int64_t* to,
+                                   int64_t blocks, uint8_t* out) {
+  atoma::pack_codes(codes, n, K, static_cast<int>(bits), to, blocks, out);
+}
+ATOMA_EXPORT void atoma_pack_factors(const void* factors, int64_t n, int64_t groups, int64_t bytes, const int64_t* to,
+                                     int64_t filled, void* out) {
+  atoma::pack_factors(factors, n, groups, bytes, to, filled, out);
+}

@@ -29,6 +29,7 @@ namespace {
 constexpr int64_t kRowsOfAPiece = 256;  // their activations stay in a core's second cache while tiles go by
 constexpr int64_t kPiecesOfAThread = 4;
 constexpr int64_t kRoundedAlone = 1 << 14;  // activations: waking a thread costs more than rounding as many
+constexpr int64_t kCacheLine = 64;  // bytes
 
 // Memory that a thread keeps for the next call.
 template <class T>
@@ -39,8 +40,7 @@ T* scratch(std::vector<T>& memory, int64_t size) {
 
 RoundedRows rounded_rows(const TiledWeight& weight, int64_t rows, Activations how) {
   static thread_local std::vector<int8_t> values;
-  static thread_local std::vector<float> scales;
-  static thread_local std::vector<int32_t> sums;
+  static thread_local std::vector<float> scales, sums;
   RoundedRows out;
   out.blocks = weight.blocks;
   out.subs = weight.subs;
@@ -56,6 +56,15 @@ int64_t spread_of(const TiledWeight& weight, const Factors& factors) {
   return weight.blocks * weight.subs / factors.groups;
 }
 
+// Asks for the factors of a tile, which the processor does not foresee: they lie apart from the codes.
+void prefetch(const Factors& factors, int64_t tile) {
+  if (factors.values == nullptr) return;
+  constexpr int64_t kSizes[] = {4, 2, 2, 1};
+  const int64_t bytes = factors.groups * kTile * kSizes[static_cast<int>(factors.type)];
+  const char* from = static_cast<const char*>(factors.values) + tile * bytes;
+  for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(from + at);
+}
+
 // One tile by some rows.
 void one_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, const RoundedRows* rounded,
               const float* x, int64_t K, int64_t first_row, int64_t rows, float* y) {
@@ -67,6 +76,10 @@ void one_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t t
   if (weight.mins.values != nullptr) {
     mins = scratch(min_memory, size);
     kernels.decode_factors(weight.mins, tile, spread_of(weight, weight.mins), mins);
+  }
+  if (tile + 1 < weight.tiles()) {
+    prefetch(weight.scales, tile + 1);
+    prefetch(weight.mins, tile + 1);
   }
   // A tile that reaches over the last column is computed aside.
   const int64_t columns = std::min<int64_t>(kTile, weight.N - tile * kTile);

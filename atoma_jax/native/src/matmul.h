@@ -78,14 +78,14 @@ inline int number_at(const TiledWeight& weight, int64_t tile, int64_t k, int col
 struct RoundedRows {
   int8_t* values;  // [rows][planes][blocks · 32]
   float* scales;   // [rows][blocks]; of the finer plane, where there are two
-  int32_t* sums;   // [rows][blocks · subs]: of values, the planes joined
+  float* sums;     // [rows][blocks · subs]: of values, the planes joined; whole numbers below 2^24
   int64_t blocks;
   int subs;
   int planes;
 
   int8_t* row_values(int64_t row) const { return values + row * planes * blocks * kBlock; }
   float* row_scales(int64_t row) const { return scales + row * blocks; }
-  int32_t* row_sums(int64_t row) const { return sums + row * blocks * subs; }
+  float* row_sums(int64_t row) const { return sums + row * blocks * subs; }
 };
 
 // One variant's functions.

@@ -60,7 +60,7 @@ void round_block(const float* x, float factor, float scale, const RoundedRows& o
   for (int sub = 0; sub < out.subs; sub++) {
     int32_t sum = sum_of(coarse + sub * width, width);
     if (out.planes == 2) sum = 254 * sum + sum_of(fine + sub * width, width);
-    out.row_sums(row)[block * out.subs + sub] = sum;
+    out.row_sums(row)[block * out.subs + sub] = static_cast<float>(sum);
   }
 }
 
@@ -185,6 +185,10 @@ struct ArithmeticOf<Isa, Codes::kTable4> {
   using Type = typename Isa::Wide;
 };
 
+// How far ahead codes are asked for: the processor by itself keeps too few lines on their way. What lies behind the
+// last tile may be asked for, too: that reads nothing.
+constexpr int kLine = 64, kAhead = 4096;  // bytes
+
 // `rows` rows of x by `vectors` vectors of columns, over all of K.
 template <class Isa, Codes kind, int subs, int planes, int rows, int vectors>
 struct Product {
@@ -246,31 +250,36 @@ struct Product {
   }
 
   // Adds scale · sum − min · Σx, times the activations' scale, to the floats of all rows.
+  template <bool with_mins>
   static inline __attribute__((always_inline)) void scale(const Sum (&sums)[planes][rows][vectors],
                                                           const float* scales, const float* mins, const float* x_scales,
-                                                          const int32_t* x_sums, int64_t blocks, int zero,
+                                                          const float* x_sums, int64_t blocks, int zero,
                                                           typename Isa::Floats (&y)[rows][vectors]) {
     typename Isa::Floats w_scales[vectors], w_mins[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
       w_scales[v] = Isa::load(scales + v * Isa::kLanes);
-      w_mins[v] = mins == nullptr ? Isa::set(0.0f) : Isa::load(mins + v * Isa::kLanes);
+      if constexpr (with_mins) w_mins[v] = Isa::load(mins + v * Isa::kLanes);
     }
+    const auto zeros = Isa::set(static_cast<float>(zero));
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-      const int32_t x_sum = x_sums[r * blocks * subs];
+      const float* x_sum = x_sums + r * blocks * subs;
+      const auto x_total = Isa::set(*x_sum);
       const auto x_scale = Isa::set(x_scales[r * blocks]);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; v++) {
         auto sum = Arithmetic::finish(sums[0][r][v]);
         if constexpr (planes == 2) sum = Isa::join_planes(sum, Arithmetic::finish(sums[1][r][v]));
         if constexpr (kIsWide) {
-          if constexpr (Arithmetic::kBias != 0) sum = Isa::sub(sum, Isa::set(Arithmetic::kBias * x_sum));
-        } else {
-          sum = Isa::sub(sum, Isa::set(zero * x_sum));
+          constexpr int32_t bias = Arithmetic::kBias;
+          if constexpr (bias != 0) sum = Isa::sub(sum, Isa::set(bias * static_cast<int32_t>(*x_sum)));
         }
-        auto part = Isa::mul(Isa::to_float(sum), w_scales[v]);
-        if (mins != nullptr) part = Isa::fnma(w_mins[v], Isa::set(static_cast<float>(x_sum)), part);
+        auto part = Isa::to_float(sum);
+        // Exact: codes below 16 keep all of these whole numbers below 2^24.
+        if constexpr (!kIsWide) part = Isa::fnma(zeros, x_total, part);
+        part = Isa::mul(part, w_scales[v]);
+        if constexpr (with_mins) part = Isa::fnma(w_mins[v], x_total, part);
         y[r][v] = Isa::fma(x_scale, part, y[r][v]);
       }
     }
@@ -281,14 +290,19 @@ struct Product {
     const int64_t plane_stride = x.blocks * kBlock, row_stride = planes * plane_stride;
     const int8_t* values = x.row_values(first_row);
     const float* x_scales = x.row_scales(first_row);
-    const int32_t* x_sums = x.row_sums(first_row);
+    const float* x_sums = x.row_sums(first_row);
     const auto table = Isa::load_table(weight.table);
     typename Isa::Floats out[rows][vectors];
     for (int r = 0; r < rows; r++) {
       for (int v = 0; v < vectors; v++) out[r][v] = Isa::set(0.0f);
     }
     for (int64_t block = 0; block < x.blocks; block++) {
-      one_sub<0>(codes, table, values, plane_stride, row_stride, scales, mins, x_scales, x_sums, x.blocks, weight.zero, out);
+      if constexpr (rows <= 2) {  // with more, memory keeps up
+#pragma GCC unroll 16
+        for (int at = 0; at < kBlockBytes; at += kLine) __builtin_prefetch(codes + kAhead + at);
+      }
+      one_sub<0>(codes, table, values, plane_stride, row_stride, scales, mins, x_scales, x_sums, x.blocks, weight.zero,
+                 out);
       if constexpr (subs == 2) {
         const float* second_mins = mins == nullptr ? nullptr : mins + kTile;
         one_sub<1>(codes, table, values, plane_stride, row_stride, scales + kTile, second_mins, x_scales, x_sums + 1,
@@ -309,7 +323,7 @@ struct Product {
   template <int sub>
   static inline __attribute__((always_inline)) void one_sub(
       const uint8_t* codes, typename Isa::Bytes table, const int8_t* x, int64_t plane_stride, int64_t row_stride,
-      const float* scales, const float* mins, const float* x_scales, const int32_t* x_sums, int64_t blocks, int zero,
+      const float* scales, const float* mins, const float* x_scales, const float* x_sums, int64_t blocks, int zero,
       typename Isa::Floats (&out)[rows][vectors]) {
     Sum sums[planes][rows][vectors];
 #pragma GCC unroll 2
@@ -321,7 +335,11 @@ struct Product {
       }
     }
     sub_block<sub>(codes, table, x, plane_stride, row_stride, sums);
-    scale(sums, scales, mins, x_scales, x_sums, blocks, zero, out);
+    if (mins != nullptr) {
+      scale<true>(sums, scales, mins, x_scales, x_sums, blocks, zero, out);
+    } else {
+      scale<false>(sums, scales, mins, x_scales, x_sums, blocks, zero, out);
+    }
   }
 };
 
@@ -330,7 +348,7 @@ template <class Isa, Codes kind, int subs, int planes, int rows>
 void rows_product(const TiledWeight& weight, const uint8_t* codes, const float* scales, const float* mins,
                   const RoundedRows& x, int64_t first_row, float* y, int64_t ld) {
   constexpr int all = kTile / Isa::kLanes;
-  constexpr int vectors = rows == 1 ? Isa::kSingleVectors : Isa::kRowVectors;
+  constexpr int vectors = Isa::vectors(rows * planes);
   for (int v = 0; v < all; v += vectors) {
     const int column = v * Isa::kLanes;
     Product<Isa, kind, subs, planes, rows, vectors>::run(weight, codes + column * 4, scales + column,

@@ -1,0 +1,94 @@
+"""Answers of `/v1/chat/completions`, whole or as a stream of deltas."""
+
+from typing import Any
+
+from atoma_jax import AsyncLLM, CompletionOutput, RequestOutput
+from atoma_jax.server.answers import Frame, LogprobWriter, StreamUsage, Usage
+from atoma_jax.server.generation import Generation
+from atoma_jax.server.schemas import ChatRequest
+from atoma_jax.server.stream import Events
+
+
+class ChatWriter:
+    """Writes the answer to one conversation."""
+
+    def __init__(self, llm: AsyncLLM, request: ChatRequest, frame: Frame, usage: Usage):
+        """`usage` is filled in as tokens come."""
+        self._request, self._frame, self.usage = request, frame, usage
+        self._logprobs = LogprobWriter(
+            llm, top=request.top_logprobs or 0, as_ids=bool(request.return_tokens_as_token_ids)
+        )
+        last = request.messages[-1].get("content") if request.echo and request.messages else None
+        self._echo = last if isinstance(last, str) else ""
+        self._begun: set[int] = set()
+        self._ended: set[int] = set()
+
+    async def answer(self, generation: Generation) -> dict[str, Any]:
+        """The whole answer."""
+        body: dict[str, Any] = {}
+        async with generation:
+            async for index, output in generation:
+                if output.finished:
+                    for sample in output.outputs:
+                        self.usage.see(index, output, new_tokens=len(sample.token_ids))
+                    body = self._frame.around([self._choice(sample) for sample in output.outputs], self.usage.body())
+                    body |= self._of_prompt(output)
+        return body
+
+    async def events(self, generation: Generation) -> Events:
+        """The chunks: for each sample its role, then one a token."""
+        reports = StreamUsage.of(self._request)
+        async with generation:
+            async for index, output in generation:
+                for sample in output.outputs:
+                    if sample.index in self._ended or not (sample.token_ids or sample.finished()):
+                        continue
+                    if sample.index not in self._begun:
+                        self._begun.add(sample.index)
+                        role = self._chunk(sample.index, {"role": "assistant", "content": self._echo})
+                        self.usage.see(index, output, new_tokens=0)
+                        yield self._around(role, reports) | self._of_prompt(output)
+                    self.usage.see(index, output, new_tokens=len(sample.token_ids))
+                    if sample.finished():
+                        self._ended.add(sample.index)
+                    yield self._around(self._delta(sample), reports)
+        if reports.at_end:
+            yield self._frame.around([], self.usage.body())
+
+    def _around(self, choice: dict[str, Any], reports: StreamUsage) -> dict[str, Any]:
+        return self._frame.around([choice], self.usage.body() if reports.always else None)
+
+    def _choice(self, sample: CompletionOutput) -> dict[str, Any]:
+        content = self._echo + sample.text
+        choice = {
+            "index": sample.index,
+            "message": {"role": "assistant", "content": content, "tool_calls": [], "refusal": None},
+            "logprobs": self._logprobs_of(sample),
+            "finish_reason": sample.finish_reason,
+            "stop_reason": sample.stop_reason,
+        }
+        return choice | self._ids_of(sample)
+
+    def _delta(self, sample: CompletionOutput) -> dict[str, Any]:
+        chunk = self._chunk(sample.index, {"content": sample.text})
+        chunk |= {"logprobs": self._logprobs_of(sample), "finish_reason": sample.finish_reason}
+        return chunk | {"stop_reason": sample.stop_reason} | self._ids_of(sample)
+
+    @staticmethod
+    def _chunk(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _logprobs_of(self, sample: CompletionOutput) -> dict[str, Any] | None:
+        return None if sample.logprobs is None else self._logprobs.chat(sample.token_ids, sample.logprobs)
+
+    def _ids_of(self, sample: CompletionOutput) -> dict[str, Any]:
+        return {"token_ids": sample.token_ids} if self._request.return_token_ids else {}
+
+    def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
+        """Keys beside the choices, where they were asked for."""
+        keys: dict[str, Any] = {}
+        if self._request.return_token_ids:
+            keys["prompt_token_ids"] = output.prompt_token_ids
+        if self._request.prompt_logprobs is not None and output.prompt_logprobs is not None:
+            keys["prompt_logprobs"] = self._logprobs.prompt(output.prompt_logprobs)
+        return keys

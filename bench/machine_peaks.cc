@@ -1,0 +1,115 @@
+// What this processor can do at most, for bench/roofline.py: bytes read from memory a second, and products of int8 with
+// their sums a second. Prints "BYTES PRODUCTS" of all threads together, the best of several runs. Argument: threads.
+//
+// Compiled for the processor at hand. Products are those of its fastest instruction for them: vpdpbusd, or vpmaddubsw
+// and a sum of words, or what the compiler makes of plain C++.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int kRuns = 12;
+constexpr int64_t kBytes = int64_t{256} << 20;  // more than any cache of a core's share
+constexpr int64_t kSteps = 200000;
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// The least time that all threads take for one part each, begun together.
+template <class Part>
+double fastest(int threads, Part part) {
+  double best = 1e30;
+  for (int run = 0; run < kRuns; run++) {
+    std::atomic<int> waiting{threads};
+    std::vector<double> begin(threads), end(threads);
+    std::vector<std::thread> all;
+    for (int thread = 0; thread < threads; thread++) {
+      all.emplace_back([&, thread] {
+        waiting.fetch_sub(1);
+        while (waiting.load() > 0) {
+        }
+        begin[thread] = now();
+        part(thread);
+        end[thread] = now();
+      });
+    }
+    for (auto& thread : all) thread.join();
+    best = std::min(best, *std::max_element(end.begin(), end.end()) - *std::min_element(begin.begin(), begin.end()));
+  }
+  return best;
+}
+
+std::atomic<uint64_t> sink{0};  // so that nothing is left out as without effect
+
+void read(const uint64_t* from, int64_t count) {
+  uint64_t sums[8] = {};
+  for (int64_t i = 0; i + 8 <= count; i += 8) {
+    __builtin_prefetch(from + i + 512);
+    for (int lane = 0; lane < 8; lane++) sums[lane] += from[i + lane];
+  }
+  for (uint64_t sum : sums) sink += sum;
+}
+
+#if defined(__AVX512VNNI__)
+constexpr int64_t kProducts = 64;
+using Sum = __m512i;
+Sum start() { return _mm512_setzero_si512(); }
+Sum step(Sum sum, const int32_t* x) { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(5), _mm512_set1_epi32(*x)); }
+#elif defined(__AVX2__)
+constexpr int64_t kProducts = 32;
+using Sum = __m256i;
+Sum start() { return _mm256_setzero_si256(); }
+Sum step(Sum sum, const int32_t* x) {
+  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_set1_epi32(5), _mm256_set1_epi32(*x)));
+}
+#else
+constexpr int64_t kProducts = 4;
+struct Sum {
+  int32_t lanes[4];
+};
+Sum start() { return Sum{}; }
+Sum step(Sum sum, const int32_t* x) {
+  for (int i = 0; i < 4; i++) sum.lanes[i] += static_cast<int8_t>(x[0] >> (8 * i)) * 5;
+  return sum;
+}
+#endif
+
+void multiply() {
+  volatile int32_t source[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+  int32_t x[8];
+  for (int i = 0; i < 8; i++) x[i] = source[i];
+  Sum sums[8];
+  for (auto& sum : sums) sum = start();
+  for (int64_t i = 0; i < kSteps; i++) {
+    asm volatile("" : : "r"(x) : "memory");  // operands are read again, as a kernel reads new ones
+#pragma GCC unroll 8
+    for (int lane = 0; lane < 8; lane++) sums[lane] = step(sums[lane], x + lane / 2);
+  }
+  uint64_t total = 0;
+  for (const auto& sum : sums) total += reinterpret_cast<const uint8_t*>(&sum)[0];
+  sink += total;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int threads = argc > 1 ? std::max(1, std::atoi(argv[1])) : 1;
+  std::vector<uint64_t> memory(kBytes / 8, 1);
+  const int64_t share = kBytes / 8 / threads;
+  const double reading = fastest(threads, [&](int thread) { read(memory.data() + thread * share, share); });
+  const double multiplying = fastest(threads, [](int) { multiply(); });
+  std::printf("%.6e %.6e\n", 8.0 * static_cast<double>(share) * threads / reading,
+              8.0 * kSteps * kProducts * threads / multiplying);
+  return sink.load() == 1;
+}

@@ -1,0 +1,204 @@
+"""A server over a tiny model, within the process: programs are those of the engine's tests, and shared by all."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2
+import pytest
+from fastapi import FastAPI
+
+from atoma_jax import LLM, AsyncLLM, EngineConfig
+from atoma_jax.engine.engine import Engine
+from atoma_jax.server.app import build_app
+from atoma_jax.server.service import Service
+from atoma_jax.server.settings import ServerConfig
+from tests.engine import conftest as engine_fixtures
+from tests.engine.inside import BorrowedRunner, FailingRunner, drained
+
+BUCKETS, SIZES = engine_fixtures.BUCKETS, engine_fixtures.SIZES
+tiny_path = engine_fixtures.tiny_path
+shared_llm = engine_fixtures.shared_llm
+llm = engine_fixtures.llm
+make_engine = engine_fixtures.make_engine
+
+Message = dict[str, Any]
+
+
+@dataclass
+class Served:
+    """A server in this process, and its client."""
+
+    service: Service
+    app: FastAPI
+    llm: AsyncLLM
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> Engine:
+        return self.llm._engine
+
+    def client(self) -> httpx2.AsyncClient:
+        transport = httpx2.ASGITransport(app=self.app)
+        return httpx2.AsyncClient(transport=transport, base_url="http://test", headers=self.headers)
+
+    def call(self, method: str, path: str, **arguments: Any) -> httpx2.Response:
+        """One request, in a loop of its own."""
+
+        async def main() -> httpx2.Response:
+            async with self.client() as client:
+                response = await client.request(method, path, **arguments)
+            await self.idle()
+            return response
+
+        return asyncio.run(main())
+
+    def post(self, path: str, body: Any = None, **arguments: Any) -> httpx2.Response:
+        return self.call("POST", path, json=body, **arguments)
+
+    def get(self, path: str, **arguments: Any) -> httpx2.Response:
+        return self.call("GET", path, **arguments)
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        """A completion that must succeed."""
+        response = self.post("/v1/completions", body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def chat(self, content: Any = "Hi", **body: Any) -> dict[str, Any]:
+        """An answer that must come."""
+        response = self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": content}], **body})
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def refused(self, path: str, body: Any, status: int = 400) -> dict[str, Any]:
+        """The error object of a request that must fail."""
+        response = self.post(path, body)
+        assert response.status_code == status, response.text
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["code"] == status
+        return error
+
+    async def idle(self) -> None:
+        """Waits until the engine has nothing left, then asserts that it holds nothing."""
+        while self.engine.has_work and not self.llm.is_dead:
+            await asyncio.sleep(0.001)
+        if not self.llm.is_dead:
+            await self.llm.stats()  # whatever was asked before is done by now
+            drained(self.engine)
+        assert not self.service.in_flight
+
+
+Serve = Callable[..., Served]
+
+
+@pytest.fixture
+def serve(llm: LLM, make_engine: Callable[..., Engine]) -> Iterator[Serve]:
+    """`serve(fails_at=3, limits={"max_num_seqs": 1}, max_body_bytes=100)`: a server over a new engine."""
+    made: list[Served] = []
+
+    def build(
+        *,
+        fails_at: int | None = None,
+        limits: dict[str, Any] | None = None,
+        template: str | None = None,
+        **settings: Any,
+    ) -> Served:
+        engine = make_engine(llm, **(limits or {}))
+        device = engine._runner
+        engine._runner = (
+            BorrowedRunner(device) if fails_at is None else FailingRunner(device, launches=fails_at, at_read=True)
+        )
+        config = EngineConfig.from_options({"model": "tiny"})
+        service = Service(config, ServerConfig(**settings), chat_template=template)
+        app = build_app(service)
+        served = Served(service, app, AsyncLLM(engine, llm.startup))
+        service.start(served.llm)
+        made.append(served)
+        return served
+
+    yield build
+    for served in made:
+        served.service.close()
+
+
+@pytest.fixture
+def server(serve: Serve) -> Served:
+    """One with the settings of a user who sets none."""
+    return serve()
+
+
+@dataclass
+class Wire:
+    """A connection spoken to in ASGI's own words, so that a test decides when the client leaves or stops to read."""
+
+    sent: list[Message] = field(default_factory=list)
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    reads: asyncio.Event = field(default_factory=asyncio.Event)
+    task: "asyncio.Task[None] | None" = None
+
+    @property
+    def status(self) -> int | None:
+        return self.sent[0]["status"] if self.sent else None
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.sent)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await asyncio.sleep(0.001)
+
+    async def finish(self) -> None:
+        assert self.task is not None
+        await asyncio.wait_for(self.task, 20)
+
+
+@asynccontextmanager
+async def connected(
+    app: FastAPI, path: str, chunks: list[bytes], *, headers: dict[str, str] | None = None, more: bool = False
+) -> AsyncIterator[Wire]:
+    """Sends a POST in chunks; `more` leaves its body open."""
+    wire = Wire()
+    wire.reads.set()
+    left = list(chunks)
+
+    async def receive() -> Message:
+        if left:
+            chunk = left.pop(0)
+            return {"type": "http.request", "body": chunk, "more_body": bool(left) or more}
+        await wire.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        await wire.reads.wait()
+        wire.sent.append(message)
+
+    raw = {"host": "test", "content-type": "application/json", **(headers or {})}
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "scheme": "http",
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in raw.items()],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 2),
+        "state": {},
+    }
+    call: Awaitable[None] = app(scope, receive, send)
+    wire.task = asyncio.ensure_future(call)
+    try:
+        yield wire
+    finally:
+        wire.gone.set()
+        wire.reads.set()
+        await asyncio.wait((wire.task,), timeout=20)
