@@ -143,6 +143,18 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How the engine is spread over devices. Limits of cache and scheduler hold for each slice of data × fsdp."""
+
+    # fsdp=2,tensor=4; a name of configs/mesh; or a TOML file. None: one device. Read by engine/mesh_config.py.
+    mesh: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mesh is not None and not self.mesh.strip():
+            raise ConfigError("mesh", self.mesh, "must name sizes such as fsdp=2,tensor=4, or be left out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """All settings of an engine."""
 
@@ -151,6 +163,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if self.compile.deterministic and not self.scheduler.enable_chunked_prefill:
@@ -211,6 +224,7 @@ _SECTIONS: dict[str, type] = {
     "scheduler": SchedulerConfig,
     "compile": CompileConfig,
     "validation": ValidationConfig,
+    "parallel": ParallelConfig,
 }
 # What other programs call the same choice: read as the name on the right, so that it has one name everywhere else.
 _SPELLINGS: dict[str, dict[str, str]] = {

@@ -19,6 +19,7 @@ from atoma_jax.native import attention as native_attention
 from atoma_jax.native import library as native_library
 from atoma_jax.native import matmul as native_matmul
 from atoma_jax.native.tiles import put_codes, put_factors
+from atoma_jax.parts import gathered, inputs_of, own_experts, quantized_parts, stacked, without_last
 from atoma_jax.quant.qtensor import LayerVariants, Layout, QTensor
 from pallas_kernels import (
     attention_work,
@@ -36,6 +37,8 @@ from pallas_kernels.planar_matmul import PlanarFormat, PlanarStack, planar_group
 from pallas_kernels.quantized_matmul import pack_planar
 from pallas_kernels.ternary_matmul import is_ternary, ternary_matmul, ternary_matmul_xla
 from pallas_kernels.tuning import matmul_tiles
+from sharding.collectives import size_of, sum_over
+from sharding.mesh import MeshShape
 
 # Types and packings of the kernels that others need come from here: nobody else imports kernels.
 __all__ = [
@@ -47,11 +50,12 @@ __all__ = [
     "Platform",
     "attend",
     "attention_batch",
-    "embed",
     "empty_pages",
     "grouped_feed_forward",
     "has_native_kernels",
+    "layer_of",
     "linear",
+    "linear_of_parts",
     "pack_planar",
     "put_codes",
     "put_factors",
@@ -79,11 +83,17 @@ class Backend:
     kernels: Kernels = "xla"  # interpret: the Pallas kernels without a GPU, step by step; for tests
     precision: Precision = "default"  # of activations in native products: int8, two int8 planes, float32
     device: str = ""  # its kind, as JAX calls it, for sizes that were measured there; empty: not known
+    mesh: MeshShape | None = None  # that a step's arrays are cut over; None: one device
 
     @property
     def uses_pallas(self) -> bool:
         """Whether Pallas kernels run, compiled or interpreted."""
         return self.kernels in ("pallas", "interpret")
+
+    @property
+    def gathers(self) -> bool:
+        """Whether weights are spread over devices that gather them before use."""
+        return size_of(self.mesh, "fsdp") > 1
 
 
 def has_native_kernels() -> bool:
@@ -143,11 +153,13 @@ def linear(
     if isinstance(weight, QTensor) and weight.layout == "tiles":
         index = () if layer is None or weight.lead == () else (layer,)
         return _tiled_linear(x, weight, index, backend, int8_activations=int8_activations)
+    if backend.gathers and layer is not None and _lead(weight) != ():
+        weight = layer_of(weight, layer, backend)
     if isinstance(weight, QTensor) and _has_kernel(weight, backend):
         return _kernel_linear(x, weight, backend, layer, int8_activations=int8_activations)
     if isinstance(weight, Array) and backend.uses_pallas and weight.ndim == 3 and weight.dtype == jnp.bfloat16:
         return _dense_linear(x, weight, backend, layer, int8_activations=int8_activations)
-    if (weight.lead if isinstance(weight, QTensor) else weight.shape[:-2]) != ():
+    if _lead(weight) != ():
         assert layer is not None, "the weight is of several layers"
         weight = _picked(weight, layer)
     if int8_activations:
@@ -155,6 +167,38 @@ def linear(
     if isinstance(weight, QTensor):
         return _quantized_linear(x, weight, backend)
     return matmul_kernels.dot(x.astype(weight.dtype), weight)
+
+
+def linear_of_parts(
+    x: Float[Array, "T K"],
+    weight: QTensor | LayerVariants | Array,
+    backend: Backend,
+    *,
+    layer: Int32[Array, ""],
+    int8_activations: bool = False,
+) -> Float32[Array, "T N"]:
+    """`linear` where inputs may be cut over devices, as heads and feed-forward nets are: the sum over the parts."""
+    mesh = backend.mesh
+    if size_of(mesh, "tensor") == 1:
+        return linear(x, weight, backend, layer=layer, int8_activations=int8_activations)
+    factor: Float32[Array, "T 1"] | None = None
+    if int8_activations:
+        x, factor = quantized_parts(x, mesh)
+
+    def product(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "T N"]:
+        return linear(inputs_of(x, stack, mesh), stack, backend, layer=place)
+
+    y = _in_variant(weight, layer, product) if isinstance(weight, LayerVariants) else product(weight, layer)
+    return sum_over(y if factor is None else y * factor, mesh, "tensor")
+
+
+def layer_of(weight: QTensor | Array, layer: Int32[Array, ""], backend: Backend) -> QTensor | Array:
+    """One layer of a stack, gathered from the devices that it is spread over."""
+    return gathered(_picked(weight, layer), backend.mesh)
+
+
+def _lead(weight: QTensor | Array) -> tuple[int, ...]:
+    return weight.lead if isinstance(weight, QTensor) else weight.shape[:-2]
 
 
 def _tiled_linear(
@@ -324,10 +368,27 @@ def grouped_feed_forward(
         int8_activations: as in `linear`.
     """
     E = jax.tree.leaves(gate_up)[0].shape[1]  # every layout has its leading axes first
-    blocks = grouped_kernels.expert_blocks(experts, E)
+    mesh = backend.mesh
+    if size_of(mesh, "expert") > 1:
+        experts, weights = own_experts(experts, weights, E, mesh)
+        kinds = E + 1  # the last stands for the experts of other devices
+        blocks = without_last(grouped_kernels.expert_blocks(experts, kinds), E)
+    else:
+        kinds = E
+        blocks = grouped_kernels.expert_blocks(experts, kinds)
+    in_parts = size_of(mesh, "tensor") > 1
 
-    def grouped(rows: Float[Array, "padded K"], weight: QTensor | LayerVariants | Array) -> Float32[Array, "padded N"]:
+    def grouped(
+        x: Float[Array, "padded K"],
+        weight: QTensor | LayerVariants | Array,
+        *,
+        cut_inputs: bool,
+        int8_activations: bool,
+    ) -> Float32[Array, "padded N"]:
         def product(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "padded N"]:
+            rows = inputs_of(x, stack, mesh) if cut_inputs else x
+            if backend.gathers:
+                stack, place = stacked(layer_of(stack, place, backend)), jnp.int32(0)
             if isinstance(stack, QTensor) and _has_kernel(stack, backend) and stack.permutation is None:
                 return _kernel_grouped(rows, blocks, stack, place, backend, int8_activations=int8_activations)
             N = stack.shape[0] if isinstance(stack, QTensor) else stack.shape[2]
@@ -342,8 +403,14 @@ def grouped_feed_forward(
 
         return _in_variant(weight, layer, product) if isinstance(weight, LayerVariants) else product(weight, layer)
 
-    hidden = activate(grouped(grouped_kernels.sorted_rows(x, blocks, E), gate_up))
-    return grouped_kernels.combine(grouped(hidden, down), blocks, weights)
+    rows = grouped_kernels.sorted_rows(x, blocks, kinds)
+    hidden = activate(grouped(rows, gate_up, cut_inputs=False, int8_activations=int8_activations))
+    factor: Float32[Array, "padded 1"] | None = None
+    if in_parts and int8_activations:
+        (hidden, factor), int8_activations = quantized_parts(hidden, mesh), False
+    y = grouped(hidden, down, cut_inputs=in_parts, int8_activations=int8_activations)
+    y = y if factor is None else y * factor
+    return sum_over(grouped_kernels.combine(y, blocks, weights), mesh, "tensor", "expert")
 
 
 def _kernel_grouped(
@@ -376,29 +443,6 @@ def _kernel_grouped(
         interpret=backend.kernels == "interpret",
     )
     return y if factor is None else y * factor
-
-
-def embed(ids: Int32[Array, " T"], table: QTensor | Array) -> Float32[Array, "T D"]:
-    """Rows of a table `[V, D]`."""
-    if not isinstance(table, QTensor):
-        return table[ids].astype(jnp.float32)
-    assert table.permutation is None, "no format permutes an embedding"
-    if table.layout == "tiles":
-        return native_matmul.rows(ids, table, jnp.int32(0))
-    if table.layout == "rows":
-        return matmul_kernels.dequantize(
-            table.codes[ids], table.scales[ids], None if table.mins is None else table.mins[ids]
-        )
-
-    def factors(values: Array, supers: Array | None) -> Array:
-        picked = None if supers is None else supers[:, ids]
-        return matmul_kernels.flat_factors(values[:, ids], picked).T  # [T, G]
-
-    codes = matmul_kernels.unpack_planar(table.codes[ids], table.bits, table.plane)
-    codes = codes.reshape(ids.shape[0], table.scales.shape[0], -1)  # [T, G, g]
-    mins = None if table.mins is None else factors(table.mins, table.min_supers)
-    scales = factors(table.scales, table.scale_supers)
-    return matmul_kernels.dequantize(codes, scales, mins, zero=table.zero, table=table.table)
 
 
 def empty_pages(shape: tuple[int, int, int, int, int], kv_dtype: str, backend: Backend) -> KVPages:

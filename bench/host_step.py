@@ -42,9 +42,11 @@ class StubRunner:
         self._tables = SlotTables.empty(slots, table_width)
         self._random = np.random.default_rng(0)
 
-    def take_slot(self, slot: int, settings: np.ndarray, rules: object, prompt: list[int], outputs: list[int]) -> None:
+    def take_slot(
+        self, slot: int, settings: np.ndarray, rules: object, prompt: list[int], outputs: list[int], home: int = 0
+    ) -> None:
         """As `Runner.take_slot`, for requests without rules."""
-        del rules, prompt, outputs
+        del rules, prompt, outputs, home
         self._tables.take(slot, settings)
 
     def launch(self, plan: StepPlan) -> "StubOutput":

@@ -125,13 +125,20 @@ def matmul_planar(
     return dot(x.astype(operands), weights.astype(operands))
 
 
-def quantize_tokens(x: Float[Array, "T K"]) -> tuple[Int8[Array, "T K"], Float32[Array, "T 1"]]:
+def quantize_tokens(
+    x: Float[Array, "T K"], largest: Float32[Array, "T 1"] | None = None
+) -> tuple[Int8[Array, "T K"], Float32[Array, "T 1"]]:
     """Each token as int8 and the factor that undoes it, as BitNet b1.58 does (arXiv:2402.17764).
 
     A token that holds NaN or infinity gets a factor of NaN: its row shows it, and no other does.
+
+    Args:
+        x: tokens, or parts of them.
+        largest: magnitude of each whole token, where `x` has parts.
     """
     x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    if largest is None:
+        largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     scale = 127.0 / jnp.maximum(largest, 1e-5)
     codes = jnp.clip(jnp.round(x * scale), -128, 127)  # half to even
     return jnp.where(jnp.isfinite(codes), codes, 0).astype(jnp.int8), jnp.where(

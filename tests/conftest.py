@@ -44,6 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Shares compiled programs between tests, workers and runs: in `.pytest_cache`, dropped by `--cache-clear`."""
     import jax
 
+    # Simulated ones, for meshes; whoever asks for none gets the first.
+    jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

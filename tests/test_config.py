@@ -11,6 +11,7 @@ from atoma_jax.config import (
     CompileConfig,
     EngineConfig,
     ModelConfig,
+    ParallelConfig,
     SchedulerConfig,
     ValidationConfig,
 )
@@ -22,6 +23,7 @@ SECTIONS = {
     "scheduler": SchedulerConfig,
     "compile": CompileConfig,
     "validation": ValidationConfig,
+    "parallel": ParallelConfig,
 }
 
 

@@ -31,9 +31,22 @@ PARSERS = tuple(
 NAMES = ("atoma_jax.loading.gguf.names", "atoma_jax.loading.hf.names")  # beside the parsers: they know models' weights
 HOST_QUANT = ("groups", "ggml", "ggml_types", "ggml_blocks", "packed", "quantizers")  # of quant, what works with numpy
 # The engine's books: no arrays of a device. What they import joins them here.
-HOST_MODULES = ("scheduler", "admission", "plan", "waiting", "residency", "pages", "prefix_cache", "sequence")
+HOST_MODULES = (
+    *(
+        "scheduler",
+        "sliced_scheduler",
+        "admission",
+        "plan",
+        "waiting",
+        "residency",
+        "pages",
+        "prefix_cache",
+        "sequence",
+    ),
+)
 ON_THE_HOST = tuple(f"atoma_jax.engine.{name}" for name in HOST_MODULES)
 
+KERNELS = ("pallas_kernels", "sharding", "atoma_jax.parts", "atoma_jax.quant", "atoma_jax.native", *BASICS)
 LOADING = ("sharding", "atoma_jax.models", "atoma_jax.ops", "atoma_jax.quant", *BASICS)
 
 # The arrows of docs/structure.md. A module may import itself, its own package's modules, and what stands here; the
@@ -53,8 +66,10 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "atoma_jax.tokenizer": ("atoma_jax.loading.gguf.file", *BASICS),
     "atoma_jax.quant": BASICS,
     "atoma_jax.native": ("atoma_jax.quant", *BASICS),
-    "atoma_jax.ops": ("pallas_kernels", "sharding", "atoma_jax.quant", "atoma_jax.native", *BASICS),
-    "atoma_jax.models": ("sharding", "atoma_jax.ops", "atoma_jax.quant", *BASICS),
+    "atoma_jax.parts": ("pallas_kernels", "sharding", "atoma_jax.quant"),
+    "atoma_jax.ops": KERNELS,
+    "atoma_jax.tables": ("atoma_jax.ops", *KERNELS),
+    "atoma_jax.models": ("sharding", "atoma_jax.ops", "atoma_jax.tables", "atoma_jax.quant", *BASICS),
     "atoma_jax.loading": LOADING,
     **dict.fromkeys(NAMES, ("atoma_jax.loading", *LOADING)),
     "atoma_jax.engine": (

@@ -40,14 +40,16 @@ def write_tiny_llama(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q8_0,
     width: int = 64,
     embedding_scale: float = 1.0,
+    heads: tuple[int, int] = (4, 2),
+    layers: int = 2,
     seed: int = 0,
 ) -> Path:
-    """Writes the model to `path`: D=`width`, N=4, K=2, H=D/4, F=2·D, 2 layers; matrices of type `kind`.
+    """Writes the model to `path`: D=`width`, (N, K)=`heads`, H=D/N, F=2·D, `layers` layers; matrices of type `kind`.
 
     At an `embedding_scale` of 1 the model repeats its last token; the smaller, the more its answers depend on the
     whole context.
     """
-    D, N, K, L = width, 4, 2, 2
+    D, (N, K), L = width, heads, layers
     H, F = D // N, 2 * D
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, architecture)

@@ -68,6 +68,9 @@ class EngineOptions:
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that one step may hold.")] = None
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens that one step may hold.")] = None
     block_size: Annotated[int | None, typer.Option(help="Tokens of a KV page.")] = None
+    mesh: Annotated[
+        str | None, typer.Option(help="Spread over devices: fsdp=2,tensor=4, a name of configs/mesh, or a .toml file.")
+    ] = None
     num_pages: Annotated[int | None, typer.Option(help="KV pages in all.")] = None
     kv_cache_memory_bytes: Annotated[int | None, typer.Option(help="Bytes of the KV cache.")] = None
     kv_cache_dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16, fp8_e4m3 or int8.")] = (
@@ -219,6 +222,10 @@ def running_engine(config: EngineConfig) -> Generator[RunningEngine]:
     _report_phase("imports", imports)
     llm = LLM.from_config(config, on_phase=_report_phase)
     typer.echo(f"kernels: {llm.startup.kernels}", err=True)
+    if llm.startup.mesh is not None:
+        typer.echo(f"mesh: {llm.startup.mesh}; on each device:", err=True)
+        for part, (planned, allocated) in llm.startup.device_bytes.items():
+            typer.echo(f"{part:<12}{allocated:>15,} bytes, {planned:,} planned", err=True)
     try:
         yield RunningEngine(llm=llm, phases={"imports": imports, **llm.startup.phases})
     finally:

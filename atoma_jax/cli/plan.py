@@ -20,7 +20,12 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 def plan(
     model: Annotated[str, typer.Argument(help="A name of configs/models, a .gguf file, a folder, or a hub id.")],
     memory: Annotated[
-        str | None, typer.Option(help="What the engine may use in all: 80GB, 24GiB, or bytes. Default: no limit.")
+        str | None,
+        typer.Option(help="What the engine may use of a device: 80GB, 24GiB, or bytes. Default: no limit."),
+    ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(help="Spread over devices: fsdp=4,tensor=2, a name of configs/mesh, or a .toml file."),
     ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of the sequences that are counted.")] = None,
     platform: Annotated[str | None, typer.Option(help="cpu or cuda; default: of this machine.")] = None,
@@ -40,6 +45,7 @@ def plan(
     limit = None if memory is None else parse_bytes("memory", memory)
     options = {
         "model": model,
+        "mesh": mesh,
         "max_model_len": max_model_len,
         "revision": revision,
         "dtype": dtype,
@@ -69,6 +75,8 @@ def _as_json(model: str, found: "ModelPlan") -> dict[str, Any]:
             for name, kind in found.types.items()
         },
         "platform": found.platform,
+        "mesh": found.mesh,
+        "slices": found.slices,
         "weight_layout": found.layout,
         "weight_bytes": found.weight_bytes,
         "weights": dict(found.weights),
@@ -93,10 +101,13 @@ def _show(model: str, found: "ModelPlan") -> None:
     for name, kind in found.types.items():
         table.add_row(name, f"{kind.tensors:,}", f"{kind.parameters:,}", size(kind.file_bytes), f"{kind.bits:.2f}")
     console.print(table)
-    bits = 8 * found.weight_bytes / found.parameters
-    console.print(
-        f"on {found.platform:<13}{size(found.weight_bytes)} of weights ({found.layout}, {bits:.2f} bits each)"
-    )
+    if found.mesh is None:
+        bits = 8 * found.weight_bytes / found.parameters
+        of_weights = f"{size(found.weight_bytes)} of weights ({found.layout}, {bits:.2f} bits each)"
+        console.print(f"on {found.platform:<13}{of_weights}")
+    else:
+        console.print(f"mesh            {found.mesh}; what follows is of each device")
+        console.print(f"on {found.platform:<13}{size(found.weight_bytes)} of weights ({found.layout})")
     console.print(f"a token         {size(found.kv_bytes_per_token)} of KV cache in {found.kv_dtype}")
     if found.kv_bytes is None:
         console.print("--memory 80GB shows what fits.")

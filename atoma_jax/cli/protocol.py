@@ -11,8 +11,8 @@ from atoma_jax.sampling_params import SamplingParams
 
 @runtime_checkable
 class StartupReport(Protocol):
-    """How the start went: seconds by phase in order, seconds in all, programs found in the compile cache or not; and
-    the kernels that they run."""
+    """How the start went: seconds by phase in order, seconds in all, programs found in the compile cache or not; the
+    kernels that they run; the mesh, and bytes of each device, planned and allocated."""
 
     @property
     def phases(self) -> Mapping[str, float]: ...
@@ -20,6 +20,10 @@ class StartupReport(Protocol):
     def total(self) -> float: ...
     @property
     def kernels(self) -> str: ...
+    @property
+    def mesh(self) -> str | None: ...
+    @property
+    def device_bytes(self) -> Mapping[str, tuple[int, int]]: ...
     @property
     def compile_cache_hits(self) -> int: ...
     @property

@@ -3,6 +3,7 @@
 No JAX here: the list is part of the configuration and is printed at start.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +56,13 @@ class Buckets:
         if plan.is_decode_only:
             return next(program for program in self.decode if program.rows >= len(plan.decodes))
         return next(program for program in self.mixed if program.tokens >= plan.num_tokens)
+
+    def choose_for(self, plans: Sequence[StepPlan]) -> Program:
+        """The smallest program that holds each of several plans; either all of them score that have work, or none."""
+        if any(plan.is_scoring for plan in plans):
+            return self.score
+        chosen = [self.choose(plan) for plan in plans]
+        return max(chosen, key=lambda program: (program.kind == "mixed", program.tokens))
 
 
 def make_buckets(config: CompileConfig, *, max_num_seqs: int, max_num_batched_tokens: int, growth: int) -> Buckets:

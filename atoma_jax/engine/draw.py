@@ -14,12 +14,17 @@ from atoma_jax.engine.sampling_rows import SamplingRows
 from atoma_jax.engine.threefry import threefry_2x32
 from atoma_jax.engine.thresholds import find_cut, order_of
 from atoma_jax.engine.vocab_blocks import BLOCK, exact_sum, first_index, low_bits, take_blocks, to_blocks
+from atoma_jax.engine.vocab_shards import WHOLE, VocabShards
 
 NORM_BITS = 17  # fixed point of the normalizer: a block's sum is exact in f32
 
 
 def draw(
-    logits: Float32[Array, "B V"], top: Float32[Array, " B"], rows: SamplingRows, active: Bool[Array, " B"]
+    logits: Float32[Array, "B V"],
+    top: Float32[Array, " B"],
+    rows: SamplingRows,
+    active: Bool[Array, " B"],
+    shards: VocabShards = WHOLE,
 ) -> Int32[Array, " B"]:
     """A random token of each active row; any id of the vocabulary in the others.
 
@@ -28,29 +33,44 @@ def draw(
         top: the largest of each row: finite in active rows, which hold no NaN.
         rows: their settings; the temperature of active rows is positive.
         active: rows to draw for.
+        shards: how the vocabulary is cut, of which `logits` holds this device's part.
     """
     temperature = jnp.where(active, rows.temperature, 1.0)
-    weights = _weights(logits, top, temperature)
+    weights = _weights(logits, top, temperature, shards)
     floor = order_of(top + temperature * jnp.log(rows.min_p))  # without min-p that of -inf, which keeps everything
     top_k = jnp.where(active, rows.top_k, 0)
     top_p = jnp.where(active, rows.top_p, 1.0)
-    cut = find_cut(logits, weights, floor, order_of(top), top_k, top_p)
+    cut = find_cut(logits, weights, floor, order_of(top), top_k, top_p, shards)
     kept = to_blocks(jnp.where(order_of(logits) >= cut[:, None], weights, 0), 0)  # [B, N, W]
-    ends = _running_sums(exact_sum(kept, low_bits(logits.shape[1])))  # [B, N]
-    block, at = _locate(ends, _scaled(_random_bits(rows), ends[:, -1]))
+    ends = _running_sums(exact_sum(kept, low_bits(shards.size(logits.shape[1]))))  # [B, N]
+    at, mine = _own_place(_random_bits(rows), ends[:, -1], shards)
+    block, at = _locate(ends, at)
     place, _ = _locate(_running_sums(take_blocks(kept, block[:, None])[:, 0]), at)
-    return jnp.minimum(block * BLOCK + place, logits.shape[1] - 1)
+    own = jnp.minimum(block * BLOCK + place, logits.shape[1] - 1)
+    if mine is None:
+        return own
+    return shards.total(jnp.where(mine, own + shards.first(logits.shape[1]), 0))
 
 
-def _weights(logits: Array, top: Array, temperature: Array) -> Int32[Array, "B V"]:
+def _weights(logits: Array, top: Array, temperature: Array, shards: VocabShards) -> Int32[Array, "B V"]:
     """Probabilities in units of about `2^-(23 + low_bits(V))`: they add up to less than `2^(24 + low_bits(V))`."""
-    V = logits.shape[1]
+    V = shards.size(logits.shape[1])
     exps = jnp.exp((logits - top[:, None]) / temperature[:, None])  # in [0, 1]
     # The normalizer only sets the unit, so it may be coarse; rounded up, it keeps the weights' sum below the limit.
     sums = jnp.sum(to_blocks(jnp.ceil(exps * 2.0**NORM_BITS), 0.0), axis=2)  # [B, N], integers up to 2^24
-    norm = exact_sum(sums.astype(jnp.int32), low_bits(V)).astype(jnp.float32)
+    norm = shards.total(exact_sum(sums.astype(jnp.int32), low_bits(V))).astype(jnp.float32)
     scale = 2.0 ** (23 + low_bits(V) + NORM_BITS) / norm
     return jnp.round(exps * scale[:, None]).astype(jnp.int32)
+
+
+def _own_place(bits: Array, total: Array, shards: VocabShards) -> tuple[Int32[Array, " B"], Bool[Array, " B"] | None]:
+    """The drawn place in this part's own sum of weights, and whether it lies in there; None where there is one part."""
+    if shards.count == 1:
+        return _scaled(bits, total), None
+    totals = shards.stacked(total)  # [parts, B]
+    earlier = (jnp.arange(shards.count, dtype=jnp.int32) < shards.first(1))[:, None]
+    at = _scaled(bits, jnp.sum(totals, axis=0)) - jnp.sum(jnp.where(earlier, totals, 0), axis=0)
+    return at, (at >= 0) & (at < total)
 
 
 def _random_bits(rows: SamplingRows) -> UInt32[Array, " B"]:

@@ -13,13 +13,14 @@ from typing import Any
 
 from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.limits import EngineLimits
-from atoma_jax.engine.plan import Committed, StepPlan
+from atoma_jax.engine.plan import Committed, SlicedPlan, StepPlan
 from atoma_jax.engine.request import Request, Sample
 from atoma_jax.engine.runner import HostOutput, PendingOutput, Runner
 from atoma_jax.engine.sampler_state import SamplerShape, SlotRules, bad_word_sequences
 from atoma_jax.engine.sampling_rows import Column, encode, setting_flags
 from atoma_jax.engine.scheduler import Scheduler, SchedulerStats
 from atoma_jax.engine.sequence import Sequence
+from atoma_jax.engine.sliced_scheduler import SlicedScheduler
 from atoma_jax.engine.stats import EngineStats, StatsRecorder
 from atoma_jax.engine.text_stream import TextStream
 from atoma_jax.errors import EngineDeadError, ParameterError
@@ -32,7 +33,7 @@ Prompt = str | Mapping[str, Any] | ListLike[int]  # text, {"prompt": text}, {"pr
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    plan: StepPlan
+    plan: StepPlan | SlicedPlan
     output: PendingOutput
 
 
@@ -42,7 +43,7 @@ class Engine:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        scheduler: Scheduler,
+        scheduler: Scheduler | SlicedScheduler,
         runner: Runner,
         sampler: SamplerShape,
         model_config: EngineLimits,
@@ -97,7 +98,7 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forgets all shared prefixes."""
-        self._scheduler.pool.reset_cache()
+        self._scheduler.reset_prefix_cache()
 
     def close(self) -> None:
         """Aborts what is unfinished and gives the device's memory back. Later calls raise `EngineDeadError`."""
@@ -192,7 +193,7 @@ class Engine:
         )
         return outputs
 
-    def _launch(self, plan: StepPlan) -> None:
+    def _launch(self, plan: StepPlan | SlicedPlan) -> None:
         now = time.perf_counter()
         for work in plan.works:
             if work.is_first:
@@ -206,12 +207,13 @@ class Engine:
         assert seq.slot is not None
         settings = request.samples[seq.index].settings
         settings[Column.SLOT] = seq.slot
-        self._runner.take_slot(seq.slot, settings, request.rules, seq.tokens[: seq.prompt_len], seq.output_tokens)
+        prompt = seq.tokens[: seq.prompt_len]
+        self._runner.take_slot(seq.slot, settings, request.rules, prompt, seq.output_tokens, seq.home)
 
-    def _commit(self, plan: StepPlan, output: HostOutput, now: float) -> list[RequestOutput]:
+    def _commit(self, plan: StepPlan | SlicedPlan, output: HostOutput, now: float) -> list[RequestOutput]:
         changed: dict[str, Request] = {}
         gaps: dict[float, int] = {}  # requests with news, by when they had some before
-        for news in self._scheduler.commit(plan, output.tokens, output.ok):
+        for news in self._scheduler.commit(plan, output.tokens, output.ok):  # pyright: ignore[reportArgumentType]  # own plans
             request = self._requests[news.work.seq.request_id]
             before = request.metrics.last_token_time
             if self._take(request, news, output, now):

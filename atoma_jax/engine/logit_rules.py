@@ -4,36 +4,45 @@ Owns the rules and their order, which is vLLM's. Rows whose flags do not ask for
 the work of a rule is only done in steps where a row asks for it.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, UInt32
 
 from atoma_jax.engine.sampler_state import SamplerState
 from atoma_jax.engine.sampling_rows import SamplingRows
+from atoma_jax.engine.vocab_shards import WHOLE, VocabShards
 
 
-def apply_rules(logits: Float32[Array, "B V"], rows: SamplingRows, state: SamplerState) -> Float32[Array, "B V"]:
+def apply_rules(
+    logits: Float32[Array, "B V"], rows: SamplingRows, state: SamplerState, shards: VocabShards = WHOLE
+) -> Float32[Array, "B V"]:
     """The logits that greedy decoding takes the largest of."""
     for asked, rule in (
         (rows.mask, _allow),
         (rows.adjust | rows.bad_words, _adjust),
         (rows.penalties, _penalize),
     ):
-        logits = lax.cond(jnp.any(asked), rule, lambda x, *_: x, logits, rows, state)
+        logits = lax.cond(jnp.any(asked), partial(rule, shards), lambda x, *_: x, logits, rows, state)
     return logits
 
 
-def _unpack(words: UInt32[Array, "B M"], V: int) -> Bool[Array, "B V"]:
+def _unpack(words: UInt32[Array, "B M"], V: int, shards: VocabShards) -> Bool[Array, "B V"]:
+    """Bits of this device's part of the vocabulary, V tokens; words are of all parts."""
     bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1  # [B, V/32, 32]
-    return bits.reshape(words.shape[0], -1)[:, :V] != 0
+    flat = bits.reshape(words.shape[0], -1)
+    if shards.count > 1:
+        return lax.dynamic_slice_in_dim(flat, shards.first(V), V, axis=1) != 0
+    return flat[:, :V] != 0
 
 
-def _allow(logits: Array, rows: SamplingRows, state: SamplerState) -> Array:
-    allowed = _unpack(state.allowed_bits[rows.slot], logits.shape[1])
+def _allow(shards: VocabShards, logits: Array, rows: SamplingRows, state: SamplerState) -> Array:
+    allowed = _unpack(state.allowed_bits[rows.slot], logits.shape[1], shards)
     return jnp.where(rows.mask[:, None] & ~allowed, -jnp.inf, logits)
 
 
-def _adjust(logits: Array, rows: SamplingRows, state: SamplerState) -> Array:
+def _adjust(shards: VocabShards, logits: Array, rows: SamplingRows, state: SamplerState) -> Array:
     """Adds biases, and -inf to stop tokens before min_tokens and to the last token of a bad word already begun."""
     (B, V), W = logits.shape, state.recent.shape[1]
     before = jnp.arange(W) < W - state.bad_prefix_len[rows.slot][:, :, None]  # [B, N, W]: places before the prefix
@@ -43,15 +52,17 @@ def _adjust(logits: Array, rows: SamplingRows, state: SamplerState) -> Array:
     active = jnp.concatenate([begun, valid], axis=1)
     ids = jnp.concatenate([state.bad_last[rows.slot], state.adjust_ids[rows.slot]], axis=1)
     values = jnp.concatenate([jnp.full(begun.shape, -jnp.inf), state.adjust_values[rows.slot]], axis=1)
+    if shards.count > 1:
+        ids, _ = shards.own(ids, V)
     # V is past the end: dropped
     return logits.at[jnp.arange(B)[:, None], jnp.where(active, ids, V)].add(values, mode="drop")
 
 
-def _penalize(logits: Array, rows: SamplingRows, state: SamplerState) -> Array:
+def _penalize(shards: VocabShards, logits: Array, rows: SamplingRows, state: SamplerState) -> Array:
     """Repetition over prompt and output (arXiv:1909.05858), then frequency and presence over the output (OpenAI)."""
     counts = state.output_counts[rows.slot].astype(jnp.float32)  # [B, V]
     in_output = counts > 0
-    in_text = in_output | _unpack(state.prompt_bits[rows.slot], logits.shape[1])
+    in_text = in_output | _unpack(state.prompt_bits[rows.slot], logits.shape[1], shards)
     repetition = jnp.where(in_text, rows.repetition[:, None], 1.0)
     x = jnp.where(logits > 0, logits / repetition, logits * repetition)
     x = x - rows.frequency[:, None] * counts

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
 from atoma_jax.engine.vocab_blocks import count, largest, to_blocks
+from atoma_jax.engine.vocab_shards import WHOLE, VocabShards
 
 
 @no_type_check  # JAX also fills it with abstract values
@@ -29,6 +30,7 @@ def token_logprobs(
     tokens: Int32[Array, " B"],
     asked: Bool[Array, " B"],
     num_top: int,
+    shards: VocabShards = WHOLE,
 ) -> TokenLogprobs:
     """Those of one token a row, and the `num_top` likeliest, given `block_max(logits)`.
 
@@ -43,16 +45,21 @@ def token_logprobs(
     )
 
     def compute(logits: Array, tops: Array, tokens: Array, asked: Array) -> TokenLogprobs:
-        top = jnp.max(tops, axis=1)
+        top = shards.largest(jnp.max(tops, axis=1))
         exps = jnp.exp(logits - top[:, None])
-        norm = top + jnp.log(jnp.sum(jnp.sum(to_blocks(exps, 0.0), axis=2), axis=1))  # logsumexp, [B]
-        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="clip")  # [B, 1]
-        ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
+        norm = top + jnp.log(shards.total(jnp.sum(jnp.sum(to_blocks(exps, 0.0), axis=2), axis=1)))  # logsumexp, [B]
+        V = logits.shape[1]
+        places, there = (tokens, None) if shards.count == 1 else shards.own(tokens, V)
+        chosen = jnp.take_along_axis(logits, places[:, None], axis=1, mode="clip")  # [B, 1]
+        ids = jnp.arange(V, dtype=jnp.int32)
+        if there is not None:
+            chosen = shards.total(jnp.where(there[:, None], chosen, 0.0))
+            ids += shards.first(V)
         before = (logits > chosen) | ((logits == chosen) & (ids < tokens[:, None]))
-        values, top_ids = largest(logits, tops, num_top)
+        values, top_ids = largest(logits, tops, num_top, shards)
         return TokenLogprobs(
             logprob=jnp.where(asked, chosen[:, 0] - norm, 0.0),
-            rank=jnp.where(asked, 1 + count(before), 0),
+            rank=jnp.where(asked, 1 + shards.total(count(before)), 0),
             top_ids=jnp.where(asked[:, None], top_ids, 0),
             top_logprobs=jnp.where(asked[:, None], values - norm[:, None], 0.0),
         )

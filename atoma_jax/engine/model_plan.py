@@ -4,10 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import jax
-
 from atoma_jax.config import EngineConfig
 from atoma_jax.engine.memory import WORKSPACE_BYTES, kv_cache_dtype
+from atoma_jax.engine.mesh_config import planned_mesh
 from atoma_jax.engine.model_setup import ModelSetup, served_length, set_up_model
 from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import open_model
@@ -30,12 +29,14 @@ class TypePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
-    """Sizes of one model on one device; bytes unless it says otherwise.
+    """Sizes of one model on one device, or on each device of a mesh; bytes unless it says otherwise.
 
     Attributes:
         architecture: as the file calls it.
         types: the file's tensors by type, the largest share first.
-        weights: on the device, by the weight's path in the model.
+        mesh: devices along each axis, as `--mesh` takes it; None: one device.
+        slices: of devices that have pages and sequences of their own; the others are counted for each of them.
+        weights: on a device, by the weight's path in the model.
         platform: of the device.
         layout: of the quantized ones.
         context_length: tokens that the model was trained for.
@@ -43,12 +44,14 @@ class ModelPlan:
         kv_bytes_per_token: in all layers.
         page_tokens: tokens of a page, the unit that the cache is given out in.
         workspace: kept for the temporaries of a step.
-        memory: that the engine may use; None where none was named.
+        memory: that the engine may use of a device; None where none was named.
         max_model_len: tokens of a sequence that `max_sequences` counts with.
     """
 
     architecture: str
     types: Mapping[str, TypePlan]
+    mesh: str | None
+    slices: int
     weights: Mapping[str, int]
     platform: Platform
     layout: str
@@ -87,8 +90,10 @@ class ModelPlan:
 
     @property
     def max_sequences(self) -> int | None:
-        """Sequences of `max_model_len` tokens that fit at once."""
-        return None if self.kv_bytes is None else self._pages // math.ceil(self.max_model_len / self.page_tokens)
+        """Sequences of `max_model_len` tokens that fit at once, in all slices."""
+        if self.kv_bytes is None:
+            return None
+        return self.slices * (self._pages // math.ceil(self.max_model_len / self.page_tokens))
 
     @property
     def _pages(self) -> int:
@@ -100,11 +105,11 @@ class ModelPlan:
 def plan_model(
     config: EngineConfig, *, memory: int | None = None, platform: Platform | None = None, progress: bool = True
 ) -> ModelPlan:
-    """Sizes of the model that `config` names, on one device.
+    """Sizes of the model that `config` names, on one device or on each of its mesh, which need not be there.
 
     Args:
         config: checked settings; those of model and cache count.
-        memory: bytes that weights, cache and temporaries may take together.
+        memory: bytes of a device that weights, cache and temporaries may take together.
         platform: of the device; None: of this process's.
         progress: show bars on standard error for what is fetched.
 
@@ -114,19 +119,22 @@ def plan_model(
     """
     found = resolve(config.model.model, revision=config.model.revision, progress=progress)
     with open_model(found, max_model_len=config.model.max_model_len) as files:
-        setup = set_up_model(config.model, files, platform)
+        mesh = planned_mesh(config.parallel.mesh)
+        setup = set_up_model(config.model, files, platform, mesh)
         spec, is_cpu = setup.spec, setup.backend.platform == "cpu"
         length = served_length(config.model, setup)
         kv_dtype = kv_cache_dtype(config.cache, is_cpu=is_cpu)
         return ModelPlan(
             architecture=spec.architecture,
             types=_types(setup),
-            weights={path: _nbytes(value) for path, value in setup.planned.items()},
+            mesh=None if mesh is None else mesh.text,
+            slices=1 if mesh is None else mesh.num_slices,
+            weights={path: setup.bytes_of(path) for path in setup.planned},
             platform=setup.backend.platform,
             layout=setup.backend.weight_layout,
             context_length=spec.context_length,
             kv_dtype=kv_dtype,
-            kv_bytes_per_token=spec.kv_bytes_per_token(kv_dtype),
+            kv_bytes_per_token=spec.kv_bytes_per_token(kv_dtype) // (1 if mesh is None else mesh.tensor),
             page_tokens=config.cache.block_size,
             workspace=0 if is_cpu else WORKSPACE_BYTES,
             memory=memory,
@@ -145,7 +153,3 @@ def _types(setup: ModelSetup) -> dict[str, TypePlan]:
             file_bytes=sum(tensor.nbytes for tensor in same),
         )
     return dict(sorted(found.items(), key=lambda entry: -entry[1].file_bytes))
-
-
-def _nbytes(value: object) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))

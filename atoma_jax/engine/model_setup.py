@@ -5,17 +5,20 @@ From headers alone. What a start, a plan of memory and an evaluation have in com
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
 
 from atoma_jax.config import ModelConfig
+from atoma_jax.engine.cutting import Cutting, device_spec, served_spec
 from atoma_jax.engine.host import cpu_multiplies_bfloat16
 from atoma_jax.engine.progress import loading_bar
 from atoma_jax.engine.step import Weights
 from atoma_jax.errors import ConfigError
 from atoma_jax.loading.checkpoint import Checkpoint
+from atoma_jax.loading.cut_order import in_parts
 from atoma_jax.loading.model_files import ModelFiles
 from atoma_jax.loading.online import quantized_on_load
 from atoma_jax.loading.orbax.checkpoint import OrbaxModel
@@ -27,6 +30,9 @@ from atoma_jax.models.decoder import Decoder
 from atoma_jax.models.params import ParamSpec, fill, specs_of
 from atoma_jax.ops import Backend, Kernels, Platform, has_native_kernels
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
+from sharding.apply import shardings, with_shardings
+from sharding.mesh import MeshShape
+from sharding.plan import bytes_per_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +46,9 @@ class ModelSetup:
         wanted: every weight, by path.
         sources: where each is in the checkpoint; of weights in the engine's own layout there are none.
         planned: what `load` puts on the device, without values.
+        vocab_size: tokens of the vocabulary, without what fills it up on a mesh.
+        cuts: where each is cut over `backend.mesh`; None without a mesh.
+        devices: of the mesh, in their places; None without a mesh, and where a model is only planned.
     """
 
     spec: ModelSpec
@@ -48,19 +57,34 @@ class ModelSetup:
     wanted: Mapping[str, ParamSpec]
     sources: Mapping[str, WeightSource]
     planned: Mapping[str, jax.ShapeDtypeStruct | QTensor | LayerVariants]
+    vocab_size: int
+    cuts: Mapping[str, Any] | None = None
+    devices: jax.sharding.Mesh | None = None
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights on the device."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(self.planned)))
+        """Bytes of all weights on the device, or on each of a mesh."""
+        return sum(self.bytes_of(path) for path in self.planned)
+
+    def bytes_of(self, path: str) -> int:
+        """Bytes of one weight on the device, or on each of a mesh."""
+        mesh, value = self.backend.mesh, self.planned[path]
+        if mesh is None or self.cuts is None:
+            return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))
+        return bytes_per_device(value, self.cuts[path], mesh)
 
     def graph(self) -> Any:
         """The model's `nnx.GraphDef`, which merges with `abstract` or with what `load` returns."""
+        if self.backend.mesh is not None:
+            return nnx.graphdef(Decoder(device_spec(self.spec, self.backend.mesh, self.vocab_size), self.backend))
         return nnx.graphdef(self._decoder(self.planned))
 
     def abstract(self) -> Weights:
-        """The model's state with `ShapeDtypeStruct`s as leaves."""
-        return nnx.state(self._decoder(self.planned))
+        """The model's state with `ShapeDtypeStruct`s as leaves, which say where they lie on a mesh."""
+        planned = self.planned
+        if self.devices is not None:
+            planned = {path: with_shardings(planned[path], cut, self.devices) for path, cut in self._cuts.items()}
+        return nnx.state(self._decoder(planned))
 
     def load(self, *, threads: int, progress: bool = False) -> Weights:
         """The model's state on the device. Arguments and errors as in `load_values`."""
@@ -75,11 +99,26 @@ class ModelSetup:
         """
         total = sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
         with loading_bar(total, "loading", shown=progress) as on_bytes:
+            places = None
+            if self.devices is not None:
+                places = {path: shardings(cut, self.devices) for path, cut in self._cuts.items()}
             if isinstance(self.checkpoint, OrbaxModel):
-                return self.checkpoint.load(threads=threads, on_bytes=on_bytes)
+                where = None if places is None else partial(_array_place, places)
+                return self.checkpoint.load(threads=threads, on_bytes=on_bytes, sharding_of=where)
             return load_weights(
-                self.checkpoint, self.sources, self.wanted, self.backend, threads=threads, on_bytes=on_bytes
+                self.checkpoint,
+                self.sources,
+                self.wanted,
+                self.backend,
+                threads=threads,
+                on_bytes=on_bytes,
+                places=places,
             )
+
+    @property
+    def _cuts(self) -> Mapping[str, Any]:
+        assert self.cuts is not None, "a mesh has cuts"
+        return self.cuts
 
     def _decoder(self, values: Mapping[str, Any]) -> Decoder:
         model = Decoder(self.spec, self.backend)
@@ -87,26 +126,44 @@ class ModelSetup:
         return model
 
 
-def set_up_model(config: ModelConfig, files: ModelFiles | OrbaxModel, platform: Platform | None = None) -> ModelSetup:
+def set_up_model(
+    config: ModelConfig,
+    files: ModelFiles | OrbaxModel,
+    platform: Platform | None = None,
+    mesh: MeshShape | None = None,
+) -> ModelSetup:
     """What `config` makes of an open model.
 
     Args:
         config: checked settings.
         files: the model.
         platform: to plan for; None: of this process's devices.
+        mesh: to cut it over, more than one device; None: one device.
 
     Raises:
         ConfigError: the platform has no kernels, or the weights cannot be quantized as asked.
         WeightFileError: a tensor is missing or misshapen.
         UnsupportedModelError: a tensor has no place in the model, or cannot be laid out.
     """
-    backend, spec = _backend(config, platform or _own_platform()), files.spec
+    backend, spec = _backend(config, platform or _own_platform(), mesh), files.spec
     if isinstance(files, OrbaxModel):
         backend = files.backend(config, backend)
         wanted = specs_of(Decoder(spec, backend))
-        return ModelSetup(
-            spec=spec, backend=backend, checkpoint=files, wanted=wanted, sources={}, planned=files.abstract(wanted)
+        setup = ModelSetup(
+            spec=spec,
+            backend=backend,
+            checkpoint=files,
+            wanted=wanted,
+            sources={},
+            planned=files.abstract(wanted),
+            vocab_size=spec.vocab_size,
         )
+        if mesh is None:
+            return setup
+        if mesh.tensor > 1:
+            problem = "must be 1: a converted folder has its rows in the order of one device; serve what it was made of"
+            raise ConfigError("mesh.tensor", mesh.tensor, problem)
+        return replace(setup, spec=served_spec(spec, mesh), cuts=Cutting(mesh).weights(setup.planned, wanted))
     if config.quantization == "w8a8":
         if config.weight_layout == "planar":
             problem = "contradicts --quantization w8a8, whose integer products read rows; leave one of them out"
@@ -119,14 +176,28 @@ def set_up_model(config: ModelConfig, files: ModelFiles | OrbaxModel, platform: 
     checkpoint: Checkpoint = files.checkpoint
     if config.quantization is not None:
         checkpoint = quantized_on_load(checkpoint, sources, wanted, config.quantization)
+    if mesh is not None:
+        served = served_spec(spec, mesh)
+        sources = in_parts(sources, wanted, spec, served, mesh.tensor)
+        spec, wanted = served, specs_of(Decoder(served, backend))
+    planned = abstract_weights(checkpoint, sources, wanted, backend)
     return ModelSetup(
         spec=spec,
         backend=backend,
         checkpoint=checkpoint,
         wanted=wanted,
         sources=sources,
-        planned=abstract_weights(checkpoint, sources, wanted, backend),
+        planned=planned,
+        vocab_size=files.spec.vocab_size,
+        cuts=None if mesh is None else Cutting(mesh).weights(planned, wanted),
     )
+
+
+def _array_place(places: Mapping[str, Any], path: str, child: str | None) -> jax.sharding.Sharding:
+    """Where one array of a weight goes. All stacks of a weight are cut alike."""
+    place = places[path]
+    first: Any = place.stacks[0] if isinstance(place, LayerVariants) else place
+    return first if child is None else getattr(first, child)
 
 
 def served_length(config: ModelConfig, setup: ModelSetup) -> int:
@@ -150,8 +221,8 @@ def _own_platform() -> Platform:
     return "cpu" if platform == "cpu" else "cuda"
 
 
-def _backend(config: ModelConfig, platform: Platform) -> Backend:
-    is_cpu, kernels = platform == "cpu", _kernels(config, platform)
+def _backend(config: ModelConfig, platform: Platform, mesh: MeshShape | None) -> Backend:
+    is_cpu, kernels = platform == "cpu", _kernels(config, platform, mesh)
     operands, layout = config.dtype, config.weight_layout
     if operands == "auto":
         operands = "float32" if is_cpu and kernels != "interpret" and not cpu_multiplies_bfloat16() else "bfloat16"
@@ -173,11 +244,18 @@ def _backend(config: ModelConfig, platform: Platform) -> Backend:
         kernels=kernels,
         precision=config.cpu_precision,
         device=jax.devices()[0].device_kind if platform == _own_platform() else "",
+        mesh=mesh,
     )
 
 
-def _kernels(config: ModelConfig, platform: Platform) -> Kernels:
+def _kernels(config: ModelConfig, platform: Platform, mesh: MeshShape | None) -> Kernels:
     """The kernels asked for, where they run. Who asks for float32 does not get less."""
+    if mesh is not None and config.kernels == "native":
+        problem = f"run on one device, and the mesh is {mesh.text}: use --kernels xla, or leave one of the two out"
+        raise ConfigError("kernels", "native", problem)
+    if mesh is not None and mesh.expert > 1 and (config.kernels in ("pallas", "interpret")):
+        problem = f"must be xla where experts are spread over devices, as the mesh {mesh.text} does"
+        raise ConfigError("kernels", config.kernels, problem)
     rounds = config.dtype == "float32" and config.cpu_precision == "default"
     if config.kernels == "native":
         if platform != "cpu":
@@ -189,11 +267,12 @@ def _kernels(config: ModelConfig, platform: Platform) -> Kernels:
             raise ConfigError("dtype", config.dtype, problem)
         return "native"
     if config.kernels == "auto" and platform == "cpu":
-        return "native" if not rounds and has_native_kernels() else "xla"
+        return "native" if mesh is None and not rounds and has_native_kernels() else "xla"
     if config.kernels == "xla":
         return "xla"
     if config.kernels == "auto":
-        return "pallas" if platform == "cuda" and config.dtype != "float32" else "xla"
+        spread = mesh is not None and mesh.expert > 1
+        return "pallas" if platform == "cuda" and config.dtype != "float32" and not spread else "xla"
     if config.kernels == "pallas" and platform == "cpu":
         raise ConfigError("kernels", "pallas", "needs an NVIDIA GPU: on a CPU use xla, or interpret for tests")
     if config.dtype == "float32":

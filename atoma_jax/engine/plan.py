@@ -46,6 +46,11 @@ class StepPlan:
     prefills: tuple[Work, ...]
 
     @property
+    def slices(self) -> "tuple[StepPlan, ...]":
+        """One plan for each slice of the devices: this one."""
+        return (self,)
+
+    @property
     def works(self) -> tuple[Work, ...]:
         """Every row."""
         return self.decodes + self.prefills
@@ -69,6 +74,28 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Positions computed by the step."""
         return len(self.decodes) + sum(work.count for work in self.prefills)
+
+    @property
+    def num_results(self) -> int:
+        """Rows that the step yields: of `sampling`, or the positions that are scored."""
+        return self.num_tokens if self.is_scoring else len(self.sampling)
+
+
+@dataclass(frozen=True, slots=True)
+class SlicedPlan:
+    """One step of several slices, each of which has its own sequences. Results lie slice by slice."""
+
+    slices: tuple[StepPlan, ...]  # one without work for a slice that idles
+
+    @property
+    def works(self) -> tuple[Work, ...]:
+        """Every row of every slice."""
+        return tuple(work for plan in self.slices for work in plan.works)
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions computed by the step."""
+        return sum(plan.num_tokens for plan in self.slices)
 
 
 class Committed(NamedTuple):

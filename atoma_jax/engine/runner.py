@@ -6,9 +6,9 @@ step later.
 
 import itertools
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,13 @@ import numpy as np
 
 from atoma_jax.engine.batch import SlotTables, batch_size, pack
 from atoma_jax.engine.buckets import Buckets, Program
-from atoma_jax.engine.plan import StepPlan
+from atoma_jax.engine.mesh_step import MeshStep
+from atoma_jax.engine.plan import SlicedPlan, StepPlan
 from atoma_jax.engine.sampler_state import SamplerShape, SlotRules, empty_row, write_slot
 from atoma_jax.engine.step import EngineState, StepOutput, StepSizes, Weights, make_state, run_step
 from atoma_jax.model_spec import KVDtype, ModelSpec
 from atoma_jax.ops import Backend
+from sharding.plan import allocated_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,8 @@ class HostOutput:
 class PendingOutput:
     """The results of a step that is under way: of one program, or of two that make up a split step."""
 
-    def __init__(self, outputs: list[StepOutput], rows: list[np.ndarray], wants_logprobs: bool):
-        """`rows` are those of each output's rows that count, in order."""
+    def __init__(self, outputs: list[StepOutput], rows: list[tuple[int, np.ndarray]], wants_logprobs: bool):
+        """`rows` are those that count, in order: which output they are in, and where."""
         self._rows = rows
         self._parts = [
             [out.tokens_ok, *((out.logprob, out.rank, out.top_ids, out.top_logprobs) if wants_logprobs else ())]
@@ -50,17 +52,17 @@ class PendingOutput:
 
     def read(self) -> HostOutput:
         """Waits for the step; raises what the device raised."""
-        tokens_ok = [np.asarray(part[0])[:, rows] for part, rows in zip(self._parts, self._rows, strict=True)]
-        tokens, ok = np.concatenate(tokens_ok, axis=1)
+        arrived = [[np.asarray(array) for array in part] for part in self._parts]
+        tokens, ok = np.concatenate([arrived[at][0][:, rows] for at, rows in self._rows], axis=1)
         extra = [
-            np.concatenate([np.asarray(array)[rows] for array, rows in zip(arrays, self._rows, strict=True)])
-            for arrays in list(zip(*self._parts, strict=True))[1:]
+            np.concatenate([arrived[at][number][rows] for at, rows in self._rows])
+            for number in range(1, len(arrived[0]))
         ]
         return HostOutput(tokens, ok.astype(np.bool_), *(extra or [None] * 4))
 
 
 class Runner:
-    """The device of one engine."""
+    """The device of one engine, or its devices."""
 
     def __init__(
         self,
@@ -74,15 +76,24 @@ class Runner:
         num_pages: int,
         kv_dtype: KVDtype,
         split_prefill: bool,
+        mesh: MeshStep | None = None,
     ):
-        """The model is given as its `nnx.GraphDef`. `split_prefill`: decodes and prefills of one plan run as two
+        """The model is given as its `nnx.GraphDef`; slots and pages are those of a slice, of which a mesh has
+        several. `split_prefill`: decodes and prefills of one plan run as two
         programs, so that a row's arithmetic does not depend on what else the step holds."""
         self.buckets = buckets
         self._graph, self._sizes, self._split_prefill = graph, sizes, split_prefill
+        self._mesh, slices = mesh, 1 if mesh is None else mesh.shape.num_slices
         self._new_state = partial(
-            make_state, spec, sampler, backend, num_pages=num_pages, page_size=sizes.page_size, kv_dtype=kv_dtype
+            make_state,
+            spec,
+            replace(sampler, slots=slices * sampler.slots),
+            backend,
+            num_pages=slices * num_pages,
+            page_size=sizes.page_size,
+            kv_dtype=kv_dtype,
         )
-        self._tables = SlotTables.empty(sampler.slots, sizes.table_width)
+        self._tables = [SlotTables.empty(sampler.slots, sizes.table_width) for _ in range(slices)]
         self._write_slot_shape = (jax.ShapeDtypeStruct((), jnp.int32), empty_row(sampler))
         self._programs: dict[Program, Future[Any]] = {}
         self._write_slot: Future[Any] | None = None
@@ -99,16 +110,25 @@ class Runner:
         Returns:
             The pool, for the caller to shut down; `start` waits for the programs.
         """
-        state = jax.eval_shape(self._new_state)
+        state, mesh = jax.eval_shape(self._new_state), self._mesh
+        if mesh is not None:
+            state = mesh.abstract_state(state)
         pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
 
         def build(program: Program) -> Any:
-            words = jax.ShapeDtypeStruct((batch_size(program, self._sizes.table_width),), jnp.int32)
+            count = batch_size(program, self._sizes.table_width)
+            words = jax.ShapeDtypeStruct((count,), jnp.int32) if mesh is None else mesh.abstract_words(count)
             step = partial(run_step, graph=self._graph, program=program, sizes=self._sizes)
+            if mesh is not None:
+                step = mesh.step(step, weights, state)
             return jax.jit(step, donate_argnums=1).lower(weights, state, words).compile()
 
         def build_write() -> Any:
-            return jax.jit(write_slot, donate_argnums=0).lower(state.sampler, *self._write_slot_shape).compile()
+            if mesh is None:
+                return jax.jit(write_slot, donate_argnums=0).lower(state.sampler, *self._write_slot_shape).compile()
+            slot, row = self._write_slot_shape
+            write = mesh.slot_writer(state.sampler, row)
+            return jax.jit(write, donate_argnums=0).lower(state.sampler, slot, slot, row).compile()
 
         self._programs = {program: pool.submit(build, program) for program in self.buckets.programs}
         self._write_slot = pool.submit(build_write)
@@ -117,7 +137,7 @@ class Runner:
     def start(self, weights: Weights) -> None:
         """Takes the loaded weights, makes the state, and waits for every program. Nothing compiles afterwards."""
         self._weights = weights
-        self._state = self._new_state()
+        self._state = self._new_state() if self._mesh is None else self._mesh.new_state(self._new_state)
         for future in (*self._programs.values(), self._write_slot):
             assert future is not None
             future.result()
@@ -125,9 +145,14 @@ class Runner:
     def warm_up(self) -> None:
         """Runs the smallest program once with no work, so that the first request does not pay for lazy set-up."""
         program = self.buckets.decode[0]
-        words = np.zeros(batch_size(program, self._sizes.table_width), np.int32)
+        words = np.zeros(len(self._tables) * batch_size(program, self._sizes.table_width), np.int32)
         self._state, _ = self._programs[program].result()(self._weights, self._state, words)
         jax.block_until_ready(self._state)
+
+    def device_bytes(self, part: Literal["weights", "pages"]) -> int:
+        """Bytes that weights or the KV cache hold on the device that has most of them."""
+        assert self._state is not None
+        return max(allocated_bytes(self._weights if part == "weights" else self._state.pages).values())
 
     def close(self) -> None:
         """Gives the device's memory back; the runner is of no use afterwards."""
@@ -135,7 +160,13 @@ class Runner:
         self._programs.clear()
 
     def take_slot(
-        self, slot: int, settings: np.ndarray, rules: SlotRules | None, prompt: list[int], outputs: list[int]
+        self,
+        slot: int,
+        settings: np.ndarray,
+        rules: SlotRules | None,
+        prompt: list[int],
+        outputs: list[int],
+        home: int = 0,
     ) -> None:
         """A sequence begins in a slot, for the first time or after preemption.
 
@@ -145,29 +176,49 @@ class Runner:
             rules: of requests whose flags say `needs_slot_row`; None for the others.
             prompt: its prompt.
             outputs: tokens it has yielded already.
+            home: the slice that it runs in.
         """
-        self._tables.take(slot, settings)
+        self._tables[home].take(slot, settings)
         if rules is not None:
             assert self._state is not None
             assert self._write_slot is not None
             write = self._write_slot.result()
-            sampler = write(self._state.sampler, np.int32(slot), rules.slot_row(prompt, outputs))
+            where = (np.int32(slot),) if self._mesh is None else (np.int32(home), np.int32(slot))
+            sampler = write(self._state.sampler, *where, rules.slot_row(prompt, outputs))
             self._state = EngineState(pages=self._state.pages, sampler=sampler)
 
-    def launch(self, plan: StepPlan) -> PendingOutput:
+    def launch(self, plan: StepPlan | SlicedPlan) -> PendingOutput:
         """Dispatches a step. Its results are read later, while the next one runs."""
-        parts = [plan]
-        if self._split_prefill and plan.decodes and plan.prefills:
-            parts = [StepPlan(plan.decodes, ()), StepPlan((), plan.prefills)]
-        outputs = [self._call(part) for part in parts]
-        wants = plan.is_scoring or any(work.samples and work.seq.params.logprobs is not None for work in plan.works)
-        return PendingOutput(outputs, [_yielding_rows(part) for part in parts], wants)
+        calls = _calls(plan.slices, split_prefill=self._split_prefill)
+        programs = [self.buckets.choose_for(call) for call in calls]
+        outputs = [self._call(call, program) for call, program in zip(calls, programs, strict=True)]
+        rows = [
+            (at, home * program.logit_rows + _yielding_rows(call[home]))
+            for home in range(len(self._tables))
+            for at, (call, program) in enumerate(zip(calls, programs, strict=True))
+        ]
+        wants = any(
+            part.is_scoring or any(work.samples and work.seq.params.logprobs is not None for work in part.works)
+            for part in plan.slices
+        )
+        return PendingOutput(outputs, rows, wants)
 
-    def _call(self, plan: StepPlan) -> StepOutput:
-        program = self.buckets.choose(plan)
-        words = pack(plan, program, self._tables)
+    def _call(self, plans: tuple[StepPlan, ...], program: Program) -> StepOutput:
+        parts = [pack(plan, program, tables) for plan, tables in zip(plans, self._tables, strict=True)]
+        words = parts[0] if len(parts) == 1 else np.concatenate(parts)
         self._state, output = self._programs[program].result()(self._weights, self._state, words)
         return output
+
+
+def _calls(plans: tuple[StepPlan, ...], *, split_prefill: bool) -> list[tuple[StepPlan, ...]]:
+    """What the slices of a step run, program by program: slices take part in each, those without work in it idly."""
+    scores = tuple(plan if plan.is_scoring else StepPlan((), ()) for plan in plans)
+    others = tuple(StepPlan((), ()) if plan.is_scoring else plan for plan in plans)
+    calls = [scores, others]
+    if split_prefill and any(plan.decodes for plan in others) and any(plan.prefills for plan in others):
+        decodes = tuple(StepPlan(plan.decodes, ()) for plan in others)
+        calls = [scores, decodes, tuple(StepPlan((), plan.prefills) for plan in others)]
+    return [call for call in calls if any(plan.works for plan in call)]
 
 
 def _yielding_rows(plan: StepPlan) -> np.ndarray:

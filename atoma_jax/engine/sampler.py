@@ -19,6 +19,7 @@ from atoma_jax.engine.logprobs import token_logprobs
 from atoma_jax.engine.sampler_state import SamplerState, record_tokens
 from atoma_jax.engine.sampling_rows import SamplingRows
 from atoma_jax.engine.vocab_blocks import argmax, block_max
+from atoma_jax.engine.vocab_shards import WHOLE, VocabShards
 
 
 @no_type_check  # JAX also fills it with abstract values
@@ -36,7 +37,12 @@ class SampleOutput:
 
 
 def sample(
-    logits: Float32[Array, "B V"], rows: SamplingRows, state: SamplerState, *, max_logprobs: int
+    logits: Float32[Array, "B V"],
+    rows: SamplingRows,
+    state: SamplerState,
+    *,
+    max_logprobs: int,
+    shards: VocabShards = WHOLE,
 ) -> tuple[SampleOutput, SamplerState]:
     """Samples or scores one token a row and remembers the sampled ones in their slots.
 
@@ -47,34 +53,42 @@ def sample(
         rows: their settings. Rows that sample have different slots.
         state: donated by the step.
         max_logprobs: how many of the likeliest tokens come back, at most V; static.
+        shards: how the vocabulary is cut, of which `logits` holds this device's part; static.
     """
     tops = block_max(logits)  # [B, N]
-    raw_ok = _usable(logits, tops)
+    raw_ok = _usable(logits, tops, shards)
     ruled = rows.mask | rows.bad_words | rows.adjust | rows.penalties
     random = rows.temperature > 0
 
     def choose(logits: Array, tops: Array, rows: SamplingRows, state: SamplerState) -> tuple[Array, Array]:
-        logits = apply_rules(logits, rows, state)
+        logits = apply_rules(logits, rows, state, shards)
         tops = block_max(logits)
-        top = jnp.max(tops, axis=1)
+        top = shards.largest(jnp.max(tops, axis=1))
         ok = raw_ok & jnp.isfinite(top)
         drawn = ok & rows.sample & random
-        greedy = argmax(logits, tops)
+        greedy = argmax(logits, tops, shards)
 
         def mixed(logits: Array) -> Array:
-            return jnp.where(drawn, draw(logits, top, rows, drawn), greedy)
+            return jnp.where(drawn, draw(logits, top, rows, drawn, shards), greedy)
 
         return lax.cond(jnp.any(drawn), mixed, lambda _: greedy, logits), ok
 
     def choose_plainly(logits: Array, tops: Array, *_: SamplingRows | SamplerState) -> tuple[Array, Array]:
-        return argmax(logits, tops), raw_ok
+        return argmax(logits, tops, shards), raw_ok
 
     special = jnp.any(rows.sample & (ruled | random))
     chosen, ok = lax.cond(special, choose, choose_plainly, logits, tops, rows, state)
     sampled = rows.sample & ok
     tokens = jnp.where(rows.score, rows.target, jnp.where(sampled, chosen, 0))
-    state = record_tokens(state, slot=rows.slot, tokens=tokens, sampled=sampled, counted=sampled & rows.penalties)
-    found = token_logprobs(logits, tops, tokens, rows.logprobs, max_logprobs)
+    state = record_tokens(
+        state,
+        slot=rows.slot,
+        tokens=tokens,
+        sampled=sampled,
+        counted=sampled & rows.penalties,
+        shards=shards,
+    )
+    found = token_logprobs(logits, tops, tokens, rows.logprobs, max_logprobs, shards)
     return SampleOutput(
         tokens=tokens,
         ok=ok,
@@ -85,19 +99,22 @@ def sample(
     ), state
 
 
-def score(logits: Float32[Array, "B V"], rows: SamplingRows, *, max_logprobs: int) -> SampleOutput:
+def score(
+    logits: Float32[Array, "B V"], rows: SamplingRows, *, max_logprobs: int, shards: VocabShards = WHOLE
+) -> SampleOutput:
     """Logprobs of each row's target. The program that only scores prompts pays for no sampling, and compiles faster.
 
     Args:
         logits: of the model, B rows.
         rows: their settings; all of them score.
         max_logprobs: how many of the likeliest tokens come back, at most V; static.
+        shards: how the vocabulary is cut, of which `logits` holds this device's part; static.
     """
     tops = block_max(logits)  # [B, N]
-    found = token_logprobs(logits, tops, rows.target, rows.logprobs, max_logprobs)
+    found = token_logprobs(logits, tops, rows.target, rows.logprobs, max_logprobs, shards)
     return SampleOutput(
         tokens=rows.target,
-        ok=_usable(logits, tops),
+        ok=_usable(logits, tops, shards),
         logprob=found.logprob,
         rank=found.rank,
         top_ids=found.top_ids,
@@ -105,7 +122,7 @@ def score(logits: Float32[Array, "B V"], rows: SamplingRows, *, max_logprobs: in
     )
 
 
-def _usable(logits: Array, tops: Array) -> Bool[Array, " B"]:
+def _usable(logits: Array, tops: Array, shards: VocabShards) -> Bool[Array, " B"]:
     """Rows with a finite maximum and no NaN; -inf alone is a legal logit."""
     # The sum tells of a NaN, which XLA:CPU's maximum passes over.
-    return jnp.isfinite(jnp.max(tops, axis=1)) & ~jnp.isnan(jnp.sum(logits, axis=1))
+    return jnp.isfinite(shards.largest(jnp.max(tops, axis=1))) & ~jnp.isnan(shards.total(jnp.sum(logits, axis=1)))

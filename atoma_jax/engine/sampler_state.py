@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
+from atoma_jax.engine.vocab_shards import WHOLE, VocabShards
 from atoma_jax.errors import ParameterError
 from atoma_jax.sampling_params import MAX_COUNT, SamplingParams
 
@@ -126,6 +127,7 @@ def record_tokens(
     tokens: Int32[Array, " B"],
     sampled: Bool[Array, " B"],
     counted: Bool[Array, " B"],
+    shards: VocabShards = WHOLE,
 ) -> SamplerState:
     """Remembers the step's tokens.
 
@@ -135,16 +137,18 @@ def record_tokens(
         tokens: of each row.
         sampled: rows that yielded a token.
         counted: those among them whose request has penalties.
+        shards: how the vocabulary is cut, of which `output_counts` holds this device's part.
     """
     nowhere = state.last_token.shape[0]  # past the end: dropped, where −1 would write the last slot
     at = jnp.where(sampled, slot, nowhere)
     recent = jnp.concatenate([state.recent[slot, 1:], tokens[:, None]], axis=1)  # [B, W]
     one = jnp.ones((), state.output_counts.dtype)
+    place = tokens if shards.count == 1 else shards.own(tokens, state.output_counts.shape[1])[0]
     return replace(
         state,
         last_token=state.last_token.at[at].set(tokens, mode="drop"),
         recent=state.recent.at[at].set(recent, mode="drop"),
-        output_counts=state.output_counts.at[jnp.where(counted, slot, nowhere), tokens].add(one, mode="drop"),
+        output_counts=state.output_counts.at[jnp.where(counted, slot, nowhere), place].add(one, mode="drop"),
     )
 
 

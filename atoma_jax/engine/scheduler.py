@@ -128,6 +128,34 @@ class Scheduler:
             pages_owned=self.pool.num_owned,
         )
 
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """Every unfinished sequence."""
+        return (*self._running, *self._waiting)
+
+    def knows(self, request_id: str) -> bool:
+        """Whether a request has unfinished samples here."""
+        return request_id in self._requests
+
+    @property
+    def spare_pages(self) -> int:
+        """Pages that neither a prompt under way nor a sequence that waits will take, nor the watermark keeps."""
+        prompts = sum(self._residency.pages_lacking(seq) for seq in self._running if seq.prefilling)
+        waiting = sum(self._prompt_pages(seq) for seq in self._waiting)
+        return self.pool.num_available - prompts - waiting - self._watermark
+
+    def could_admit(self, seq: Sequence) -> bool:
+        """Whether a new sequence would not have to wait, as far as slots and pages for its prompt tell."""
+        taken = len(self._running) + len(self._waiting)
+        return taken == 0 or (taken < self.limits.max_num_seqs and self._prompt_pages(seq) <= self.spare_pages)
+
+    def known_prefix(self, seq: Sequence) -> int:
+        """Pages of a new sequence's prompt that are in the prefix cache."""
+        if not self.limits.enable_prefix_caching:
+            return 0
+        chain = self._cache.start(_shared_salt(seq))
+        return len(self._cache.lookup(chain, seq.tokens, (len(seq.tokens) - 1) // self._page_size))
+
     def add(self, seqs: ListLike[Sequence]) -> None:
         """Queue all samples of one request, indices 0 to n − 1. All but the first wait until they can share its prompt.
 
@@ -157,7 +185,7 @@ class Scheduler:
             wanted = seq.params.max_tokens
             seq.max_len = longest if wanted is None else min(longest, seq.prompt_len + wanted)
             if self.limits.enable_prefix_caching:
-                seq.salt = b"\x00" + (seq.cache_salt or "").encode("utf-8", "surrogatepass")
+                seq.salt = _shared_salt(seq)
                 # Decode rounds otherwise than prefill: bit-equal outputs share what prefill computed alone.
                 seq.share_len = seq.max_len if self.limits.fixed_chunk is None else seq.prompt_len
             else:
@@ -231,6 +259,10 @@ class Scheduler:
                     news.append(Committed(work, row, None))
                 row += work.count
         return news
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all shared prefixes."""
+        self.pool.reset_cache()
 
     def check_integrity(self) -> None:
         """Assert the invariants of sequences, slots and pages. For tests and idle moments: it looks at every page."""
@@ -369,6 +401,9 @@ class Scheduler:
             return min(rest, budget)
         return rest if rest <= budget else 0
 
+    def _prompt_pages(self, seq: Sequence) -> int:
+        return -(-len(seq.tokens) // self._page_size)
+
     @property
     def _may_cut(self) -> bool:
         """Whether a chunk may end where budget or pages do."""
@@ -416,3 +451,8 @@ class Scheduler:
             del self._requests[seq.request_id]
         if seq.index == 0:
             self._waiting.release_siblings(seq.request_id)
+
+
+def _shared_salt(seq: Sequence) -> bytes:
+    """Of sequences that may share prefixes with other requests."""
+    return b"\x00" + (seq.cache_salt or "").encode("utf-8", "surrogatepass")

@@ -48,6 +48,7 @@ class Sequence:
     eos_ids: frozenset[int] = frozenset()
     priority: int = 0
     cache_salt: str | None = None
+    home: int = 0  # the slice of the devices that it runs in
 
     prompt_len: int = field(init=False)
     stop_ids: frozenset[int] = field(init=False)

@@ -6,7 +6,7 @@ Everything is checked from the file's header before anything large is allocated.
 import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 
@@ -20,6 +20,8 @@ from atoma_jax.engine.engine import Engine
 from atoma_jax.engine.host import free_host_bytes, keep_freed_memory
 from atoma_jax.engine.limits import EngineLimits
 from atoma_jax.engine.memory import DeviceMemory, addressable_pages, kv_cache_dtype, plan_pages
+from atoma_jax.engine.mesh_config import resolved_mesh
+from atoma_jax.engine.mesh_step import MeshStep
 from atoma_jax.engine.model_setup import ModelSetup, served_length, set_up_model
 from atoma_jax.engine.model_tokenizer import tokenizer_of
 from atoma_jax.engine.pages import PagePool
@@ -28,6 +30,7 @@ from atoma_jax.engine.recommended_params import recommended_params
 from atoma_jax.engine.runner import Runner
 from atoma_jax.engine.sampler_state import SamplerShape
 from atoma_jax.engine.scheduler import Scheduler
+from atoma_jax.engine.sliced_scheduler import SlicedScheduler
 from atoma_jax.engine.step import StepSizes
 from atoma_jax.errors import ConfigError
 from atoma_jax.loading.fetch.hub import resolve
@@ -46,6 +49,9 @@ class StartupReport:
 
     phases: dict[str, float] = field(default_factory=lambda: dict[str, float]())
     kernels: str = ""  # of the programs, once that is decided: xla, pallas or interpret
+    mesh: str | None = None  # devices along each axis; None: one device
+    # Bytes of each device, planned from headers and allocated, by what they are for.
+    device_bytes: dict[str, tuple[int, int]] = field(default_factory=lambda: dict[str, tuple[int, int]]())
     compile_cache_hits: int = 0
     compile_cache_misses: int = 0
 
@@ -94,7 +100,10 @@ def start_engine(
     with ExitStack() as stack:
         with phases.phase("header"):
             files = stack.enter_context(open_model(found, max_model_len=config.model.max_model_len))
-            setup = set_up_model(config.model, files)
+            mesh = resolved_mesh(config.parallel.mesh, len(jax.devices()))
+            setup = set_up_model(config.model, files, mesh=mesh)
+            if mesh is not None:
+                setup = replace(setup, devices=mesh.build(jax.devices()))
             phases.report.kernels = setup.backend.kernels
             plan = _plan(config, setup)
             limits = _limits(config, plan, setup)
@@ -115,7 +124,7 @@ def start_engine(
         runner.warm_up()
     engine = Engine(
         tokenizer,
-        Scheduler(PagePool(limits.num_pages, PrefixCache(limits.page_size)), _scheduler_limits(config, plan, limits)),
+        _scheduler(config, plan, limits, slices=1 if mesh is None else mesh.num_slices),
         runner,
         plan.sampler,
         limits,
@@ -123,6 +132,11 @@ def start_engine(
         seed=config.model.seed,
         default_params=default_params,
     )
+    phases.report.mesh = None if mesh is None else mesh.text
+    phases.report.device_bytes = {
+        "weights": (limits.weight_bytes, runner.device_bytes("weights")),
+        "KV cache": (limits.kv_cache_bytes, runner.device_bytes("pages")),
+    }
     phases.report.compile_cache_hits = COMPILATIONS.cache_hits - hits
     phases.report.compile_cache_misses = COMPILATIONS.cache_misses - misses
     return engine, phases.report
@@ -168,18 +182,24 @@ def _plan(config: EngineConfig, setup: ModelSetup) -> _Plan:
 
 def _limits(config: EngineConfig, plan: _Plan, setup: ModelSetup) -> EngineLimits:
     spec, weight_bytes = setup.spec, setup.weight_bytes
-    page_bytes = spec.kv_bytes_per_token(plan.kv_dtype) * config.cache.block_size
+    mesh = setup.backend.mesh
+    # Of one device: kv heads are cut over `tensor`, and each slice has pages of its own.
+    token_bytes = spec.kv_bytes_per_token(plan.kv_dtype) // (1 if mesh is None else mesh.tensor)
+    page_bytes = token_bytes * config.cache.block_size
     is_cpu = setup.backend.platform == "cpu"
     free = free_host_bytes() if is_cpu else jax.local_devices()[0].memory_stats()["bytes_limit"]
+    if is_cpu and mesh is not None:
+        free //= mesh.num_devices  # which are one machine
     memory = DeviceMemory(is_cpu=is_cpu, free=free, weights=weight_bytes)
     pages = plan_pages(config.cache, memory, page_bytes=page_bytes, max_model_len=plan.max_model_len)
     if setup.backend.kernels == "pallas" and plan.kv_dtype in ("fp8_e4m3", "int8"):
-        codes = spec.num_layers * spec.num_kv_heads * spec.head_dim * config.cache.block_size
+        kv_heads = spec.num_kv_heads if mesh is None else spec.num_kv_heads // mesh.tensor
+        codes = spec.num_layers * kv_heads * spec.head_dim * config.cache.block_size
         pages = addressable_pages(config.cache, pages, page_codes=codes, max_model_len=plan.max_model_len)
     return EngineLimits(
         model=config.model.model,
         max_model_len=plan.max_model_len,
-        vocab_size=spec.vocab_size,
+        vocab_size=setup.vocab_size,
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_logprobs=config.validation.max_logprobs,
@@ -194,9 +214,10 @@ def _runner(config: EngineConfig, plan: _Plan, setup: ModelSetup, limits: Engine
     sizes = StepSizes(
         table_width=-(-plan.max_model_len // limits.page_size),
         page_size=limits.page_size,
-        max_logprobs=min(limits.max_logprobs, setup.spec.vocab_size),
+        max_logprobs=min(limits.max_logprobs, setup.vocab_size),
         fixed_parts=config.compile.deterministic,
     )
+    mesh = setup.backend.mesh
     return Runner(
         setup.graph(),
         setup.spec,
@@ -207,7 +228,14 @@ def _runner(config: EngineConfig, plan: _Plan, setup: ModelSetup, limits: Engine
         num_pages=limits.num_pages,
         kv_dtype=plan.kv_dtype,
         split_prefill=config.compile.deterministic,
+        mesh=None if mesh is None or setup.devices is None else MeshStep(mesh, setup.devices),
     )
+
+
+def _scheduler(config: EngineConfig, plan: _Plan, limits: EngineLimits, *, slices: int) -> Scheduler | SlicedScheduler:
+    pools = [PagePool(limits.num_pages, PrefixCache(limits.page_size)) for _ in range(slices)]
+    chosen = _scheduler_limits(config, plan, limits)
+    return Scheduler(pools[0], chosen) if slices == 1 else SlicedScheduler(pools, chosen)
 
 
 def _scheduler_limits(config: EngineConfig, plan: _Plan, limits: EngineLimits) -> SchedulerLimits:

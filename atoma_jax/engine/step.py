@@ -18,6 +18,7 @@ from atoma_jax.engine.buckets import Program
 from atoma_jax.engine.sampler import sample, score
 from atoma_jax.engine.sampler_state import SamplerShape, SamplerState, init_state
 from atoma_jax.engine.sampling_rows import decode_rows
+from atoma_jax.engine.vocab_shards import VocabShards
 from atoma_jax.model_spec import KVDtype, ModelSpec
 from atoma_jax.models.decoder import Decoder
 
@@ -91,11 +92,11 @@ def run_step(
     hidden, pages = model.hidden(tokens, batch.position, state.pages, attention)
     logits = model.logits(hidden[batch.logit_token])
     with jax.named_scope("sample"):
-        rows = decode_rows(batch.sampling)
+        rows, shards = decode_rows(batch.sampling), VocabShards(model.backend.mesh)
         if program.kind == "score":
-            out, sampler = score(logits, rows, max_logprobs=sizes.max_logprobs), state.sampler
+            out, sampler = score(logits, rows, max_logprobs=sizes.max_logprobs, shards=shards), state.sampler
         else:
-            out, sampler = sample(logits, rows, state.sampler, max_logprobs=sizes.max_logprobs)
+            out, sampler = sample(logits, rows, state.sampler, max_logprobs=sizes.max_logprobs, shards=shards)
     return EngineState(pages=pages, sampler=sampler), StepOutput(
         tokens_ok=jnp.stack([out.tokens, out.ok.astype(jnp.int32)]),
         logprob=out.logprob,

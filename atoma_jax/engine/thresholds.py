@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from atoma_jax.engine.vocab_blocks import count
+from atoma_jax.engine.vocab_shards import WHOLE, VocabShards
 
 NEAR = 512  # the likeliest tokens: a cut among them needs no look at the others
 
@@ -34,6 +35,7 @@ def find_cut(
     ceiling: Int32[Array, " B"],
     top_k: Int32[Array, " B"],
     top_p: Float32[Array, " B"],
+    shards: VocabShards = WHOLE,
 ) -> Int32[Array, " B"]:
     """Order numbers at or above which lies what top-k, and of its weight top-p, keep.
 
@@ -44,25 +46,35 @@ def find_cut(
         ceiling: order number of the largest logit.
         top_k: 0 in rows without.
         top_p: 1 in rows without.
+        shards: how the vocabulary is cut, of which `logits` and `weights` hold this device's part.
     """
-    top_k = jnp.where(top_k < logits.shape[1], top_k, 0)
+    V = shards.size(logits.shape[1])
+    top_k = jnp.where(top_k < V, top_k, 0)
     filters = (top_k > 0) | (top_p < 1)
 
     def search_all(logits: Array, weights: Array) -> Array:
         order = order_of(logits)
         complete = jnp.ones_like(filters)
-        return _search(order, weights, (floor, ceiling), complete, mass_above(order, weights, floor), top_k, top_p)
+        mass = shards.total(mass_above(order, weights, floor))
+        return _search(order, weights, (floor, ceiling), complete, mass, top_k, top_p, shards)
 
     def search(logits: Array, weights: Array) -> Array:
-        if logits.shape[1] <= 4 * NEAR:
+        if V <= 4 * NEAR:
             return search_all(logits, weights)
         # Behind the barrier: slices that XLA merges into its top-k make it a sort of the whole row.
-        values, ids = lax.optimization_barrier(lax.top_k(logits, NEAR + 1))
+        values, ids = lax.top_k(logits, min(NEAR + 1, logits.shape[1]))
+        if shards.count == 1:
+            values, payload = lax.optimization_barrier((values, ids))
+        else:  # the likeliest of each part, with their weights. For several devices XLA fails on such a barrier.
+            own = jnp.take_along_axis(weights, ids, axis=1, mode="clip")
+            values, payload = shards.merged_top(values, own, NEAR + 1)
         near, outside = order_of(values[:, :NEAR]), order_of(values[:, NEAR])
-        near_weights = jnp.take_along_axis(weights, ids[:, :NEAR], axis=1, mode="clip")
+        near_weights = payload[:, :NEAR]
+        if shards.count == 1:
+            near_weights = jnp.take_along_axis(weights, near_weights, axis=1, mode="clip")
         bounds = (jnp.maximum(floor, outside), ceiling)
-        mass = mass_above(order_of(logits), weights, floor)
-        found = _search(near, near_weights, bounds, floor > outside, mass, top_k, top_p)
+        mass = shards.total(mass_above(order_of(logits), weights, floor))
+        found = _search(near, near_weights, bounds, floor > outside, mass, top_k, top_p, WHOLE)
         unsure = jnp.any(filters & (found <= outside))
         return lax.cond(unsure, search_all, lambda *_: jnp.where(filters, found, floor), logits, weights)
 
@@ -90,6 +102,7 @@ def _search(
     mass: Array,
     top_k: Array,
     top_p: Array,
+    shards: VocabShards,
 ) -> Int32[Array, " B"]:
     """Raises the lower bound, of whose tokens `mass` is the weight, to what top-k and then top-p keep, by bisection.
 
@@ -115,8 +128,8 @@ def _search(
     def narrow(b: _Bracket) -> _Bracket:
         middle = (b.low & b.high) + ((b.low ^ b.high) >> 1)  # the mean, rounded down, without overflow
         kept = order >= middle[:, None]
-        number = count(kept)
-        mass = mass_above(order, weights, middle)
+        number = shards.total(count(kept))
+        mass = shards.total(mass_above(order, weights, middle))
         enough = jnp.where(b.by_count, number, mass) >= b.need
         up, down = b.active & enough, b.active & ~enough
         return settle(
@@ -133,7 +146,7 @@ def _search(
     start = _Bracket(
         low=floor,
         high=end,
-        count_low=jnp.full_like(floor, order.shape[1] + 2),
+        count_low=jnp.full_like(floor, shards.size(order.shape[1]) + 2),
         count_high=jnp.zeros_like(floor),
         mass_low=mass,
         need=jnp.where(by_count, top_k, _needed(mass, top_p)),

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
+from atoma_jax.engine.vocab_shards import WHOLE, VocabShards
+
 BLOCK = 128  # tokens
 
 
@@ -30,22 +32,29 @@ def block_max(x: Float32[Array, "B V"]) -> Float32[Array, "B N"]:
     return jnp.max(to_blocks(x, -jnp.inf), axis=2)
 
 
-def argmax(x: Float32[Array, "B V"], tops: Float32[Array, "B N"]) -> Int32[Array, " B"]:
+def argmax(x: Float32[Array, "B V"], tops: Float32[Array, "B N"], shards: VocabShards = WHOLE) -> Int32[Array, " B"]:
     """The first of each row's largest, given `block_max(x)`; any id of the vocabulary where a row holds NaN."""
     top = jnp.max(tops, axis=1)
     block = first_index(tops == top[:, None])
     place = first_index(take_blocks(to_blocks(x, -jnp.inf), block[:, None])[:, 0] == top[:, None])
-    return jnp.minimum(block * BLOCK + place, x.shape[1] - 1)
+    own = jnp.minimum(block * BLOCK + place, x.shape[1] - 1)
+    if shards.count == 1:
+        return own
+    _, found = shards.merged_top(top[:, None], (own + shards.first(x.shape[1]))[:, None], 1)
+    return found[:, 0]
 
 
 def largest(
-    x: Float32[Array, "B V"], tops: Float32[Array, "B N"], n: int
+    x: Float32[Array, "B V"], tops: Float32[Array, "B N"], n: int, shards: VocabShards = WHOLE
 ) -> tuple[Float32[Array, "B n"], Int32[Array, "B n"]]:
     """The n largest of each row and their ids, given `block_max(x)`: descending, of equal ones the lower id first.
 
     They lie in the n blocks with the largest maxima: each block before another in that order holds a token that is
-    before all of the other's.
+    before all of the other's. Of a vocabulary that is cut, each part has its own n.
     """
+    if shards.count > 1:
+        own, ids = largest(x, tops, min(n, x.shape[1]))
+        return shards.merged_top(own, ids + shards.first(x.shape[1]), n)
     _, chosen = lax.top_k(tops, min(n, tops.shape[1]))  # [B, n]
     chosen = jnp.sort(chosen, axis=1)  # so that top_k meets equal values in the order of their ids
     near = take_blocks(to_blocks(x, -jnp.inf), chosen)  # [B, n, W]

@@ -1,7 +1,8 @@
 """Fills a model's weights from a checkpoint: decodes on the host, packs in the backend's layout, places on the device.
 
 Quantized tensors stay quantized; how they lie on the device is `weight_forms.py`'s. On the CPU a weight is decoded into
-the memory that it stays in; elsewhere the host holds the layers of one weight at a time.
+the memory that it stays in; elsewhere the host holds the layers of one weight at a time. Over several devices it is
+decoded once, and each row goes to the parts that hold some of it (`host_parts.py`).
 """
 
 import math
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 
 from atoma_jax.loading.checkpoint import Checkpoint, Rows
-from atoma_jax.loading.host_memory import aligned
+from atoma_jax.loading.host_parts import HostParts
 from atoma_jax.loading.weight_forms import DenseForm, Form, QuantizedForm, VariantsForm, form_of
 from atoma_jax.loading.weight_sources import Part, WeightSource
 from atoma_jax.models.params import ParamSpec
@@ -35,6 +36,7 @@ def load_weights(
     *,
     threads: int,
     on_bytes: Callable[[int], None],
+    places: Mapping[str, Any] | None = None,
 ) -> dict[str, jax.Array | QTensor | LayerVariants]:
     """Reads every weight that the model wants. Nothing is allocated before all of them are known to have a form.
 
@@ -45,6 +47,7 @@ def load_weights(
         backend: decides the layout of quantized weights and the type of dense ones.
         threads: that decode at once.
         on_bytes: called with the file's bytes as they are decoded, from any thread.
+        places: trees of shardings, by path, like the weights; None: this process's first device.
 
     Returns:
         Arrays, `QTensor`s and `LayerVariants` on the device, by path.
@@ -55,15 +58,17 @@ def load_weights(
     forms = {path: form_of(checkpoint, sources[path], want, backend) for path, want in wanted.items()}
     with ThreadPoolExecutor(threads, thread_name_prefix="load") as pool:
 
-        def read(form: Form, source: WeightSource) -> jax.Array | QTensor:
-            return _Reader(checkpoint, source, pool, on_bytes).read(form)
+        def read(form: Form, source: WeightSource, place: Any) -> jax.Array | QTensor:
+            return _Reader(checkpoint, source, pool, on_bytes, place).read(form)
 
-        return {
-            path: form.variants([read(one, where) for one, where in form.stacks])
-            if isinstance(form, VariantsForm)
-            else read(form, sources[path])
-            for path, form in forms.items()
-        }
+        def weight(path: str, form: Form | VariantsForm) -> jax.Array | QTensor | LayerVariants:
+            place = None if places is None else places[path]
+            if not isinstance(form, VariantsForm):
+                return read(form, sources[path], place)
+            stacks = (None,) * len(form.stacks) if place is None else place.stacks
+            return form.variants([read(*stack, where) for stack, where in zip(form.stacks, stacks, strict=True)])
+
+        return {path: weight(path, form) for path, form in forms.items()}
 
 
 def abstract_weights(
@@ -85,66 +90,82 @@ class _Reader:
         source: WeightSource,
         pool: ThreadPoolExecutor,
         on_bytes: Callable[[int], None],
+        place: Any,
     ):
+        """`place`: the sharding of an array, a `QTensor` of them, or None."""
         self._tensors, self._source, self._pool, self._on_bytes = checkpoint.tensors, source, pool, on_bytes
+        self._place = place
 
     def read(self, form: DenseForm | QuantizedForm) -> jax.Array | QTensor:
         return self._dense(form) if isinstance(form, DenseForm) else self._quantized(form)
 
     def _dense(self, form: DenseForm) -> jax.Array:
-        out = aligned(form.shape, np.dtype(np.float32))
-        vector = len(form.shape) == len(self._source.lead) + 1
-        blocks = out.reshape(len(self._source.blocks), *form.shape[len(self._source.lead) :])
+        lead = len(self._source.lead)
+        out = HostParts(form.shape, np.float32, lead, self._place)
+        self._fill_up(form.shape[lead], [out])
+        vector = len(form.shape) == lead + 1
 
         def put(block: int, part: Part, rows: Rows, to: Rows) -> None:
             values = self._tensors[part.tensor].dequantize(rows)
-            blocks[block, to] = values.reshape(-1)[part.rows] if vector else values
-            if part.plus:
-                blocks[block, to] += np.float32(part.plus)
+            values = values.reshape(-1)[part.rows] if vector else values
+            out.put(block, to, values + np.float32(part.plus) if part.plus else values)
 
         self._each_chunk(put, None if vector else form.shape[-2])
-        return jax.device_put(out.astype(form.dtype, copy=False))
+        return out.on_devices(form.dtype)
 
     def _quantized(self, form: QuantizedForm) -> QTensor:
-        host = {name: aligned(child.shape, child.dtype) for name, child in form.children().items()}
         lead = len(self._source.lead)
-        blocks = {name: array.reshape(len(self._source.blocks), *array.shape[lead:]) for name, array in host.items()}
+        blocks = {
+            name: HostParts(child.shape, child.dtype, lead, None if self._place is None else getattr(self._place, name))
+            for name, child in form.children().items()
+        }
+        self._fill_up(form.shape[0], list(blocks.values()))
         ways = {"rows": self._put_rows, "planar": self._put_planar, "tiles": self._put_tiles}
         put = ways[form.layout](form, blocks)
         if form.permuted:
-            self._put_permutations(blocks["permutation"])
+            self._put_permutations(blocks["permutation"], form.shape[1])
         self._each_chunk(put, form.shape[0])
-        # The device may take the memory over.
-        return form.qtensor({name: jax.device_put(array) for name, array in host.items()})
+        return form.qtensor({name: array.on_devices() for name, array in blocks.items()})
 
-    def _put_rows(self, form: QuantizedForm, blocks: dict[str, _Array]) -> "_Put":
+    def _fill_up(self, num_rows: int, arrays: list[HostParts]) -> None:
+        """Zeros, where rows of the weight come from no tensor."""
+        parts = self._source.blocks[0]
+        if sum(len(_indices(part.to, num_rows)) for part in parts) < num_rows:
+            for array in arrays:
+                array.clear()
+
+    def _put_rows(self, form: QuantizedForm, blocks: dict[str, HostParts]) -> "_Put":
         def put(block: int, part: Part, rows: Rows, to: Rows) -> None:
             weights = self._tensors[part.tensor].decode(rows)
             repeat = weights.format.group // form.format.group
             numbers = weights.signed()
-            blocks["codes"][block, to] = numbers.reshape(len(numbers), -1, form.format.group)
-            blocks["scales"][block, to] = np.repeat(weights.scales.flat(), repeat, axis=1)
+            blocks["codes"].put(block, to, numbers.reshape(len(numbers), -1, form.format.group))
+            scales = np.repeat(weights.scales.flat(), repeat, axis=1)
+            blocks["scales"].put(block, to, scales)
             if "mins" in blocks:
-                mins = 0.0 if weights.mins is None else np.repeat(weights.mins.flat(), repeat, axis=1)
-                blocks["mins"][block, to] = mins
+                mins = np.zeros_like(scales)
+                if weights.mins is not None:
+                    mins = np.repeat(weights.mins.flat(), repeat, axis=1)
+                blocks["mins"].put(block, to, mins)
 
         return put
 
-    def _put_planar(self, form: QuantizedForm, blocks: dict[str, _Array]) -> "_Put":
+    def _put_planar(self, form: QuantizedForm, blocks: dict[str, HostParts]) -> "_Put":
         def put(block: int, part: Part, rows: Rows, to: Rows) -> None:
             weights = recast(self._tensors[part.tensor].decode(rows), form.format)
-            blocks["codes"][block, to] = pack_planar(weights.codes, form.format.bits, form.plane)
+            blocks["codes"].put(block, to, pack_planar(weights.codes, form.format.bits, form.plane))
             _put_factors(blocks, block, to, "scales", "scale_supers", weights.scales)
             if weights.mins is not None:
                 _put_factors(blocks, block, to, "mins", "min_supers", weights.mins)
 
         return put
 
-    def _put_tiles(self, form: QuantizedForm, blocks: dict[str, _Array]) -> "_Put":
+    def _put_tiles(self, form: QuantizedForm, blocks: dict[str, HostParts]) -> "_Put":
         (N, K), bits = form.shape, form.format.bits
         if N % TILE or K % TILE_BLOCK:
             for array in blocks.values():
-                array[...] = 0  # what fills up tiles and blocks
+                array.clear()  # what fills up tiles and blocks
+        whole = {name: array.whole for name, array in blocks.items()}
 
         def put(block: int, part: Part, rows: Rows, to: Rows) -> None:
             weights = self._tensors[part.tensor].decode(rows)
@@ -154,11 +175,11 @@ class _Reader:
             else:
                 codes = weights.signed().view(np.uint8) ^ np.uint8(128)
             repeat = weights.format.group // form.format.group
-            put_codes(codes, bits, to, blocks["codes"][block])
+            put_codes(codes, bits, to, whole["codes"][block])
             for name, factors in (("scale", weights.scales), ("min", weights.mins)):
-                if f"{name}s" not in blocks:
+                if f"{name}s" not in whole:
                     continue
-                values, supers = blocks[f"{name}s"][block], blocks.get(f"{name}_supers")
+                values, supers = whole[f"{name}s"][block], whole.get(f"{name}_supers")
                 if factors is None:
                     put_factors(np.zeros((len(codes), values.shape[1]), values.dtype), to, values)
                 elif supers is None:
@@ -170,10 +191,10 @@ class _Reader:
 
         return put
 
-    def _put_permutations(self, out: _Array) -> None:
+    def _put_permutations(self, out: HostParts, K: int) -> None:
         for block, parts in enumerate(self._source.blocks):
             order = self._tensors[parts[0].tensor].permutation
-            out[block] = np.arange(out.shape[1]) if order is None else order
+            out.put(block, slice(0, K), np.arange(K, dtype=np.int32) if order is None else order)
 
     def _each_chunk(self, put: "_Put", num_rows: int | None) -> None:
         """Calls `put(block, part, rows of the tensor, rows of the weight)` for chunks of rows, on the pool.
@@ -214,14 +235,16 @@ class _Reader:
 _Put: TypeAlias = Callable[[int, Part, Rows, Rows], None]
 
 
-def _put_factors(blocks: dict[str, _Array], block: int, to: Rows, values: str, supers: str, factors: Factors) -> None:
+def _put_factors(
+    blocks: dict[str, HostParts], block: int, to: Rows, values: str, supers: str, factors: Factors
+) -> None:
     """Scales or mins of some rows, transposed; in the format's own types."""
     if supers in blocks:
         assert factors.supers is not None
-        blocks[values][block][:, to] = factors.values.T
-        blocks[supers][block][:, to] = factors.supers.T
+        blocks[values].put(block, to, factors.values.T, axis=1)
+        blocks[supers].put(block, to, factors.supers.T, axis=1)
     else:
-        blocks[values][block][:, to] = factors.flat().T
+        blocks[values].put(block, to, factors.flat().T, axis=1)
 
 
 def _indices(rows: Rows, N: int) -> np.ndarray[Any, np.dtype[np.int64]]:

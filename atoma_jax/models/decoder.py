@@ -1,5 +1,6 @@
 """A whole decoder: embedding, a stack of one family's layers, final norm and head. Owns no sampling and no batching."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,11 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
-from atoma_jax import ops
+from atoma_jax import ops, tables
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.layers import rms_norm, rope_tables, softcapped, window_sizes
-from atoma_jax.models.params import indexed, matrix, vector
+from atoma_jax.models.params import gathered_ahead, indexed, matrix, vector
 from atoma_jax.models.registry import LAYERS
+from atoma_jax.quant.qtensor import QTensor
 
 
 class Decoder(nnx.Module):
@@ -40,27 +42,54 @@ class Decoder(nnx.Module):
         """Runs all layers over the step's tokens; writes their K and V into `pages`."""
         spec = self.spec
         with jax.named_scope("embed"):
-            x = ops.embed(tokens, self.embed.get_value()) * spec.embedding_scale
+            x = tables.embed(tokens, self.embed.get_value(), self.backend) * spec.embedding_scale
         rope = rope_tables(positions, spec.rope)
         windows = window_sizes(spec)
-        graph, whole, weights = nnx.split(self.layers, indexed, ...)
+        graph, spread, whole, weights = nnx.split(
+            self.layers, gathered_ahead if self.backend.gathers else False, indexed, ...
+        )
+        gather = self._gather(spread)
+        gathers = self.backend.gathers  # else nothing of that is in the program
 
         def layer(
-            carry: tuple[Array, ops.KVPages], inputs: tuple[Array, Array, Array, Any]
-        ) -> tuple[tuple[Array, ops.KVPages], None]:
+            carry: tuple[Array, ops.KVPages, Any], inputs: tuple[Array, Array, Array, Any]
+        ) -> tuple[tuple[Array, ops.KVPages, Any], None]:
             index, window, windowed, state = inputs
-            module = nnx.merge(graph, whole, state)
+            x, pages, gathered = carry
+            ahead = gather(index + 1) if gathers else gathered
+            module = nnx.merge(graph, gathered, whole, state)
             with jax.named_scope("layer"):
-                return module(*carry, rope, batch, layer=index, window=window, windowed=windowed), None
+                x, pages = module(x, pages, rope, batch, layer=index, window=window, windowed=windowed)
+            return (x, pages, ahead), None
 
         is_windowed = jnp.asarray([window is not None for window in spec.windows or (None,) * spec.num_layers])
         inputs: Any = (jnp.arange(spec.num_layers, dtype=jnp.int32), jnp.asarray(windows), is_windowed, weights)
-        (x, pages), _ = jax.lax.scan(layer, (x, pages), inputs)
+        first = gather(jnp.int32(0)) if gathers else spread
+        (x, pages, _), _ = jax.lax.scan(layer, (x, pages, first), inputs)
         return x, pages
+
+    def _gather(self, spread: Any) -> Callable[[Int32[Array, ""]], Any]:
+        """Gathers a layer's part of what is spread over devices.
+
+        The layer that runs was gathered by the one before it: so devices talk while they compute. The last layer
+        gathers itself once more, for nobody.
+        """
+        last = self.spec.num_layers - 1
+
+        def gather(layer: Int32[Array, ""]) -> Any:
+            place = jnp.minimum(layer, last)
+            return jax.tree.map(
+                lambda weight: ops.layer_of(weight, place, self.backend),
+                spread,
+                is_leaf=lambda leaf: isinstance(leaf, QTensor),
+            )
+
+        return gather
 
     def logits(self, x: Float32[Array, "B D"]) -> Float32[Array, "B V"]:
         """Scores of the next token, from the hidden states of some tokens."""
         with jax.named_scope("head"):
             x = rms_norm(x, self.final_norm[...], self.spec.norm_eps)
             table = self.embed.get_value() if self.spec.tied_embeddings else self.head.get_value()
-            return softcapped(ops.linear(x, table, self.backend), self.spec.final_softcap)
+            logits = softcapped(tables.logits(x, table, self.backend), self.spec.final_softcap)
+            return tables.without_filling(logits, self.spec.vocab_size, self.backend)

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from atoma_jax.model_spec import Activation, ModelSpec, RopeSpec
+from sharding.collectives import mean_over
+from sharding.mesh import MeshShape
 
 
 class Rope(NamedTuple):
@@ -17,9 +19,12 @@ class Rope(NamedTuple):
     sin: Float32[Array, "2 T half"]
 
 
-def rms_norm(x: Float32[Array, "*lead D"], scale: Float[Array, " D"], eps: float) -> Float32[Array, "*lead D"]:
-    """Root-mean-square normalization (arXiv:1910.07467)."""
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale
+def rms_norm(
+    x: Float32[Array, "*lead D"], scale: Float[Array, " D"], eps: float, *, cut_over: MeshShape | None = None
+) -> Float32[Array, "*lead D"]:
+    """Root-mean-square normalization (arXiv:1910.07467); `cut_over`: a mesh over whose `tensor` axis D is cut."""
+    square = mean_over(jnp.mean(x * x, axis=-1, keepdims=True), cut_over, "tensor")
+    return x * jax.lax.rsqrt(square + eps) * scale
 
 
 def rope_tables(positions: Int32[Array, " T"], spec: RopeSpec) -> Rope:

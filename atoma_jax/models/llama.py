@@ -25,7 +25,7 @@ class LlamaLayer(nnx.Module):
         D, H = spec.dim, spec.head_dim
         heads = spec.num_heads + 2 * spec.num_kv_heads
         self.attn_norm = vector(D, "embed")
-        self.qkv = matrix(heads * H, D, ("heads", "embed"))
+        self.qkv = matrix(heads * H, D, ("heads_out", "embed"))
         if spec.qkv_bias:
             self.qkv_bias = vector(heads * H, "heads")
         if spec.qk_norm:
@@ -33,17 +33,17 @@ class LlamaLayer(nnx.Module):
             self.k_norm = vector(H, "head_dim")
         if spec.sub_norms:
             self.attn_sub_norm = vector(spec.num_heads * H, "heads")
-        self.attn_out = matrix(D, spec.num_heads * H, ("embed", "heads"))
+        self.attn_out = matrix(D, spec.num_heads * H, ("embed_out", "heads"))
         self.ffn_norm = vector(D, "embed")
         self.add_feed_forward()
 
     def add_feed_forward(self) -> None:
         """Declares the weights of `feed_forward`."""
         D, F = self.spec.dim, self.spec.ffn_dim
-        self.gate_up = matrix(2 * F, D, ("ffn", "embed"))
+        self.gate_up = matrix(2 * F, D, ("ffn_out", "embed"))
         if self.spec.sub_norms:
             self.ffn_sub_norm = vector(F, "ffn")
-        self.down = matrix(D, F, ("embed", "ffn"))
+        self.down = matrix(D, F, ("embed_out", "ffn"))
 
     def __call__(
         self,
@@ -98,8 +98,8 @@ class LlamaLayer(nnx.Module):
         )
         out = out.reshape(T, N * H)
         if spec.sub_norms:
-            out = rms_norm(out, self.attn_sub_norm[...], spec.norm_eps)
-        return self.linear(out, self.attn_out, layer), pages
+            out = rms_norm(out, self.attn_sub_norm[...], spec.norm_eps, cut_over=self.backend.mesh)
+        return self.linear_of_parts(out, self.attn_out, layer), pages
 
     def feed_forward(self, x: Float32[Array, "T D"], layer: Int32[Array, ""]) -> Float32[Array, "T D"]:
         """down(activation(gate · x) · (up · x))."""
@@ -111,9 +111,15 @@ class LlamaLayer(nnx.Module):
         """The same with the weights given."""
         h = gated(self.linear(x, gate_up, layer), self.spec.activation)
         if self.spec.sub_norms:
-            h = rms_norm(h, self.ffn_sub_norm[...], self.spec.norm_eps)
-        return self.linear(h, down, layer)
+            h = rms_norm(h, self.ffn_sub_norm[...], self.spec.norm_eps, cut_over=self.backend.mesh)
+        return self.linear_of_parts(h, down, layer)
 
     def linear(self, x: Float32[Array, "T K"], weight: Any, layer: Int32[Array, ""]) -> Float32[Array, "T N"]:
         """A projection as this model was trained; `weight` is a parameter of this layer."""
         return ops.linear(x, weight.get_value(), self.backend, layer=layer, int8_activations=self.spec.int8_activations)
+
+    def linear_of_parts(self, x: Float32[Array, "T K"], weight: Any, layer: Int32[Array, ""]) -> Float32[Array, "T N"]:
+        """The same where heads or the feed-forward net may be cut over devices."""
+        return ops.linear_of_parts(
+            x, weight.get_value(), self.backend, layer=layer, int8_activations=self.spec.int8_activations
+        )

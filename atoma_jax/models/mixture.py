@@ -19,12 +19,12 @@ class MixtureLayer(LlamaLayer):
         """Declares the weights of `feed_forward`."""
         assert self.spec.experts is not None
         D, E, F = self.spec.dim, self.spec.experts.count, self.spec.experts.ffn_dim
-        self.router = dense_matrix(E, D, ("expert", "embed"))
-        self.experts_gate_up = expert_matrix(E, 2 * F, D, ("expert", "ffn", "embed"))
-        self.experts_down = expert_matrix(E, D, F, ("expert", "embed", "ffn"))
+        self.router = dense_matrix(E, D, ("router", "embed"))
+        self.experts_gate_up = expert_matrix(E, 2 * F, D, ("expert", "ffn_out", "embed"))
+        self.experts_down = expert_matrix(E, D, F, ("expert", "embed_out", "ffn"))
         if shared := self.spec.experts.shared_ffn_dim:
-            self.shared_gate_up = matrix(2 * shared, D, ("ffn", "embed"))
-            self.shared_down = matrix(D, shared, ("embed", "ffn"))
+            self.shared_gate_up = matrix(2 * shared, D, ("ffn_out", "embed"))
+            self.shared_down = matrix(D, shared, ("embed_out", "ffn"))
             self.shared_gate = vector(D, "embed")
 
     def feed_forward(self, x: Float32[Array, "T D"], layer: Int32[Array, ""]) -> Float32[Array, "T D"]:

@@ -27,6 +27,10 @@ class ParamSpec:
     stacked: bool = False
 
 
+class MatrixParam(nnx.Param[Any]):
+    """A matrix that may be quantized. Where these are spread over devices, each is gathered before its layer runs."""
+
+
 class ExpertParam(nnx.Param[Any]):
     """A weight of experts. A layer gets those of all layers and reads what a step needs: a scan over layers would copy
     every expert of a layer first."""
@@ -35,7 +39,7 @@ class ExpertParam(nnx.Param[Any]):
 # `Any`, as what a parameter holds changes from its spec to an array when it is filled.
 def matrix(N: int, K: int, axes: tuple[str, str], *, stacked: bool = True) -> Any:
     """A weight that may be quantized; a layer's, unless it is not stacked."""
-    return nnx.Param(ParamSpec((N, K), axes, quantizable=True, stacked=stacked))
+    return MatrixParam(ParamSpec((N, K), axes, quantizable=True, stacked=stacked))
 
 
 def expert_matrix(E: int, N: int, K: int, axes: tuple[str, str, str]) -> Any:
@@ -71,6 +75,12 @@ def indexed(_path: Any, parameter: Any) -> bool:
     if isinstance(value, QTensor):
         return value.layout != "rows"
     return len(value.shape) == 3 and value.dtype == jnp.bfloat16
+
+
+def gathered_ahead(_path: Any, parameter: Any) -> bool:
+    """A filter for `nnx.split`: matrices that can be gathered a layer ahead. Layers of several forms are not: what is
+    ahead would be now of one shape, now of another. Experts are gathered when they are used."""
+    return isinstance(parameter, MatrixParam) and not isinstance(parameter.get_value(), LayerVariants)
 
 
 def fill(model: nnx.Module, values: Mapping[str, Any]) -> None:

@@ -80,6 +80,8 @@ class FakeLLM:
         self.is_shut_down = False
         self.llm_engine = FakeEngine()
         self.startup = SimpleNamespace(
+            mesh=None,
+            device_bytes={},
             phases={"weights": 0.5, "warm_up": 0.25},
             total=0.75,
             kernels="xla",

@@ -9,6 +9,7 @@ import pytest
 
 from atoma_jax import LLM, RequestOutput, SamplingParams
 from atoma_jax.config import CompileConfig
+from atoma_jax.engine.buckets import Program
 from atoma_jax.engine.engine import Engine
 from atoma_jax.engine.plan import StepPlan
 from tests.engine.conftest import BUCKETS, SIZES
@@ -145,9 +146,9 @@ def test_decodes_never_run_in_the_program_of_prefills(
     runner = deterministic_llm.llm_engine._runner
     call, plans = runner._call, []
 
-    def noted(plan: StepPlan) -> object:
-        plans.append(plan)
-        return call(plan)
+    def noted(parts: tuple[StepPlan, ...], program: Program) -> object:
+        plans.extend(parts)
+        return call(parts, program)
 
     monkeypatch.setattr(runner, "_call", noted)
     run_all(deterministic_llm.llm_engine, asks[:10])

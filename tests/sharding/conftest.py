@@ -1,0 +1,94 @@
+"""Tiny models of every kind that a mesh cuts in another way. Those that need PyTorch say so when they are skipped."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import pytest
+
+from atoma_jax.loading.gguf.mixtures import TypeOptions
+from atoma_jax.loading.gguf.requantize import requantize
+from tests.tiny_model import write_tiny_llama
+
+TERNARY = Path(__file__).parents[1] / "data" / "ternary"
+
+
+def _tiny(kind: str, **changes: Any) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        quantization = getattr(gguf.GGMLQuantizationType, kind)
+        return write_tiny_llama(folder / "m.gguf", kind=quantization, embedding_scale=0.35, **changes)
+
+    return make
+
+
+def _mixture(folder: Path) -> Path:
+    whole = write_tiny_llama(
+        folder / "f32.gguf", kind=gguf.GGMLQuantizationType.F32, embedding_scale=0.35, width=512, heads=(8, 4), layers=4
+    )
+    requantize(whole, folder / "m.gguf", TypeOptions.named("Q4_K_M"))
+    return folder / "m.gguf"
+
+
+def _hf(name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        pytest.importorskip("torch", reason="needs the extra `oracle`: torch")
+        from tests.models import families, test_hf_quantized
+
+        def mixtral() -> Any:
+            return families.transformers.MixtralForCausalLM(
+                families.transformers.MixtralConfig(
+                    **{**families.COMMON, "intermediate_size": 128}, num_key_value_heads=2, num_local_experts=4
+                )
+            )
+
+        makers: dict[str, Callable[[], Any]] = {
+            "gemma": lambda: families.gemma(num_hidden_layers=3, sliding_window=6, head_dim=16, intermediate_size=128),
+            "mixtral": mixtral,
+            "biases": families.llama_with_biases,
+            "GPTQ": test_hf_quantized.wide_llama,
+            "AWQ": test_hf_quantized.wide_llama,
+        }
+        model = families.randomized(makers[name])
+        if name in test_hf_quantized.FORMATS:
+            return test_hf_quantized.quantized_folder(model, folder, name)
+        model.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "Q4_1": _tiny("Q4_1", width=256, heads=(8, 2)),
+    "Q4_K": _mixture,  # two supergroups of inputs, and layers of several types
+    "F32": _tiny("F32", heads=(8, 8)),
+    "ternary": lambda folder: TERNARY / "hf",
+    **{name: _hf(name) for name in ("gemma", "mixtral", "biases", "GPTQ", "AWQ")},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compiler() -> Iterator[None]:
+    """LLVM does not optimize programs that run a few steps; what XLA makes of them, collectives too, is the same."""
+    compiled = jax.stages.Lowered.compile
+
+    def quickly(lowered: Any) -> Any:
+        return compiled(lowered, {"xla_backend_optimization_level": 0})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", quickly)
+        yield
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The file or folder of a model of `MODELS`, made once."""
+    made: dict[str, Path] = {}
+
+    def path(name: str) -> Path:
+        if name not in made:
+            made[name] = MODELS[name](tmp_path_factory.mktemp("model"))
+        return made[name]
+
+    return path

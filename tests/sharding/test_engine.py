@@ -1,0 +1,172 @@
+"""An engine on a mesh: answers of one device, memory as planned, and no communication but what is listed."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import jax
+import pytest
+
+from atoma_jax import LLM, plan_model
+from atoma_jax.config import EngineConfig
+from atoma_jax.errors import ConfigError
+from sharding.plan import allocated_bytes
+from tests.engine.traffic import greedy, random_asks, run_all, same_output
+from tests.tiny_model import write_tiny_llama
+
+LISTED = json.loads((Path(__file__).parent / "collectives.json").read_text())
+MESHES = tuple(LISTED)
+QUICK = ("fsdp=2,tensor=2",)  # all of it at once: slices, weights that are gathered, heads and vocabulary that are cut
+SIZES: dict[str, Any] = {
+    "dtype": "float32",
+    "kernels": "xla",
+    "max_model_len": 96,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "score_tokens": 16,
+    "block_size": 8,
+    "num_pages": 16,  # of each slice: too few, so that some are preempted
+    "decode_rows": (4,),
+    "prefill_tokens": (32,),
+}
+meshes = pytest.mark.parametrize(
+    "mesh", [mesh if mesh in QUICK else pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES]
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vocabulary that nothing divides, fewer kv heads than devices."""
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "m.gguf", embedding_scale=0.35, width=256, heads=(8, 2))
+
+
+@pytest.fixture(scope="module")
+def engine_of(path: Path) -> Callable[[str | None], LLM]:
+    """An engine on a mesh, started once."""
+    started: dict[str | None, LLM] = {}
+
+    def start(mesh: str | None) -> LLM:
+        if mesh not in started:
+            started[mesh] = LLM(str(path), mesh=mesh, **SIZES)
+        started[mesh].reset_prefix_cache()
+        started[mesh].reset_stats()
+        return started[mesh]
+
+    return start
+
+
+@meshes
+def test_answers_are_those_of_one_device(mesh: str, engine_of: Callable[[str | None], LLM]) -> None:
+    """Of random requests of every kind, many at once: some are preempted, some find their prefixes."""
+    asks = random_asks(Random(7), 48)
+    asks[::2] = [greedy(ask) for ask in asks[::2]]
+    want = run_all(engine_of(None).llm_engine, asks)
+    llm = engine_of(mesh)
+    for one, other in zip(want, run_all(llm.llm_engine, asks), strict=True):
+        same_output(one, other)
+    llm.llm_engine.check_integrity()
+    stats = llm.stats()
+    assert stats.preemptions > 0
+    assert stats.prefix_hit_tokens > 0
+    assert stats.recompilations == 0
+    gauges = llm.llm_engine.scheduler_stats()
+    assert (gauges.num_running, gauges.num_waiting, gauges.pages_owned) == (0, 0, 0)
+
+
+@meshes
+def test_a_request_that_is_aborted_leaves_nothing(mesh: str, engine_of: Callable[[str | None], LLM]) -> None:
+    engine = engine_of(mesh).llm_engine
+    for index, ask in enumerate(random_asks(Random(3), 24)):
+        engine.add_request(f"r{index}", list(ask.prompt), ask.params)
+    for _ in range(4):
+        engine.step()
+    for index in range(24):  # some run, some wait in a slice, some have none yet
+        engine.abort_request(f"r{index}")
+    while engine.has_work:
+        engine.step()
+    engine.check_integrity()
+    gauges = engine.scheduler_stats()
+    assert (gauges.num_running, gauges.num_waiting, gauges.pages_owned) == (0, 0, 0)
+
+
+@meshes
+def test_every_device_holds_what_was_planned(mesh: str, path: Path, engine_of: Callable[[str | None], LLM]) -> None:
+    llm = engine_of(mesh)
+    runner = llm.llm_engine._runner
+    config = EngineConfig.from_options({"model": str(path), "mesh": mesh, **SIZES})
+    planned = plan_model(config, progress=False)
+    assert runner._state is not None
+    weights, pages = allocated_bytes(runner._weights), allocated_bytes(runner._state.pages)
+    assert len(weights) == len(pages) == len(runner._state.pages.k.sharding.device_set)
+    assert set(weights.values()) == {planned.weight_bytes}
+    assert set(pages.values()) == {planned.kv_bytes_per_token * SIZES["block_size"] * SIZES["num_pages"]}
+    assert llm.startup.device_bytes == {
+        "weights": (planned.weight_bytes, planned.weight_bytes),
+        "KV cache": (llm.llm_engine.model_config.kv_cache_bytes, next(iter(pages.values()))),
+    }
+
+
+@meshes
+def test_no_collective_is_in_a_step_but_those_of_the_list(mesh: str, engine_of: Callable[[str | None], LLM]) -> None:
+    runner = engine_of(mesh).llm_engine._runner
+    found = {str(program): collectives(runner._programs[program].result()) for program in runner.buckets.programs}
+    assert found == LISTED[mesh]
+
+
+def collectives(compiled: Any) -> list[str]:
+    """What devices exchange in a program: the operation, the devices of a group, and what one gives or gets."""
+    pattern = (
+        r"= \(?(\w+\[[\d,]*\]).*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    )
+    lines = [line for line in compiled.as_text().splitlines() if re.search(pattern, line)]
+    found: set[str] = set()
+    for line in lines:
+        shape, kind = re.search(pattern, line).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        groups = re.search(r"replica_groups=(\{\{[\d,{}]*\}\}|\[\d+,\d+\])", line)
+        assert groups is not None, line
+        size = (
+            len(groups[1].split("}")[0].split(",")) if groups[1].startswith("{") else int(groups[1][1:-1].split(",")[1])
+        )
+        found.add(f"{kind} of {size}: {shape}")
+    return sorted(found)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            ({"mesh": "tensor=16"}, "needs 16 devices and there are 8"),
+            ({"mesh": "tensor=3"}, "must divide num_heads = 8 of the model: 1, 2, 4, 8"),
+            ({"mesh": "expert=2"}, "has no experts"),
+            ({"mesh": "tensor=8", "weight_layout": "planar"}, "inputs lie in blocks of .*: tensor may be 1, 2, 4, got"),
+            ({"mesh": "tensor=2", "kernels": "native"}, "run on one device, and the mesh is tensor=2"),
+            ({"mesh": "tensor"}, None),
+        ],
+    )
+    def test_what_cannot_be_cut_is_refused_from_headers(
+        self, options: dict[str, Any], says: str | None, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def load(*_: Any, **__: Any) -> None:
+            raise AssertionError("weights are read")
+
+        monkeypatch.setattr("atoma_jax.engine.model_setup.load_weights", load)
+        monkeypatch.setattr("atoma_jax.engine.runner.jax.jit", load)  # nor is anything compiled
+        if says is None:
+            plan_model(EngineConfig.from_options({"model": str(path), **options}), progress=False)
+            return
+        with pytest.raises(ConfigError, match=says):
+            LLM(str(path), **{**SIZES, **options})
+
+
+def test_a_plan_for_devices_that_are_not_there_adds_up(path: Path) -> None:
+    def weights(mesh: str | None) -> dict[str, int]:
+        config = EngineConfig.from_options({"model": str(path), "mesh": mesh, "kernels": "xla"})
+        return dict(plan_model(config, progress=False).weights)
+
+    whole, spread = weights(None), weights("fsdp=16")
+    matrices = [name for name in whole if not name.endswith("norm") and name != "embed"]
+    assert {name: spread[name] * 16 for name in matrices} == {name: whole[name] for name in matrices}
+    assert jax.device_count() < 16

@@ -1,0 +1,66 @@
+"""A model cut over devices says what it says on one: distributions of the next token, of every kind of weight."""
+
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.sharding.steps import log_probabilities
+
+CLOSE = 1e-3  # in float32, of log-probabilities
+MESHES = ("tensor=2", "tensor=4", "tensor=8", "fsdp=2", "fsdp=2,tensor=2", "fsdp=4,tensor=2", "data=2", "data=2,fsdp=2")
+LAYOUTS = {"Q4_1": ("rows", "planar"), "Q4_K": ("rows", "planar"), "ternary": ("rows", "planar"), "GPTQ": ("planar",)}
+QUICK = [  # what cuts in a way of its own: rows, planes, kv heads that are repeated, supergroups, experts, permutations
+    ("Q4_1", "rows", "tensor=4"),
+    ("Q4_K", "planar", "fsdp=2,tensor=2"),
+    ("mixtral", "rows", "expert=2,tensor=2"),
+    ("GPTQ", "rows", "tensor=2"),
+]
+# Heads or blocks of inputs do not divide: refused with the sizes that would.
+REFUSED = {
+    ("Q4_1", "planar", "tensor=4"),
+    ("Q4_1", "planar", "tensor=8"),
+    ("Q4_K", "planar", "tensor=8"),
+}
+EVERY = [
+    pytest.param(name, layout, mesh, marks=pytest.mark.slow)
+    for name in ("Q4_1", "Q4_K", "F32", "gemma", "mixtral", "biases", "GPTQ", "AWQ", "ternary")
+    for layout in LAYOUTS.get(name, ("rows",))
+    for mesh in (*MESHES, *(("expert=2", "expert=4,tensor=2", "fsdp=2,expert=2") if name == "mixtral" else ()))
+    if (name, layout, mesh) not in {*QUICK, *REFUSED}
+]
+
+
+@pytest.fixture(scope="module")
+def on_one_device(model_path: Callable[[str], Path]) -> Callable[[str], list[np.ndarray]]:
+    """The distributions of a model on one device, computed once."""
+    known: dict[str, list[np.ndarray]] = {}
+
+    def of(name: str) -> list[np.ndarray]:
+        if name not in known:
+            known[name] = log_probabilities(model_path(name), None, texts())
+        return known[name]
+
+    return of
+
+
+def texts() -> list[list[int]]:
+    """Of one length, so that a program serves all; three, so that a slice idles."""
+    rng = Random(1)
+    return [[rng.randrange(3, 200) for _ in range(17)] for _ in range(3)]
+
+
+@pytest.mark.parametrize(("name", "layout", "mesh"), [*QUICK, *EVERY])
+def test_distributions_are_those_of_one_device(
+    name: str,
+    layout: str,
+    mesh: str,
+    model_path: Callable[[str], Path],
+    on_one_device: Callable[[str], list[np.ndarray]],
+) -> None:
+    found: Any = log_probabilities(model_path(name), mesh, texts(), weight_layout=layout)
+    for mine, want in zip(found, on_one_device(name), strict=True):
+        np.testing.assert_allclose(mine, want, atol=CLOSE, rtol=0)
