@@ -1,5 +1,8 @@
 """How the results of `bench/compare.py` look: a table on the terminal, one in Markdown, a plot. Measures nothing."""
 
+# The library that draws is not in every environment.
+# pyright: reportMissingImports=false
+
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
