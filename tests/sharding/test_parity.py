@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.sharding.steps import log_probabilities
+from atoma_jax.errors import ConfigError
+from sharding.mesh import parse_mesh
+from tests.sharding.steps import log_probabilities, set_up
 
 CLOSE = 1e-3  # in float32, of log-probabilities
 MESHES = ("tensor=2", "tensor=4", "tensor=8", "fsdp=2", "fsdp=2,tensor=2", "fsdp=4,tensor=2", "data=2", "data=2,fsdp=2")
@@ -19,19 +21,24 @@ QUICK = [  # what cuts in a way of its own: rows, planes, kv heads that are repe
     ("mixtral", "rows", "expert=2,tensor=2"),
     ("GPTQ", "rows", "tensor=2"),
 ]
-# Heads or blocks of inputs do not divide: refused with the sizes that would.
-REFUSED = {
-    ("Q4_1", "planar", "tensor=4"),
-    ("Q4_1", "planar", "tensor=8"),
-    ("Q4_K", "planar", "tensor=8"),
+# By what `tensor` may be, where heads, or blocks of inputs of the output projection, do not divide into more.
+MOST = {
+    ("Q4_1", "planar"): 2,
+    ("Q4_K", "planar"): 2,
+    ("ternary", "planar"): 1,
+    ("GPTQ", "planar"): 1,
+    **dict.fromkeys([("GPTQ", "rows"), ("AWQ", "rows")], 2),
+    **dict.fromkeys([(name, "rows") for name in ("gemma", "mixtral", "biases", "ternary")], 4),
 }
 EVERY = [
-    pytest.param(name, layout, mesh, marks=pytest.mark.slow)
+    (name, layout, mesh)
     for name in ("Q4_1", "Q4_K", "F32", "gemma", "mixtral", "biases", "GPTQ", "AWQ", "ternary")
     for layout in LAYOUTS.get(name, ("rows",))
     for mesh in (*MESHES, *(("expert=2", "expert=4,tensor=2", "fsdp=2,expert=2") if name == "mixtral" else ()))
-    if (name, layout, mesh) not in {*QUICK, *REFUSED}
+    if (name, layout, mesh) not in QUICK
 ]
+REFUSED = [case for case in EVERY if parse_mesh(case[2]).tensor > MOST.get(case[:2], 8)]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in REFUSED]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +60,7 @@ def texts() -> list[list[int]]:
     return [[rng.randrange(3, 200) for _ in range(17)] for _ in range(3)]
 
 
-@pytest.mark.parametrize(("name", "layout", "mesh"), [*QUICK, *EVERY])
+@pytest.mark.parametrize(("name", "layout", "mesh"), [*QUICK, *SLOW])
 def test_distributions_are_those_of_one_device(
     name: str,
     layout: str,
@@ -64,3 +71,12 @@ def test_distributions_are_those_of_one_device(
     found: Any = log_probabilities(model_path(name), mesh, texts(), weight_layout=layout)
     for mine, want in zip(found, on_one_device(name), strict=True):
         np.testing.assert_allclose(mine, want, atol=CLOSE, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layout", "mesh"), REFUSED)
+def test_what_does_not_divide_is_refused(
+    name: str, layout: str, mesh: str, model_path: Callable[[str], Path]
+) -> None:
+    with pytest.raises(ConfigError, match="tensor may be|must divide num_heads"):
+        set_up(model_path(name), mesh, weight_layout=layout)
