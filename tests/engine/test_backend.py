@@ -17,7 +17,7 @@ def built(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 
 
 def chosen(platform: Any = "cpu", **settings: Any) -> tuple[str, str]:
-    backend = _backend(ModelConfig(model="m", **settings), platform)
+    backend = _backend(ModelConfig(model="m", **settings), platform, None)
     return backend.kernels, backend.weight_layout
 
 

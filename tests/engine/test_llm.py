@@ -10,6 +10,7 @@ import pytest
 
 from atoma_jax import LLM, RequestOutput, RequestOutputKind, SamplingParams, UserError
 from atoma_jax.config import EngineConfig
+from tests.engine.conftest import SIZES
 from tests.engine.traffic import brief, same_output
 from tests.tiny_model import CHAT_TEMPLATE
 
@@ -316,6 +317,7 @@ def test_a_file_of_settings_builds_one_too(tiny_path: Any, tmp_path: Any, shared
     path = tmp_path / "serve.toml"
     path.write_text(
         f'[model]\nmodel = "{tiny_path}"\ndtype = "float32"\nmax_model_len = 96\n'
+        f'cpu_precision = "{SIZES["cpu_precision"]}"\n'  # the programs are there
         "[cache]\nblock_size = 8\nnum_pages = 28\n"
         "[scheduler]\nmax_num_seqs = 4\nmax_num_batched_tokens = 32\n"
         "[compile]\ndecode_rows = [1, 4]\nprefill_tokens = [16, 32]\nscore_tokens = 16\n"

@@ -182,6 +182,7 @@ def test_nan_in_one_context_stays_in_its_row_and_kv_head(case: str) -> None:
     np.testing.assert_array_equal(np.delete(out, 2, 0), np.delete(clean, 2, 0))
 
 
+@pytest.mark.slow  # a process that compiles everything anew
 def test_kv_heads_may_be_split_over_devices() -> None:
     command = [sys.executable, "-m", "tests.pallas_kernels.sharded_attention"]
     ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)

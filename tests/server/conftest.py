@@ -224,6 +224,7 @@ def live(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory, request: pyt
                 *(sys.executable, "-m", "atoma_jax.cli", "serve", str(tiny_path), "--port", "0"),
                 *("--config", str(folder / "serve.toml"), "--served-model-name", "tiny", "--api-key", "secret"),
                 *("--compile-cache-dir", str(request.config.cache.mkdir("xla"))),
+                *("--dtype", "float32", "--cpu-precision", SIZES["cpu_precision"]),  # as the engine within the tests
             ],
             stderr=stderr,
             # A limit, like that of the suite: without one JAX neither locks the folder nor writes what limits go by.
