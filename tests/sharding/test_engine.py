@@ -1,6 +1,7 @@
 """An engine on a mesh: answers of one device, memory as planned, and no communication but what is listed."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -125,13 +126,20 @@ def collectives(compiled: Any) -> list[str]:
     found: set[str] = set()
     for line in lines:
         shape, kind = re.search(pattern, line).groups()  # pyright: ignore[reportOptionalMemberAccess]
-        groups = re.search(r"replica_groups=(\{\{[\d,{}]*\}\}|\[\d+,\d+\])", line)
-        assert groups is not None, line
-        size = (
-            len(groups[1].split("}")[0].split(",")) if groups[1].startswith("{") else int(groups[1][1:-1].split(",")[1])
-        )
-        found.add(f"{kind} of {size}: {shape}")
+        found.add(f"{kind} of {_group_size(line)}: {shape}")
     return sorted(found)
+
+
+def _group_size(line: str) -> int:
+    """Devices that talk with each other, in whichever of XLA's three forms: lists, an array's shape, axes of a mesh."""
+    if lists := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return len(lists[1].split(","))
+    if shape := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(shape[1])
+    axes = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+    assert axes is not None, line
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes[1])}
+    return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", axes[2]))
 
 
 class TestRefusals:
