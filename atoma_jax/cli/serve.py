@@ -105,10 +105,10 @@ class RefusedOptions:
 
 
 _WHY = {
-    **dict.fromkeys(
-        ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
-        "must be 1: one server runs on one device",
-    ),
+    "tensor_parallel_size": "must be 1: several devices are asked for by --mesh tensor=N",
+    "data_parallel_size": "must be 1: several devices are asked for by --mesh data=N",
+    "pipeline_parallel_size": "must be 1: layers are not spread over devices; see --mesh",
+    "enable_expert_parallel": "is asked for by --mesh expert=N: leave it out",
     "load_format": "must be auto: the files say what they are",
     "tokenizer": "is the model's own: leave it out",
 }

@@ -48,7 +48,7 @@ class StartupReport:
     """Seconds of each phase, in order. Programs compile while weights load: "compile" is what was left after that."""
 
     phases: dict[str, float] = field(default_factory=lambda: dict[str, float]())
-    kernels: str = ""  # of the programs, once that is decided: xla, pallas or interpret
+    kernels: str = ""  # of the programs, once that is decided: native, xla, pallas or interpret
     mesh: str | None = None  # devices along each axis; None: one device
     # Bytes of each device, planned from headers and allocated, by what they are for.
     device_bytes: dict[str, tuple[int, int]] = field(default_factory=lambda: dict[str, tuple[int, int]]())

@@ -11,24 +11,7 @@ GAP_BOUNDS = (
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
 )  # seconds
 STEP_TOKEN_BOUNDS = (1.0, *(2.0**power for power in range(3, 15)))
-STEP_BOUNDS = (
-    0.0001,
-    0.0002,
-    0.0005,
-    0.001,
-    0.002,
-    0.005,
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.5,
-    1.0,
-    2.0,
-    5.0,
-    10.0,
-)  # seconds
+STEP_BOUNDS = tuple(digit * 10.0**power for power in range(-4, 1) for digit in (1, 2, 5)) + (10.0,)  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

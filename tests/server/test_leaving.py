@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +22,12 @@ def body_of(**body: Any) -> list[bytes]:
 
 def held(server: Served) -> Callable[[], None]:
     """Holds the engine's thread until what is returned is called: requests then wait, whatever there is room for."""
-    import threading
-
     gate = threading.Event()
-    server.llm._call(lambda: gate.wait(20) and None)  # type: ignore[func-returns-value]
+
+    def hold() -> None:
+        gate.wait(20)
+
+    server.llm._call(hold)
     return gate.set
 
 

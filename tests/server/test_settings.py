@@ -86,7 +86,7 @@ def test_by_default_it_listens_to_this_machine_alone_and_its_queue_is_bounded(
         *(((f"--{name}", "2"), f"{name.replace('-', '_')}: must be 1") for name in ("tensor-parallel-size",)),
         (("-pp", "2"), "pipeline_parallel_size: must be 1"),
         (("-dp", "2"), "data_parallel_size: must be 1"),
-        (("--enable-expert-parallel",), "enable_expert_parallel: is not implemented"),
+        (("--enable-expert-parallel",), "enable_expert_parallel: is asked for by --mesh"),
         (("--load-format", "dummy"), "load_format: must be auto"),
         (("--tokenizer", "x"), "tokenizer: is the model's own"),
         (("--speculative-config", "{}"), "speculative_config: is not implemented"),
