@@ -11,7 +11,7 @@ GAP_BOUNDS = (
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
 )  # seconds
 STEP_TOKEN_BOUNDS = (1.0, *(2.0**power for power in range(3, 15)))
-STEP_BOUNDS = tuple(digit * 10.0**power for power in range(-4, 1) for digit in (1, 2, 5)) + (10.0,)  # seconds
+STEP_BOUNDS = (*(digit * 10.0**power for power in range(-4, 1) for digit in (1, 2, 5)), 10.0)  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
