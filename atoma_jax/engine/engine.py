@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from atoma_jax.engine.compilations import COMPILATIONS
+from atoma_jax.engine.grammars import Grammars
 from atoma_jax.engine.limits import EngineLimits
 from atoma_jax.engine.plan import Committed, SlicedPlan, StepPlan
 from atoma_jax.engine.request import Request, Sample
 from atoma_jax.engine.runner import HostOutput, PendingOutput, Runner
 from atoma_jax.engine.sampler_state import SamplerShape, SlotRules, bad_word_sequences
-from atoma_jax.engine.sampling_rows import Column, encode, setting_flags
+from atoma_jax.engine.sampling_rows import Column, RowFlag, encode, setting_flags
 from atoma_jax.engine.scheduler import Scheduler, SchedulerStats
 from atoma_jax.engine.sequence import Sequence
 from atoma_jax.engine.sliced_scheduler import SlicedScheduler
@@ -56,6 +57,7 @@ class Engine:
         self.tokenizer, self.model_config, self.default_params = tokenizer, model_config, default_params
         self._scheduler, self._runner, self._sampler = scheduler, runner, sampler
         self._depth = 1 if pipelined else 0
+        self.grammars = Grammars(tokenizer, vocab_size=sampler.vocab_size)
         self._seed = seed
         self._num_requests = 0
         self._requests: dict[str, Request] = {}
@@ -195,9 +197,15 @@ class Engine:
 
     def _launch(self, plan: StepPlan | SlicedPlan) -> None:
         now = time.perf_counter()
+        guided: list[Sequence] = []
         for work in plan.works:
             if work.is_first:
                 self._begin(work.seq, now)
+            if work.seq.guide is not None and work.samples:
+                guided.append(work.seq)
+        if guided:
+            bits = self.grammars.bits([seq.guide for seq in guided if seq.guide is not None])
+            self._runner.allow([(seq.home, seq.slot) for seq in guided if seq.slot is not None], bits)
         self._in_flight.append(_InFlight(plan, self._runner.launch(plan)))
 
     def _begin(self, seq: Sequence, now: float) -> None:
@@ -239,6 +247,8 @@ class Engine:
         if work.scores:
             self._scheduler.finish(work.seq, "error")
         if news.token is None:  # the logits were not finite
+            if work.seq.guide is not None and work.seq.guide.error is not None:
+                self._scheduler.finish(work.seq, "error", work.seq.guide.error)
             request.end_texts()
             return True
         sample = request.samples[work.seq.index]
@@ -246,7 +256,22 @@ class Engine:
         self._recorder.generation_tokens += 1
         if stopped is not None:
             self._scheduler.finish(work.seq, "stop", stopped)
+        elif work.seq.guide is not None:
+            self._follow(request, sample, news.token)
         return True
+
+    def _follow(self, request: Request, sample: Sample, token: int) -> None:
+        """Tells a guide of its sample's token, and ends the sample where nothing that the request allows can follow."""
+        seq, guide = sample.seq, sample.seq.guide
+        assert guide is not None
+        if not seq.is_finished:
+            guide.accept(token)
+            if guide.is_complete and len(seq.tokens) - seq.prompt_len < request.params.min_tokens:
+                self._scheduler.finish(seq, "stop")  # the end's own token is barred until min_tokens
+                request.end_texts()
+        if guide.error is not None:
+            self._scheduler.finish(seq, "error", guide.error)
+            request.end_texts()
 
     def _encode(self, prompt: Any) -> tuple[str | None, list[Any]]:
         if isinstance(prompt, str):
@@ -275,6 +300,9 @@ class Engine:
         )
         seed = self._seed + self._num_requests if params.seed is None else params.seed
         settings = encode(params, slot=0, seed=seed, sample_index=index)
+        if params.structured_outputs is not None:
+            seq.guide = self.grammars.guide(params)
+            settings[Column.FLAGS] |= RowFlag.MASK
         return Sample(seq, settings, TextStream(self.tokenizer, params) if params.detokenize else None)
 
     def _rules(self, params: SamplingParams) -> SlotRules | None:

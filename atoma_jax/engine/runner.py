@@ -13,13 +13,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int32
 
 from atoma_jax.engine.batch import SlotTables, batch_size, pack
 from atoma_jax.engine.buckets import Buckets, Program
 from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.mesh_step import MeshStep
 from atoma_jax.engine.plan import SlicedPlan, StepPlan
-from atoma_jax.engine.sampler_state import SamplerShape, SlotRules, empty_row, write_slot
+from atoma_jax.engine.sampler_state import SamplerShape, SlotRules, empty_row, write_allowed, write_slot
 from atoma_jax.engine.step import EngineState, StepOutput, StepSizes, Weights, make_state, run_step
 from atoma_jax.model_spec import KVDtype, ModelSpec
 from atoma_jax.ops import Backend
@@ -78,10 +79,11 @@ class Runner:
         kv_dtype: KVDtype,
         split_prefill: bool,
         mesh: MeshStep | None = None,
+        guided: bool = False,
     ):
         """The model is given as its `nnx.GraphDef`; slots and pages are those of a slice, of which a mesh has
         several. `split_prefill`: decodes and prefills of one plan run as two
-        programs, so that a row's arithmetic does not depend on what else the step holds."""
+        programs, so that a row's arithmetic does not depend on what else the step holds. `guided`: `allow` is called."""
         self.buckets = buckets
         self._graph, self._sizes, self._split_prefill = graph, sizes, split_prefill
         self._mesh, slices = mesh, 1 if mesh is None else mesh.shape.num_slices
@@ -98,6 +100,9 @@ class Runner:
         self._write_slot_shape = (jax.ShapeDtypeStruct((), jnp.int32), empty_row(sampler))
         self._programs: dict[Program, Future[Any]] = {}
         self._write_slot: Future[Any] | None = None
+        self._allowed_rows = (1, sampler.slots) if guided and sampler.slots > 1 else (1,) if guided else ()
+        self._mask_words = sampler.mask_words
+        self._write_allowed: dict[int, Future[Any]] = {}  # by rows
         self._weights: Weights | None = None
         self._state: EngineState | None = None
 
@@ -131,15 +136,24 @@ class Runner:
             write = mesh.slot_writer(state.sampler, row)
             return jax.jit(write, donate_argnums=0).lower(state.sampler, slot, slot, row).compile()
 
+        def build_allowed(rows: int) -> Any:
+            slots, bits = (rows,), (rows, self._mask_words)
+            if mesh is None:
+                shapes = jax.ShapeDtypeStruct(slots, jnp.int32), jax.ShapeDtypeStruct(bits, jnp.int32)
+                return jax.jit(write_allowed, donate_argnums=0).lower(state.sampler, *shapes).compile()
+            write, shapes = mesh.allowed_writer(state.sampler), mesh.abstract_allowed(*bits)
+            return jax.jit(write, donate_argnums=0).lower(state.sampler, *shapes).compile()
+
         self._programs = {program: pool.submit(build, program) for program in self.buckets.programs}
         self._write_slot = pool.submit(build_write)
+        self._write_allowed = {rows: pool.submit(build_allowed, rows) for rows in self._allowed_rows}
         return pool
 
     def start(self, weights: Weights) -> None:
         """Takes the loaded weights, makes the state, and waits for every program. Nothing compiles afterwards."""
         self._weights = weights
         self._state = self._new_state() if self._mesh is None else self._mesh.new_state(self._new_state)
-        for future in (*self._programs.values(), self._write_slot):
+        for future in (*self._programs.values(), self._write_slot, *self._write_allowed.values()):
             assert future is not None
             future.result()
 
@@ -187,6 +201,27 @@ class Runner:
             where = (np.int32(slot),) if self._mesh is None else (np.int32(home), np.int32(slot))
             sampler = write(self._state.sampler, *where, rules.slot_row(prompt, outputs))
             self._state = EngineState(pages=self._state.pages, sampler=sampler)
+
+    def allow(self, rows: list[tuple[int, int]], bits: Int32[np.ndarray, "B M"]) -> None:
+        """Says which tokens the next step may draw in some slots whose settings have the flag MASK.
+
+        Args:
+            rows: slice and slot of each.
+            bits: theirs, bit i of word w for token 32·w + i.
+        """
+        assert self._state is not None
+        places = [[at for at, (home, _) in enumerate(rows) if home == own] for own in range(len(self._tables))]
+        most = max(map(len, places))
+        size = next(size for size in self._allowed_rows if size >= most)
+        nowhere = len(self._tables[0].filled)  # past the last slot: dropped
+        slots = np.full((len(places), size), nowhere, np.int32)
+        words = np.zeros((len(places), size, self._mask_words), np.int32)
+        for home, own in enumerate(places):
+            slots[home, : len(own)] = [rows[at][1] for at in own]
+            words[home, : len(own)] = bits[own]
+        write = self._write_allowed[size].result()
+        sampler = write(self._state.sampler, slots.reshape(-1), words.reshape(-1, self._mask_words))
+        self._state = EngineState(pages=self._state.pages, sampler=sampler)
 
     def launch(self, plan: StepPlan | SlicedPlan) -> PendingOutput:
         """Dispatches a step. Its results are read later, while the next one runs."""

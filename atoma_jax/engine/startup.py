@@ -17,6 +17,7 @@ from atoma_jax.engine.buckets import Buckets, make_buckets
 from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.compile_cache import use_compile_cache
 from atoma_jax.engine.engine import Engine
+from atoma_jax.engine.grammars import has_llguidance
 from atoma_jax.engine.host import free_host_bytes, keep_freed_memory
 from atoma_jax.engine.limits import EngineLimits
 from atoma_jax.engine.memory import DeviceMemory, addressable_pages, kv_cache_dtype, plan_pages
@@ -229,6 +230,7 @@ def _runner(config: EngineConfig, plan: _Plan, setup: ModelSetup, limits: Engine
         kv_dtype=plan.kv_dtype,
         split_prefill=config.compile.deterministic,
         mesh=None if mesh is None or setup.devices is None else MeshStep(mesh, setup.devices),
+        guided=has_llguidance(),
     )
 
 
