@@ -17,7 +17,16 @@ ALL_PYTHON = sorted([*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench"
 
 BASICS = tuple(
     f"atoma_jax.{name}"
-    for name in ("errors", "config", "cores", "histogram", "model_spec", "sampling_params", "structured_outputs", "outputs")
+    for name in (
+        "errors",
+        "config",
+        "cores",
+        "histogram",
+        "model_spec",
+        "sampling_params",
+        "structured_outputs",
+        "outputs",
+    )
 )
 PUBLIC = ("atoma_jax", *BASICS)
 PARSERS = tuple(

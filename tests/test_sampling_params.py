@@ -38,6 +38,7 @@ def test_defaults_are_those_that_clients_of_other_engines_know():
         "logit_bias": None,
         "allowed_token_ids": None,
         "bad_words": (),
+        "structured_outputs": None,
     }
 
 

@@ -68,7 +68,7 @@ class Grammars:
 
         with self._lock:
             if self._own is None:
-                own = LLTokenizer(_Vocabulary(self._tokenizer, self._vocab_size, ends), self._vocab_size, ends)
+                own = LLTokenizer(_Vocabulary(self._tokenizer, self._vocab_size, ends), eos_token=ends)
                 self._executor = LLExecutor(min(usable_cores(), _THREADS))
                 self._own = own
 
@@ -139,7 +139,8 @@ class _Vocabulary:
         self._tokenizer = tokenizer
         self.eos_token_id = ends[0]
         self.bos_token_id = tokenizer.bos_token_id
-        self.tokens = [tokenizer.token_bytes(token) for token in range(size)]
+        # Padding has no bytes, and is never allowed.
+        self.tokens = [tokenizer.token_bytes(token) for token in range(size)] + [b""] * (vocab_size - size)
         self.special_token_ids = sorted(token for token in tokenizer.special_ids | set(ends) if token < size)
 
     def __call__(self, text: str) -> list[int]:

@@ -83,7 +83,8 @@ class Runner:
     ):
         """The model is given as its `nnx.GraphDef`; slots and pages are those of a slice, of which a mesh has
         several. `split_prefill`: decodes and prefills of one plan run as two
-        programs, so that a row's arithmetic does not depend on what else the step holds. `guided`: `allow` is called."""
+        programs, so that a row's arithmetic does not depend on what else the step holds. `guided`: `allow` will be
+        called."""
         self.buckets = buckets
         self._graph, self._sizes, self._split_prefill = graph, sizes, split_prefill
         self._mesh, slices = mesh, 1 if mesh is None else mesh.shape.num_slices

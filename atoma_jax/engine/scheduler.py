@@ -20,8 +20,8 @@ the host knows that they are not needed, though a step in flight may still use t
 * Publication. A stale step (its sequence ended, but the host learnt it too late) writes only at positions the host has
   not committed, hence never in a page that is full with committed tokens; only those are published. The page it writes
   to is unpublished, so it is free, and any later owner fills it after the stale write.
-* A sequence with a guide is the exception: what it may go on with follows from its last token, so it is planned once that
-  is committed. Where most that run wait so, the step waits with them: rows that take turns would halve their rate.
+* A sequence with a guide is the exception: what it may go on with follows from its last token, so it is planned once
+  that is committed. Where most that run wait so, the step waits with them: rows that take turns would halve their rate.
 * Preemption raises `Sequence.epoch`. A token sampled by a step in flight stays valid (its pages were intact in device
   order) and is appended; its pages are not published, as they may be someone else's by then. A sequence is not admitted
   again before all its tokens have arrived.

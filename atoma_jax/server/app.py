@@ -27,6 +27,7 @@ from atoma_jax.server.schemas import (
 )
 from atoma_jax.server.service import Service
 from atoma_jax.server.stream import EventStream
+from atoma_jax.server.tools import tool_use
 from atoma_jax.server.unsupported import refuse_unsupported
 
 router = APIRouter()
@@ -86,11 +87,13 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     llm = service.llm
     model = service.check_model(body.model)
     refuse_unsupported(body)
-    params = chat_params(body, llm.get_default_sampling_params())
+    tools = tool_use(body, service.settings)
+    forced = None if tools is None else tools.constraint
+    params = chat_params(body, llm.get_default_sampling_params(), forced)
     prompt = await service.in_worker(service.prompts.of_chat, body)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     frame = _frame(service, request, body, "chatcmpl", kind, model)
-    writer = ChatWriter(llm, body, frame, Usage(service.settings.enable_prompt_tokens_details))
+    writer = ChatWriter(llm, body, frame, Usage(service.settings.enable_prompt_tokens_details), tools)
     return await _generate(request, body, writer, [prompt], params)
 
 

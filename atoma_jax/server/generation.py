@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
-from atoma_jax import EngineDeadError, RequestMetrics, RequestOutput, SamplingParams
+from atoma_jax import CompletionOutput, EngineDeadError, RequestMetrics, RequestOutput, SamplingParams
 from atoma_jax.server.errors import ClientGone, Problem
 from atoma_jax.server.prompts import Prompt
 from atoma_jax.server.service import Receive, Service, cancel
@@ -78,8 +78,9 @@ class Generation:
         if output.finished:
             self._left.discard(index)
             self._service.metrics.add_request(output, self._params)
-        if any(sample.finish_reason == "error" for sample in output.outputs):
-            raise Problem(500, "The model's numbers were not finite for this request; others are not concerned.")
+        for sample in output.outputs:
+            if sample.finish_reason == "error":
+                raise _failed(sample)
         return item
 
     def stop(self, error: Exception) -> None:
@@ -132,3 +133,12 @@ class Generation:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self.stop(ClientGone("The client closed its connection."))
+
+
+def _failed(sample: CompletionOutput) -> Problem:
+    if isinstance(sample.stop_reason, str):  # what the request asks for has no way out
+        return Problem(400, f"structured_outputs: {sample.stop_reason}.", param="structured_outputs")
+    return Problem(
+        500,
+        "The model's numbers were not finite for this request, or its rules left no token; others are not concerned.",
+    )

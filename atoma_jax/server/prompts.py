@@ -8,6 +8,7 @@ from atoma_jax import AsyncLLM
 from atoma_jax.server.errors import Problem
 from atoma_jax.server.schemas import ChatRequest, CompletionRequest, TokenizeRequest
 from atoma_jax.server.settings import ServerConfig
+from atoma_jax.server.tools import plain_messages
 
 _JSON_NAMES = {bool: "a boolean", float: "a number", dict: "an object", list: "a list", str: "a string"}
 
@@ -56,6 +57,7 @@ class PromptReader:
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             documents=request.documents,
+            tools=request.tools or None,
             extra=extra,
             special=bool(request.add_special_tokens),
         )
@@ -72,6 +74,7 @@ class PromptReader:
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             documents=None,
+            tools=request.tools or None,
             extra=request.chat_template_kwargs or {},
             special=bool(request.add_special_tokens),
         )
@@ -83,6 +86,7 @@ class PromptReader:
         add_generation_prompt: bool | None,
         continue_final_message: bool | None,
         documents: Sequence[Mapping[str, Any]] | None,
+        tools: Sequence[Mapping[str, Any]] | None,
         extra: Mapping[str, Any],
         special: bool,
     ) -> Prompt:
@@ -92,10 +96,11 @@ class PromptReader:
                 400, f"messages: must be at most {limit} (--max-messages), got {len(messages)}.", param="messages"
             )
         text = self.tokenizer.apply_chat_template(
-            messages,
+            plain_messages(messages),
             add_generation_prompt=add_generation_prompt is not False,
             continue_final_message=bool(continue_final_message),
             documents=documents,
+            tools=tools,
             chat_template_kwargs=extra,
         )
         _check_text("messages", text)

@@ -1,4 +1,4 @@
-"""Finds the tool calls in a model's text as it comes: what is content, which function, and its arguments piece by piece.
+"""Finds the tool calls in a model's text as it comes: what is content, which function, its arguments piece by piece.
 
 Owns the two styles in which models write calls, and reading them in one pass: time is linear in the text whatever a
 model writes, and the same pieces come out however the text is cut. Text that looks like a call and is none is content.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 _LONGEST_HEAD = 4096  # characters up to the arguments, for arguments that are passed on as they come
+_LONGEST_WHOLE = 1 << 16  # characters of a call whose arguments are not
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 _BREAKS = re.compile(r'["{}\[\]]')  # outside a string
 _ENDS = re.compile(r'["\\]')  # inside one
@@ -62,7 +63,7 @@ class ToolCallParser:
         self._text += text
         while self._state():
             pass
-        keep = min(self._mark, self._at) if self._state in (self._opening, self._object) else self._at
+        keep = self._mark if self._state in (self._opening, self._object) else self._at
         self._text, self._at, self._mark = self._text[keep:], self._at - keep, self._mark - keep
         self._scan.moved(keep)
         return self._take()
@@ -70,7 +71,7 @@ class ToolCallParser:
     def finish(self) -> list[Piece]:
         """The answer ends here."""
         if self._state in (self._opening, self._object):
-            self._emit("content", self._text[self._mark :])
+            self._emit("content", "".join(self._leading) + self._text[self._mark :])
         elif self._state in (self._content, self._start) and not self.num_calls:
             self._emit("content", "".join(self._leading) + self._text[self._at :])
         elif self._state == self._content:
@@ -105,11 +106,12 @@ class ToolCallParser:
 
     def _start(self) -> bool:
         """The beginning of an answer in a style without tags."""
-        self._mark = 0
+        before = self._at
         self._skip_space()
+        self._leading.append(self._text[before : self._at])
+        self._mark = self._at
         rest = self._text[self._at : self._at + len(_PYTHON_TAG)]
         if not rest or (rest != _PYTHON_TAG and _PYTHON_TAG.startswith(rest)):
-            self._at = 0
             return False
         if rest == _PYTHON_TAG:
             self._at += len(_PYTHON_TAG)
@@ -119,19 +121,22 @@ class ToolCallParser:
     def _opening(self) -> bool:
         """Behind what opens a call."""
         self._skip_space()
-        if self._at == len(self._text):
+        limit = self._mark + _LONGEST_WHOLE
+        if self._at >= limit:
+            self._give_up(limit)
+        elif self._at == len(self._text):
             return False
-        if self._text[self._at] == "{":
+        elif self._text[self._at] == "{":
             self._scan = _Scanner(self._at)
             self._state = self._object
         else:
-            self._give_up()
+            self._give_up(self._at)
         return True
 
     def _object(self) -> bool:
-        """The object of a call, until its arguments begin or, where they are not where they should be, until its end."""
+        """The object of a call, until its arguments begin; where they are not where they should be, until its end."""
         head = None
-        if len(self._text) - self._at <= _LONGEST_HEAD or self._scan.at == self._at:
+        if self._scan.at - self._at < _LONGEST_HEAD:
             head = _HEAD.match(self._text, self._at, self._at + _LONGEST_HEAD)
         if head is not None:
             self._begin(json_text(head[1]))
@@ -139,12 +144,15 @@ class ToolCallParser:
             self._at = head.end()
             self._state = self._arguments
             return True
-        end = self._scan.until(self._text, 0)
+        limit = self._at + _LONGEST_WHOLE
+        end = self._scan.until(self._text, 0, limit)
         if end is None:
-            return False
+            if len(self._text) > limit:
+                self._give_up(limit)
+            return len(self._text) > limit
         call = _whole(self._text[self._at : end])
         if call is None:
-            self._give_up()
+            self._give_up(end)
             return True
         self._begin(call[0])
         self._emit("arguments", call[1])
@@ -194,9 +202,8 @@ class ToolCallParser:
             self._state = otherwise
         return True
 
-    def _give_up(self) -> None:
-        """What looked like a call is content. In a style without tags, so is all that follows."""
-        end = self._at + 1
+    def _give_up(self, end: int) -> None:
+        """What looked like a call up to `end` is content. In a style without tags, so is all that follows."""
         self._emit("content", "".join(self._leading) + self._text[self._mark : end])
         self._leading = _NONE
         self._at = end
@@ -237,26 +244,28 @@ class _Scanner:
 
     def __init__(self, at: int = 0, depth: int = 0):
         self.at = at
-        self._depth, self._in_string = depth, False
+        self._depth, self._in_string, self._escapes = depth, False, False
 
     def moved(self, count: int) -> None:
         """The text lost characters at its beginning."""
         self.at -= count
 
-    def until(self, text: str, depth: int) -> int | None:
-        """Reads on until a bracket closes and leaves `depth` open; the place behind it, None: not in this text."""
+    def until(self, text: str, depth: int, stop: int | None = None) -> int | None:
+        """Reads on, up to `stop`, until a bracket closes and leaves `depth` open; the place behind it, or None."""
+        stop = len(text) if stop is None else min(stop, len(text))
+        if self._escapes and self.at < stop:
+            self.at += 1
+            self._escapes = False
         while True:
-            match = (_ENDS if self._in_string else _BREAKS).search(text, self.at)
+            match = (_ENDS if self._in_string else _BREAKS).search(text, self.at, stop)
             if match is None:
-                self.at = len(text)
+                self.at = stop
                 return None
             found = match[0]
             self.at = match.end()
             if found == "\\":
-                if self.at == len(text):
-                    self.at -= 1  # the escaped character is yet to come
-                    return None
-                self.at += 1
+                self._escapes = self.at == stop  # the escaped character is yet to come
+                self.at += not self._escapes
             elif found == '"':
                 self._in_string = not self._in_string
             elif found in "{[":
