@@ -47,7 +47,7 @@ class Guide:
         if self._allowed is not None:
             bits &= self._allowed
             if not bits.any():
-                self.error = "allowed_token_ids and the constraint on the answer leave no token"
+                self.error = self.error or "allowed_token_ids and the constraint on the answer leave no token"
 
     @property
     def matcher(self) -> Any:

@@ -102,9 +102,6 @@ def test_the_last_message_can_be_gone_on_with(server: Served) -> None:
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
-        ("structured_outputs", {"regex": "a+"}),
         ("logprob_token_ids", [1]),
         ("chat_template", "{{ messages }}"),
         ("chat_template_kwargs", {"messages": []}),
