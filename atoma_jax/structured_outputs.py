@@ -70,7 +70,7 @@ class StructuredOutputsParams:
             shown = ", ".join(kinds) or "none"
             problem = f"{named} must hold exactly one of {', '.join(_KINDS)}, got {shown}."
             raise ParameterError(named, shown, problem)
-        flags = {"json_object": json_object or False, "disable_any_whitespace": disable_any_whitespace}
+        flags: dict[str, Any] = {"json_object": json_object or False, "disable_any_whitespace": disable_any_whitespace}
         flags["disable_additional_properties"] = disable_additional_properties
         for name, value in flags.items():
             if not isinstance(value, bool):

@@ -24,7 +24,7 @@ from atoma_jax.tokenizer import Tokenizer
 COMPILE_SECONDS = 2.0  # that a caller waits for a grammar
 MAX_CACHED = 128  # grammars
 # What llguidance may do for the bits of one row: its own limits let a hostile regex take seconds.
-_STEP_LIMITS = {"step_lexer_fuel": 20_000, "max_lexer_states": 20_000, "verbose_errors": False}
+_STEP_LIMITS: dict[str, Any] = {"step_lexer_fuel": 20_000, "max_lexer_states": 20_000, "verbose_errors": False}
 _THREADS = 8  # at most, for the bits of many rows
 
 
@@ -68,7 +68,8 @@ class Grammars:
 
         with self._lock:
             if self._own is None:
-                own = LLTokenizer(_Vocabulary(self._tokenizer, self._vocab_size, ends), eos_token=ends)
+                vocabulary: Any = _Vocabulary(self._tokenizer, self._vocab_size, ends)
+                own = LLTokenizer(vocabulary, eos_token=ends)
                 self._executor = LLExecutor(min(usable_cores(), _THREADS))
                 self._own = own
 
@@ -152,7 +153,7 @@ def _grammar_of(wanted: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher
 
     if wanted.kind in ("json", "json_object"):
-        options: dict[str, Any] = {"whitespace_flexible": not wanted.disable_any_whitespace}
+        options: Any = {"whitespace_flexible": not wanted.disable_any_whitespace}
         if wanted.whitespace_pattern is not None:
             options["whitespace_pattern"] = wanted.whitespace_pattern
         return LLMatcher.grammar_from_json_schema(wanted.json or '{"type": "object"}', overrides=options)

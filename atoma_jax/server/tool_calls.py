@@ -40,7 +40,7 @@ class Piece(NamedTuple):
 
     kind: Literal["content", "call", "arguments"]
     text: str
-    index: int = 0  # of the call
+    number: int = 0  # of the call
 
 
 class ToolCallParser:
