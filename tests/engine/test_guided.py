@@ -19,7 +19,7 @@ from atoma_jax.engine.engine import Engine
 from atoma_jax.engine.grammars import Grammars
 from atoma_jax.errors import ParameterError
 from tests.engine.inside import drained, preempt_one
-from tests.engine.traffic import Ask, Drive, random_asks, run_all, run_alone, same_output
+from tests.engine.traffic import Ask, Drive, bound_asks, random_asks, run_all, run_alone, same_output
 
 pytest.importorskip("llguidance", reason="needs the extra `server`: llguidance")
 
@@ -162,21 +162,6 @@ class TestNothingElseChanges:
         for one, other in zip(alone, together[::2], strict=True):
             same_output(one, other)
         assert {output.outputs[0].text.strip() for output in together[1::2]} <= {"true", "false"}
-
-
-def bound_asks(count: int) -> list[Ask]:
-    constraints: list[dict[str, Any]] = [
-        {"regex": r"([a-f]+[0-9]){4,6}"},
-        {"json": {"type": "array", "items": {"type": "integer"}, "minItems": 3, "maxItems": 5}},
-        {"choice": ["a long choice that takes its time", "a long choice of another kind"]},
-    ]
-    rng = Random(8)
-    asks: list[Ask] = []
-    for index in range(count):
-        prompt = tuple(rng.choices(range(3, 259), k=rng.randint(3, 40)))
-        params = SamplingParams(temperature=0, max_tokens=30, n=1 + index % 2, presence_penalty=0.5 * (index % 3 == 0))
-        asks.append(Ask(prompt, guided(params, **constraints[index % len(constraints)])))
-    return asks
 
 
 class TestTraffic:
