@@ -272,8 +272,8 @@ class SamplingParams:
         _store(self, stop=stops, bad_words=words, detokenize=detokenize)
 
 
-def validate_prompt(token_ids: Sequence[Any], *, vocab_size: int, max_model_len: int) -> None:
-    """Checks a prompt's token ids against the model's vocabulary and length.
+def validate_prompt(token_ids: Sequence[Any], *, vocab_size: int, max_model_len: int, room: int = 1) -> None:
+    """Checks a prompt's token ids against the model's vocabulary and length; `room`: tokens that must fit behind it.
 
     Raises:
         ParameterError: the prompt is empty, leaves no room for an output token, or holds an id outside the vocabulary.
@@ -281,7 +281,7 @@ def validate_prompt(token_ids: Sequence[Any], *, vocab_size: int, max_model_len:
     length = len(token_ids)
     if length == 0:
         raise ParameterError("prompt", (), "The prompt cannot be empty: give at least one token.")
-    if length >= max_model_len:
+    if length + room > max_model_len:
         why = (
             "exceeds this limit even without any output tokens"
             if length > max_model_len

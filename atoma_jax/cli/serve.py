@@ -23,6 +23,8 @@ class ServedEngine(EngineOptions):
     gpu_memory_utilization: Annotated[
         float | None, typer.Option(help="Share of a GPU's memory for weights, KV and workspace.")
     ] = None
+    runner: Annotated[str | None, typer.Option(help="generate, or pooling: /v1/embeddings and no text.")] = None
+    pooling_type: Annotated[str | None, typer.Option(help="Of --runner pooling: last (token) or mean.")] = None
     max_num_queued_reqs: Annotated[
         int | None, typer.Option(help=f"Sequences that may wait; further ones get 429. Default: {DEFAULT_QUEUE}.")
     ] = None

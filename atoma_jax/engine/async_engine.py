@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jax
 
 from atoma_jax.config import EngineConfig
-from atoma_jax.engine.engine import Engine, Prompt
+from atoma_jax.engine.engine import EMBEDS, Engine, Prompt
 from atoma_jax.engine.grammars import COMPILE_SECONDS
 from atoma_jax.engine.startup import OnPhase, StartupReport, start_engine
 from atoma_jax.engine.stats import EngineStats
@@ -146,6 +146,7 @@ class AsyncLLM:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        embeds: bool = False,
     ) -> RequestMetrics:
         """Hands a request over, and returns once the engine has queued it.
 
@@ -158,6 +159,7 @@ class AsyncLLM:
             deliver: called in this task's loop with each output up to the finished one, or with `EngineDeadError`.
             priority: see there.
             cache_salt: see there.
+            embeds: a vector is asked for (`RequestOutput.embedding`), without `sampling_params`.
 
         Returns:
             The request's times, which the engine goes on filling in.
@@ -168,12 +170,15 @@ class AsyncLLM:
         loop = asyncio.get_running_loop()
         stream = _Stream(loop, deliver)
         params = self._engine.default_params if sampling_params is None else sampling_params
+        params = EMBEDS if embeds else params
 
         if params.structured_outputs is not None:
             await self._compile(params.structured_outputs)
 
         def add() -> RequestMetrics:
-            metrics = self._engine.add_request(request_id, prompt, params, priority=priority, cache_salt=cache_salt)
+            metrics = self._engine.add_request(
+                request_id, prompt, params, priority=priority, cache_salt=cache_salt, embeds=embeds
+            )
             self._streams[request_id] = stream
             return metrics
 

@@ -29,6 +29,10 @@ from atoma_jax.outputs import RequestMetrics, RequestOutput
 from atoma_jax.sampling_params import RequestOutputKind, SamplingParams, validate_prompt
 from atoma_jax.tokenizer import Tokenizer
 
+# What a request for a vector asks of the rest of the engine: its prompt, and one step for what would be a token.
+EMBEDS = SamplingParams(
+    temperature=0, max_tokens=1, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+)
 Prompt = str | Mapping[str, Any] | ListLike[int]  # text, {"prompt": text}, {"prompt_token_ids": ids}, or ids
 
 
@@ -118,6 +122,7 @@ class Engine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        embeds: bool = False,
     ) -> RequestMetrics:
         """Queues a request. Nothing is kept of one that is refused.
 
@@ -127,6 +132,7 @@ class Engine:
             params: its settings.
             priority: smaller goes first, under the priority policy.
             cache_salt: prefixes are shared only between requests of equal salt.
+            embeds: a vector is asked for, with `EMBEDS` as `params`.
 
         Returns:
             The request's times, which the engine goes on filling in.
@@ -139,8 +145,10 @@ class Engine:
         self._check_alive()
         text, ids = self._encode(prompt)
         limits = self.model_config
+        _check_task(limits, embeds)
         params.validate_for(vocab_size=limits.vocab_size, max_logprobs=limits.max_logprobs)
-        validate_prompt(ids, vocab_size=limits.vocab_size, max_model_len=limits.max_model_len)
+        room = 0 if embeds else 1
+        validate_prompt(ids, vocab_size=limits.vocab_size, max_model_len=limits.max_model_len, room=room)
         _check_order(priority, cache_salt)
         ids = [int(token) for token in ids]  # arrays bring integers of their own kinds
         samples = [self._sample(request_id, index, ids, params, priority, cache_salt) for index in range(params.n)]
@@ -251,6 +259,9 @@ class Engine:
                 self._scheduler.finish(work.seq, "error", work.seq.guide.error)
             request.end_texts()
             return True
+        if output.pooled is not None:
+            request.embedding = output.pooled[news.row]
+            return True
         sample = request.samples[work.seq.index]
         stopped = request.add_token(sample, news.token, news.row, output, now)
         self._recorder.generation_tokens += 1
@@ -320,6 +331,16 @@ class Engine:
 
     def _lost(self) -> EngineDeadError:
         return EngineDeadError(f"The engine is lost: {self._dead}. Build it anew.")
+
+
+def _check_task(limits: EngineLimits, embeds: bool) -> None:
+    """An engine has programs for one of the two."""
+    if embeds and limits.pooling is None:
+        problem = "This engine generates text and has no programs for embeddings. Start one with runner=pooling."
+        raise ParameterError("runner", "generate", problem)
+    if not embeds and limits.pooling is not None:
+        problem = "This engine was started with runner=pooling and generates no text. Start one without."
+        raise ParameterError("runner", "pooling", problem)
 
 
 def _listed(ids: Any) -> list[Any]:

@@ -37,6 +37,7 @@ class HostOutput:
     rank: np.ndarray | None
     top_ids: np.ndarray | None
     top_logprobs: np.ndarray | None
+    pooled: np.ndarray | None = None  # f32 [Q, D], of an engine that pools
 
 
 class PendingOutput:
@@ -44,9 +45,11 @@ class PendingOutput:
 
     def __init__(self, outputs: list[StepOutput], rows: list[tuple[int, np.ndarray]], wants_logprobs: bool):
         """`rows` are those that count, in order: which output they are in, and where."""
-        self._rows = rows
+        self._rows, self._pools = rows, any(out.pooled is not None for out in outputs)
         self._parts = [
             [out.tokens_ok, *((out.logprob, out.rank, out.top_ids, out.top_logprobs) if wants_logprobs else ())]
+            if out.pooled is None
+            else [out.tokens_ok, out.pooled]
             for out in outputs
         ]
         for part in itertools.chain.from_iterable(self._parts):
@@ -60,6 +63,8 @@ class PendingOutput:
             np.concatenate([arrived[at][number][rows] for at, rows in self._rows])
             for number in range(1, len(arrived[0]))
         ]
+        if self._pools:
+            return HostOutput(tokens, ok.astype(np.bool_), None, None, None, None, pooled=extra[0])
         return HostOutput(tokens, ok.astype(np.bool_), *(extra or [None] * 4))
 
 
@@ -160,7 +165,7 @@ class Runner:
 
     def warm_up(self) -> None:
         """Runs the smallest program once with no work, so that the first request does not pay for lazy set-up."""
-        program = self.buckets.decode[0]
+        program = self.buckets.smallest
         words = np.zeros(len(self._tables) * batch_size(program, self._sizes.table_width), np.int32)
         self._state, _ = self._programs[program].result()(self._weights, self._state, words)
         jax.block_until_ready(self._state)

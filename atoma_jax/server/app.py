@@ -12,6 +12,7 @@ from atoma_jax import SamplingParams, __version__
 from atoma_jax.server.answers import Frame, Usage
 from atoma_jax.server.chat import ChatWriter
 from atoma_jax.server.completions import CompletionWriter
+from atoma_jax.server.embeddings import check_embedding, check_inputs, embed
 from atoma_jax.server.errors import Problem, problem_of
 from atoma_jax.server.generation import Generation
 from atoma_jax.server.guard import Bodies, Keys, Records
@@ -139,9 +140,26 @@ def _frame(service: Service, request: Request, body: SamplingRequest, prefix: st
 
 @router.post("/v1/embeddings")
 async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
-    """Refused by name."""
-    del body, request
-    raise Problem(400, "/v1/embeddings: this engine generates text only; embeddings are not implemented.")
+    """Turns texts into vectors."""
+    service = _service(request)
+    llm = service.llm
+    model = service.check_model(body.model)
+    check_embedding(body, llm)
+    prompts = await service.in_worker(service.prompts.of_embedding, body)
+    check_inputs(prompts)
+    generation = Generation(
+        service,
+        request.receive,
+        service.new_name(),
+        prompts,
+        None,
+        priority=body.priority or 0,
+        cache_salt=service.cache_salt(request.state.key, None),
+    )
+    request.state.log["usage"] = usage = Usage(with_details=False)
+    ignored = body.ignored_fields()
+    headers = {"X-Ignored-Fields": ignored} if ignored else {}
+    return JSONResponse(await embed(generation, body, model, len(prompts), usage), headers=headers)
 
 
 @router.get("/v1/models")

@@ -26,12 +26,13 @@ class Generation:
         receive: Receive,
         name: str,
         prompts: Sequence[Prompt],
-        params: SamplingParams,
+        params: SamplingParams | None,
         *,
         priority: int,
         cache_salt: str | None,
     ):
-        """`name` must be unique; `receive` is ASGI's, and brings nothing more than the client's leaving."""
+        """`name` must be unique; `receive` is ASGI's, and brings nothing more than the client's leaving. Without
+        `params` the prompts become vectors."""
         self._service, self._receive, self._llm = service, receive, service.llm
         self._ids = [f"{name}-{index}" for index in range(len(prompts))]
         self._prompts, self._params = prompts, params
@@ -109,6 +110,7 @@ class Generation:
                     partial(self._take, index),
                     priority=self._priority,
                     cache_salt=self._cache_salt,
+                    embeds=self._params is None,
                 )
         except Exception as error:
             self.stop(error)

@@ -136,4 +136,8 @@ class EmbeddingRequest(_Request):
     input: PromptField = None
     encoding_format: str | None = None
     dimensions: Count | None = None
+    normalize: bool | None = None
+    truncate_prompt_tokens: Count | None = None
+    add_special_tokens: bool | None = None
+    priority: Count | None = None
     user: str | None = None
