@@ -98,7 +98,7 @@ class Metrics:
             "request_prompt_tokens": float(len(output.prompt_token_ids)),
             "request_generation_tokens": float(times.num_generation_tokens),
             "request_params_n": None if params is None else float(params.n),
-            "request_params_max_tokens": None if params is None or params.max_tokens is None else params.max_tokens,
+            "request_params_max_tokens": None if params is None else _float(params.max_tokens),
             "request_num_preemptions": float(times.num_preemptions),
         }
         for name, value in values.items():
@@ -219,3 +219,7 @@ class _Families(Collector):
 
     def collect(self) -> Iterable[Metric]:
         return self._families
+
+
+def _float(number: int | None) -> float | None:
+    return None if number is None else float(number)
