@@ -68,18 +68,23 @@ def vectors(llm: LLM, prompts: list[list[int]], **options: Any) -> np.ndarray:
     return np.asarray([output.outputs.embedding for output in llm.embed(prompts, use_tqdm=False, **options)])
 
 
-def test_they_are_the_hidden_states_of_transformers(llm: LLM, path: Path) -> None:
+@pytest.fixture(scope="module")
+def states(path: Path) -> list[np.ndarray]:
+    """Hidden states of each prompt, [T, D], in float64."""
     torch = pytest.importorskip("torch", reason="needs the extra `oracle`: torch")
     transformers = pytest.importorskip("transformers", reason="needs the extra `oracle`: transformers")
     with warnings.catch_warnings(action="ignore"):  # of how its makers read such files
         model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float64)
-    want: list[np.ndarray] = []
     with torch.no_grad():
-        for prompt in prompts_of():
-            states = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0].numpy()
-            want.append(states.mean(axis=0) if llm.llm_engine.model_config.pooling == "mean" else states[-1])
+        outputs = [model(torch.tensor([prompt]), output_hidden_states=True) for prompt in prompts_of()]
+    return [output.hidden_states[-1][0].numpy() for output in outputs]
+
+
+def test_they_are_the_hidden_states_of_transformers(llm: LLM, states: list[np.ndarray]) -> None:
+    means = llm.llm_engine.model_config.pooling == "mean"
+    want = np.asarray([state.mean(axis=0) if means else state[-1] for state in states])
     found = vectors(llm, prompts_of(), normalize=False)
-    np.testing.assert_allclose(found, np.asarray(want), rtol=0, atol=2e-5 * np.abs(want).max())
+    np.testing.assert_allclose(found, want, rtol=0, atol=2e-5 * np.abs(want).max())
     units = vectors(llm, prompts_of())
     np.testing.assert_allclose(units, found / np.linalg.norm(found, axis=1, keepdims=True), atol=1e-6)
 

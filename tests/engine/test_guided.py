@@ -165,7 +165,7 @@ class TestNothingElseChanges:
 
 
 class TestTraffic:
-    @pytest.mark.parametrize("pipelined", [True, False])
+    @pytest.mark.parametrize("pipelined", [True, pytest.param(False, marks=pytest.mark.slow)])
     def test_preempted_among_others_as_alone(self, llm: LLM, make_engine: MakeEngine, pipelined: bool) -> None:
         asks = [*bound_asks(6), *random_asks(Random(3), 3)]
         asks = [replace(ask, params=replace(ask.params, temperature=0.0)) for ask in asks]

@@ -294,6 +294,37 @@ class TestOpenAIsClient:
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{live}/v1", api_key="wrong").models.list()
 
+    def test_parses_an_answer_into_its_own_type(self, live: str) -> None:
+        pytest.importorskip("llguidance", reason="needs the extra `server`: llguidance")
+        import pydantic
+
+        class Answer(pydantic.BaseModel):
+            model_config = pydantic.ConfigDict(extra="forbid")
+            ok: bool
+
+        client = openai.OpenAI(base_url=f"{live}/v1", api_key="secret")
+        messages: Any = [{"role": "user", "content": "Hi"}]
+        for seed in range(20):  # white space may take all the tokens of one
+            try:
+                done = client.chat.completions.parse(
+                    model="tiny", messages=messages, response_format=Answer, max_tokens=30, seed=seed
+                )
+            except openai.LengthFinishReasonError:
+                continue
+            assert isinstance(done.choices[0].message.parsed, Answer)
+            return
+        raise AssertionError("none of twenty ended")
+
+    def test_a_schema_that_cannot_be_names_its_field(self, live: str) -> None:
+        pytest.importorskip("llguidance", reason="needs the extra `server`: llguidance")
+        client = openai.OpenAI(base_url=f"{live}/v1", api_key="secret", max_retries=0)
+        wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array", "contains": 1}}}
+        with pytest.raises(openai.BadRequestError, match="contains") as refused:
+            client.chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": "Hi"}], response_format=wanted
+            )
+        assert refused.value.param == "response_format.json_schema.schema"
+
     def test_a_stream_that_is_closed_gives_its_pages_back(self, live: str) -> None:
         client = openai.OpenAI(base_url=f"{live}/v1", api_key="secret")
         for _ in range(3):

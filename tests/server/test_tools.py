@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import openai
 import pytest
 
 from tests.server.conftest import Serve, Served
@@ -184,36 +183,3 @@ def test_what_the_server_must_be_started_with(server: Served, serve: Serve) -> N
     assert "chat template does not take tools" in error["message"]
     message, _ = message_of(serve(template=TEMPLATE), tool_choice="required", parallel_tool_calls=False)
     assert len(message["tool_calls"]) == 1
-
-
-class TestOpenAIsClient:
-    """The client as its makers ship it, over a socket, against the program."""
-
-    def test_parses_an_answer_into_its_own_type(self, live: str) -> None:
-        import pydantic
-
-        class Answer(pydantic.BaseModel):
-            model_config = pydantic.ConfigDict(extra="forbid")
-            ok: bool
-
-        client = openai.OpenAI(base_url=f"{live}/v1", api_key="secret")
-        messages: Any = [{"role": "user", "content": "Hi"}]
-        for seed in range(20):  # white space may take all the tokens of one
-            try:
-                done = client.chat.completions.parse(
-                    model="tiny", messages=messages, response_format=Answer, max_tokens=30, seed=seed
-                )
-            except openai.LengthFinishReasonError:
-                continue
-            assert isinstance(done.choices[0].message.parsed, Answer)
-            return
-        raise AssertionError("none of twenty ended")
-
-    def test_errors_name_the_field(self, live: str) -> None:
-        client = openai.OpenAI(base_url=f"{live}/v1", api_key="secret", max_retries=0)
-        wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array", "contains": 1}}}
-        with pytest.raises(openai.BadRequestError, match="contains") as refused:
-            client.chat.completions.create(
-                model="tiny", messages=[{"role": "user", "content": "Hi"}], response_format=wanted
-            )
-        assert refused.value.param == "response_format.json_schema.schema"
