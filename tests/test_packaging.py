@@ -45,7 +45,7 @@ def test_wheel_holds_the_four_packages_and_nothing_else(wheel: Path) -> None:
 def test_wheel_holds_every_source_and_data_file(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
-    kinds = {".py", ".toml", ".cc", ".h", ".typed", ".npz", ".ggml"}
+    kinds = {".py", ".toml", ".cc", ".h", ".typed", ".npz", ".ggml", ".html", ".css", ".js", ".svg"}
     expected = {
         path.relative_to(ROOT).as_posix()
         for package in SHIPPED

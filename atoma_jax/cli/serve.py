@@ -65,6 +65,7 @@ class ServerOptions:
     log_stats: Annotated[
         bool | None, typer.Option("--log-stats/--disable-log-stats", help="A line every ten busy seconds.")
     ] = None
+    ui: Annotated[bool | None, typer.Option("--ui/--no-ui", help="Whether there is a page to chat at /.")] = None
     profile_dir: Annotated[str | None, typer.Option(help="Folder for /start_profile.")] = None
     max_body_bytes: Annotated[int | None, typer.Option(help="Of a request.")] = None
     max_header_bytes: Annotated[int | None, typer.Option(help="Of a request's headers.")] = None

@@ -15,6 +15,7 @@ from atoma_jax.server.completions import CompletionWriter
 from atoma_jax.server.errors import Problem, problem_of
 from atoma_jax.server.generation import Generation
 from atoma_jax.server.guard import Bodies, Keys, Records
+from atoma_jax.server.page import router as page_router
 from atoma_jax.server.params import chat_params, completion_params
 from atoma_jax.server.prompts import Prompt
 from atoma_jax.server.schemas import (
@@ -37,6 +38,8 @@ def build_app(service: Service) -> FastAPI:
     app = FastAPI(title="atoma-jax", version=__version__, redoc_url=None)
     app.state.service = service
     app.include_router(router)
+    if service.settings.ui:
+        app.include_router(page_router)
     app.add_exception_handler(RequestValidationError, _problem)
     app.add_exception_handler(HTTPException, _http_problem)
     settings = service.settings

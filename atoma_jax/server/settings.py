@@ -23,6 +23,7 @@ class ServerConfig:
     enable_prompt_tokens_details: bool = True  # cached tokens in `usage`
     log_requests: bool = True  # a line of JSON for each
     log_stats: bool = True  # a line of JSON every ten seconds in which steps ran
+    ui: bool = True  # the page at /
     profile_dir: str | None = None  # where /start_profile writes; None: it is refused
     max_body_bytes: int = 8 << 20
     max_header_bytes: int = 32 << 10  # request line and headers together
