@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -57,7 +58,7 @@ class Service:
         """
         self._llm = llm
         self._prompts = PromptReader(llm, self.settings, self._chat_template)
-        self.fingerprint = _fingerprint(llm)
+        self.fingerprint = _fingerprint(llm, self.config)
         self.metrics.start(llm, self.config)
         if self._phase == "loading":
             self._phase = "ready"
@@ -131,10 +132,17 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._workers, partial(work, *arguments))
 
 
-def _fingerprint(llm: AsyncLLM) -> str:
-    """Of what decides the bits of an answer, but for the weights' values: their size stands for them."""
-    parts = f"{__version__} {llm.model_config!r} {llm.startup.kernels}"
-    return "fp_" + hashlib.sha256(parts.encode()).hexdigest()[:16]
+def _fingerprint(llm: AsyncLLM, config: EngineConfig) -> str:
+    """Of what decides an answer's bits: program, weights, arithmetic, mesh and the shapes of steps.
+
+    The model's name and what only decides how much fits are left out.
+    """
+    model = replace(config.model, model="-", revision=None)
+    start, limits = llm.startup, llm.model_config
+    sizes = (limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len, limits.page_size)
+    parts = (__version__, start.content, start.kernels, start.mesh, model, config.cache.kv_cache_dtype, sizes)
+    text = repr((*parts, config.compile.deterministic))
+    return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 async def cancel(*tasks: "asyncio.Task[Any]") -> None:
