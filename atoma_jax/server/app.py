@@ -117,6 +117,7 @@ async def _generate(
         params,
         priority=body.priority or 0,
         cache_salt=service.cache_salt(request.state.key, body.cache_salt),
+        traceparent=request.headers.get("traceparent"),
     )
     ignored = body.ignored_fields()
     headers = {"X-Ignored-Fields": ignored} if ignored else {}

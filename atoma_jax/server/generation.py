@@ -30,8 +30,10 @@ class Generation:
         *,
         priority: int,
         cache_salt: str | None,
+        traceparent: str | None = None,
     ):
         """`name` must be unique; `receive` is ASGI's, and brings nothing more than the client's leaving."""
+        self._traceparent = traceparent
         self._service, self._receive, self._llm = service, receive, service.llm
         self._ids = [f"{name}-{index}" for index in range(len(prompts))]
         self._prompts, self._params = prompts, params
@@ -78,6 +80,8 @@ class Generation:
         if output.finished:
             self._left.discard(index)
             self._service.metrics.add_request(output, self._params)
+            if self._service.tracing is not None:
+                self._service.tracing.add_request(output, self._params, self._traceparent)
         if any(sample.finish_reason == "error" for sample in output.outputs):
             raise Problem(500, "The model's numbers were not finite for this request; others are not concerned.")
         return item

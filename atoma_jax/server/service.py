@@ -15,6 +15,7 @@ from atoma_jax.server.errors import Problem
 from atoma_jax.server.metrics import Metrics
 from atoma_jax.server.prompts import PromptReader
 from atoma_jax.server.settings import ServerConfig
+from atoma_jax.server.tracing import Tracing
 
 Phase = Literal["loading", "ready", "draining"]
 Health = Literal["loading", "ready", "draining", "stalled", "dead"]
@@ -35,11 +36,17 @@ class Service:
     """One model behind one port."""
 
     def __init__(self, config: EngineConfig, settings: ServerConfig, *, chat_template: str | None = None):
-        """`chat_template` is the source of a template instead of the model's."""
+        """`chat_template` is the source of a template instead of the model's.
+
+        Raises:
+            UserError: traces are asked for, and the extra for them is not installed.
+        """
         self.config, self.settings = config, settings
         self.created = int(time.time())
         self.model_names = settings.served_model_name or (config.model.model,)
         self.metrics = Metrics(self.model_names[0])
+        endpoint = settings.otlp_traces_endpoint
+        self.tracing = None if endpoint is None else Tracing.to_endpoint(endpoint, self.model_names[0])
         self.in_flight: set[InFlight] = set()
         self.responses = 0  # requests of any kind that are being answered
         self._chat_template = chat_template
@@ -75,6 +82,8 @@ class Service:
     def close(self) -> None:
         """Gives threads and the engine back."""
         self._workers.shutdown(wait=False, cancel_futures=True)
+        if self.tracing is not None:
+            self.tracing.close()
         if self._llm is not None:
             self._llm.shutdown()
 
