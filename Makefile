@@ -37,7 +37,8 @@ $(VENV)/.created:
 	@touch $@
 
 # Not isolated: an isolated build would fetch a jaxlib of its own for the headers that `make native` finds in .venv.
-INSTALL := $(PIP) install --quiet --no-build-isolation --editable
+# Not compiled to bytecode: Python does so with what it imports, a fraction of what is installed.
+INSTALL := $(PIP) install --quiet --no-compile --no-build-isolation --editable
 $(VENV)/.installed: pyproject.toml setup.py $(VENV)/.created
 	@echo "installing atoma-jax (the first time takes a minute or two)"
 	@$(PIP) install --quiet 'setuptools>=77'
@@ -51,7 +52,7 @@ $(STAMP): $(VENV)/.installed
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	@echo "installing atoma-jax[bench] (compiles llama.cpp: takes cmake, a C++ compiler and minutes)"
-	@$(PIP) install --quiet --editable '.[bench]' # isolated: llama-cpp-python brings its own build requirements
+	@$(PIP) install --quiet --no-compile --editable '.[bench]' # isolated: llama-cpp-python brings its own build requirements
 	@touch $@
 
 # Without a compiler, the engine does without.

@@ -62,7 +62,7 @@ class Engine:
         self._in_flight: deque[_InFlight] = deque()
         self._dead: str | None = None
         self._recorder = StatsRecorder()
-        self._compilations_at_start = COMPILATIONS.programs
+        self._compilations_at_start = COMPILATIONS.unplanned
 
     @property
     def has_work(self) -> bool:
@@ -77,7 +77,7 @@ class Engine:
     @property
     def num_recompilations(self) -> int:
         """Programs compiled in this process since the engine was ready; 0 unless something is wrong."""
-        return COMPILATIONS.programs - self._compilations_at_start
+        return COMPILATIONS.unplanned - self._compilations_at_start
 
     def stats(self) -> EngineStats:
         """Times and counters since the start or `reset_stats`."""
@@ -86,7 +86,7 @@ class Engine:
     def reset_stats(self) -> None:
         """Begins a new reading."""
         self._recorder = StatsRecorder(self._scheduler.stats())
-        self._compilations_at_start = COMPILATIONS.programs
+        self._compilations_at_start = COMPILATIONS.unplanned
 
     def scheduler_stats(self) -> SchedulerStats:
         """Gauges of this moment: running, waiting, pages."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from atoma_jax.engine.batch import SlotTables, batch_size, pack
 from atoma_jax.engine.buckets import Buckets, Program
+from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.mesh_step import MeshStep
 from atoma_jax.engine.plan import SlicedPlan, StepPlan
 from atoma_jax.engine.sampler_state import SamplerShape, SlotRules, empty_row, write_slot
@@ -113,7 +114,7 @@ class Runner:
         state, mesh = jax.eval_shape(self._new_state), self._mesh
         if mesh is not None:
             state = mesh.abstract_state(state)
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
+        pool = ThreadPoolExecutor(threads, "compile", initializer=COMPILATIONS.plan_this_thread)
 
         def build(program: Program) -> Any:
             count = batch_size(program, self._sizes.table_width)

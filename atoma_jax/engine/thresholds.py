@@ -64,8 +64,9 @@ def find_cut(
         # Behind the barrier: slices that XLA merges into its top-k make it a sort of the whole row.
         values, ids = lax.top_k(logits, min(NEAR + 1, logits.shape[1]))
         if shards.count == 1:
-            values, payload = lax.optimization_barrier((values, ids))
-        else:  # the likeliest of each part, with their weights. For several devices XLA fails on such a barrier.
+            # One barrier each: on one around both, XLA fails when it compiles for several devices.
+            values, payload = lax.optimization_barrier(values), lax.optimization_barrier(ids)
+        else:  # the likeliest of each part, with their weights
             own = jnp.take_along_axis(weights, ids, axis=1, mode="clip")
             values, payload = shards.merged_top(values, own, NEAR + 1)
         near, outside = order_of(values[:, :NEAR]), order_of(values[:, NEAR])

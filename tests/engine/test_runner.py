@@ -1,12 +1,14 @@
 """The compiled programs: padding writes to the scratch page alone, and nothing compiles once they are there."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 import numpy as np
 import pytest
 
 from atoma_jax import LLM, SamplingParams
+from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.engine import Engine
 from atoma_jax.engine.plan import StepPlan, Work
 from atoma_jax.engine.sampling_rows import encode
@@ -109,6 +111,16 @@ class TestCompilations:
         assert engine.num_recompilations > 0
         assert engine.stats().recompilations == engine.num_recompilations
         engine.reset_stats()
+
+    def test_what_another_engine_compiles_as_it_starts_is_not(self, llm: LLM) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        with ThreadPoolExecutor(1, initializer=COMPILATIONS.plan_this_thread) as pool:
+            programs = COMPILATIONS.programs
+            pool.submit(lambda: jax.jit(lambda x: x * 3 + 19)(jnp.arange(179)).block_until_ready()).result()
+        assert COMPILATIONS.programs > programs
+        assert llm.llm_engine.num_recompilations == 0
 
     def test_programs_are_chosen_by_what_a_step_holds(self, llm: LLM, make_engine: Callable[..., Engine]) -> None:
         used: set[str] = set()

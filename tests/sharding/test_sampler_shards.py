@@ -1,4 +1,7 @@
-"""A vocabulary cut over devices gives the tokens of one that is not, bit for bit, and the same logprobs."""
+"""A vocabulary cut over devices gives the tokens of one that is not, bit for bit, and the same logprobs.
+
+So does one that every device of a mesh holds whole.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -16,7 +19,7 @@ from atoma_jax.engine.vocab_shards import WHOLE, VocabShards
 from atoma_jax.sampling_params import SamplingParams
 from sharding.mesh import MeshShape
 
-MESH = MeshShape(tensor=4)
+MESHES = {"cut": MeshShape(tensor=4), "whole": MeshShape(data=2)}
 VOCAB = 2400  # above what is searched whole: cuts are found among the likeliest of all parts, or in all
 TOP = 5
 SETTINGS = (
@@ -66,7 +69,7 @@ def run(case: tuple[np.ndarray, np.ndarray, SamplerState], shards: VocabShards) 
     cuts = replace(jax.tree.map(lambda _: whole, state), output_counts=PartitionSpec(None, "tensor"))
     mapped = jax.shard_map(
         step,
-        mesh=MESH.build(jax.devices()),
+        mesh=shards.mesh.build(jax.devices()),
         in_specs=(PartitionSpec(None, "tensor"), whole, cuts),
         out_specs=(whole, cuts),
         check_vma=False,
@@ -74,8 +77,16 @@ def run(case: tuple[np.ndarray, np.ndarray, SamplerState], shards: VocabShards) 
     return jax.jit(mapped)(logits, rows, state)
 
 
-def test_tokens_state_and_logprobs_are_those_of_one_device(case: tuple[np.ndarray, np.ndarray, SamplerState]) -> None:
-    (one, one_state), (many, many_state) = run(case, WHOLE), run(case, VocabShards(MESH))
+@pytest.fixture(scope="module")
+def of_one_device(case: tuple[np.ndarray, np.ndarray, SamplerState]) -> Any:
+    return run(case, WHOLE)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_tokens_state_and_logprobs_are_those_of_one_device(
+    mesh: str, case: tuple[np.ndarray, np.ndarray, SamplerState], of_one_device: Any
+) -> None:
+    (one, one_state), (many, many_state) = of_one_device, run(case, VocabShards(MESHES[mesh]))
     assert np.asarray(one.ok).tolist() == [row != 12 for row in range(ROWS)]
     assert int(one.tokens[11]) == 700
     for name in ("tokens", "ok", "rank", "top_ids"):
