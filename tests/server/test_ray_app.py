@@ -43,7 +43,9 @@ def address(
     server = "[server]\nserved_model_name = ['tiny']\napi_key = ['one', 'two']\nmax_body_bytes = 100000\n"
     file.write_text(f"{settings}\n{server}\n[ray]\nnum_replicas = 2\nnum_cpus = 0.5\n")
     root = Path(__file__).parents[2]
-    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    # A limit, as in `program`: what is written without one lacks what others go by.
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 << 30)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": environment}, logging_level="error")
     try:
         with socket.socket() as free:
