@@ -522,7 +522,7 @@ def test_a_guided_sequence_is_planned_once_its_last_token_is_read(num_pages):
 
 @pytest.mark.parametrize(("num_guided", "steps"), [(4, 8), (3, 8), (1, 12)])
 def test_a_step_waits_for_the_tokens_of_most(num_guided, steps):
-    """Four sequences of eight tokens: guided ones are in eight steps, and how many there are until the last of those."""
+    """Four sequences of eight tokens: where most are guided, no step goes by without them."""
     harness = Harness(depth=1)
     for seed in range(4):
         add_guided(harness, seed, guided=seed < num_guided)
