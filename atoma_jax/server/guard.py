@@ -90,7 +90,7 @@ class Records:
 
 
 class Keys:
-    """Lets in who brings one of the keys, where there are any."""
+    """Opens what is kept to who brings one of the keys, where there are any."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]):
         """No keys: everybody is let in."""
