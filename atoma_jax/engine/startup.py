@@ -35,6 +35,7 @@ from atoma_jax.engine.scheduler import Scheduler
 from atoma_jax.engine.sliced_scheduler import SlicedScheduler
 from atoma_jax.engine.step import StepSizes
 from atoma_jax.errors import ConfigError
+from atoma_jax.loading.content_mark import content_mark
 from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import open_model
 from atoma_jax.model_spec import KVDtype
@@ -52,6 +53,7 @@ class StartupReport:
     phases: dict[str, float] = field(default_factory=lambda: dict[str, float]())
     kernels: str = ""  # of the programs, once that is decided: native, xla, pallas or interpret
     mesh: str | None = None  # devices along each axis; None: one device
+    content: str = ""  # a mark of the model's files; see loading/content_mark.py
     # Bytes of each device, planned from headers and allocated, by what they are for.
     device_bytes: dict[str, tuple[int, int]] = field(default_factory=lambda: dict[str, tuple[int, int]]())
     compile_cache_hits: int = 0
@@ -107,6 +109,7 @@ def start_engine(
             if mesh is not None:
                 setup = replace(setup, devices=mesh.build(jax.devices()))
             phases.report.kernels = setup.backend.kernels
+            phases.report.content = content_mark(found.path)
             plan = _plan(config, setup)
             limits = _limits(config, plan, setup)
         with phases.phase("tokenizer"):
