@@ -20,6 +20,7 @@ _TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "tru
 
 MAX_SEQS = 4096
 MAX_TOKENS_A_STEP = 65536
+MAX_PROCESSES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,15 +144,38 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelConfig:
-    """How the engine is spread over devices. Limits of cache and scheduler hold for each slice of data × fsdp."""
+class MeshConfig:
+    """How the engine is spread over devices and hosts. Limits of cache and scheduler hold for each slice of data × fsdp."""
 
     # fsdp=2,tensor=4; a name of configs/mesh; or a TOML file. None: one device. Read by engine/mesh_config.py.
     mesh: str | None = None
+    # Of several hosts, or processes of one: host:port, where process 0 waits for the others. auto: what Slurm, Open MPI
+    # or Kubernetes say, or JAX_COORDINATOR_ADDRESS. None: this process alone. Every process runs the same command.
+    coordinator_address: str | None = None
+    num_processes: int | None = None  # in all; None: as the cluster says
+    process_id: int | None = None  # of this one, 0 takes requests; None: as the cluster says
 
     def __post_init__(self) -> None:
         if self.mesh is not None and not self.mesh.strip():
             raise ConfigError("mesh", self.mesh, "must name sizes such as fsdp=2,tensor=4, or be left out")
+        _between("num_processes", self.num_processes, 1, MAX_PROCESSES)
+        _at_least("process_id", self.process_id, 0)
+        if self.coordinator_address is None:
+            for name, value in (("num_processes", self.num_processes), ("process_id", self.process_id)):
+                if value is not None:
+                    raise ConfigError(name, value, "needs coordinator_address: host:port of process 0, or auto")
+            return
+        if self.coordinator_address != "auto":
+            host, _, port = self.coordinator_address.rpartition(":")
+            if not host or not port.isascii() or not port.isdigit() or not 0 < int(port[:6]) < 65536:
+                raise ConfigError("coordinator_address", self.coordinator_address, "must be host:port, or auto")
+            for name, value in (("num_processes", self.num_processes), ("process_id", self.process_id)):
+                if value is None:
+                    raise ConfigError(name, value, "must be given beside coordinator_address, unless that is auto")
+        if self.num_processes is not None and self.process_id is not None and self.process_id >= self.num_processes:
+            raise ConfigError("process_id", self.process_id, f"must be below num_processes = {self.num_processes}")
+        if self.mesh is None and self.num_processes != 1:
+            raise ConfigError("mesh", None, "must be given for several processes, such as fsdp=-1: how to spread over them")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +187,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         if self.compile.deterministic and not self.scheduler.enable_chunked_prefill:
@@ -224,7 +248,7 @@ _SECTIONS: dict[str, type] = {
     "scheduler": SchedulerConfig,
     "compile": CompileConfig,
     "validation": ValidationConfig,
-    "parallel": ParallelConfig,
+    "mesh": MeshConfig,
 }
 # What other programs call the same choice: read as the name on the right, so that it has one name everywhere else.
 _SPELLINGS: dict[str, dict[str, str]] = {

@@ -11,7 +11,7 @@ from atoma_jax.config import (
     CompileConfig,
     EngineConfig,
     ModelConfig,
-    ParallelConfig,
+    MeshConfig,
     SchedulerConfig,
     ValidationConfig,
 )
@@ -23,7 +23,7 @@ SECTIONS = {
     "scheduler": SchedulerConfig,
     "compile": CompileConfig,
     "validation": ValidationConfig,
-    "parallel": ParallelConfig,
+    "mesh": MeshConfig,
 }
 
 

@@ -5,6 +5,8 @@ Limits of settings are `config.py`'s and `sampling_params.py`'s; a flag that was
 
 import dataclasses
 import json
+import os
+import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -71,6 +73,12 @@ class EngineOptions:
     mesh: Annotated[
         str | None, typer.Option(help="Spread over devices: fsdp=2,tensor=4, a name of configs/mesh, or a .toml file.")
     ] = None
+    coordinator_address: Annotated[
+        str | None,
+        typer.Option(help="Of several hosts: host:port of process 0, or auto. Run the same command on each of them."),
+    ] = None
+    num_processes: Annotated[int | None, typer.Option(help="Processes in all, with --coordinator-address.")] = None
+    process_id: Annotated[int | None, typer.Option(help="Which of them this is; 0 takes requests.")] = None
     num_pages: Annotated[int | None, typer.Option(help="KV pages in all.")] = None
     kv_cache_memory_bytes: Annotated[int | None, typer.Option(help="Bytes of the KV cache.")] = None
     kv_cache_dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16, fp8_e4m3 or int8.")] = (
@@ -220,6 +228,12 @@ def running_engine(config: EngineConfig) -> Generator[RunningEngine]:
 
     imports = time.perf_counter() - started
     _report_phase("imports", imports)
+    if config.mesh.coordinator_address is not None:
+        from atoma_jax import follow
+
+        _keep_standard_output()
+        if follow(config, on_phase=_report_phase):
+            raise typer.Exit
     llm = LLM.from_config(config, on_phase=_report_phase)
     typer.echo(f"kernels: {llm.startup.kernels}", err=True)
     if llm.startup.mesh is not None:
@@ -235,6 +249,13 @@ def running_engine(config: EngineConfig) -> Generator[RunningEngine]:
 def print_json(value: dict[str, Any]) -> None:
     """Writes the one object that a command with --json prints on standard output."""
     typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def _keep_standard_output() -> None:
+    """Leaves it to results: what libraries print there, such as Gloo each connection, goes to standard error."""
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
+        os.dup2(2, 1)
 
 
 def _report_phase(name: str, seconds: float) -> None:

@@ -14,7 +14,7 @@ import jax
 
 from atoma_jax.config import EngineConfig
 from atoma_jax.engine.engine import Engine, Prompt
-from atoma_jax.engine.startup import OnPhase, StartupReport, start_engine
+from atoma_jax.engine.startup import OnPhase, StartupReport, follow, start_engine
 from atoma_jax.engine.stats import EngineStats
 from atoma_jax.errors import EngineDeadError
 from atoma_jax.outputs import RequestMetrics, RequestOutput
@@ -54,10 +54,13 @@ class AsyncLLM:
         self._error: EngineDeadError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        engine.when_lost(self._on_lost)
 
     @classmethod
     def from_config(cls, config: EngineConfig, *, on_phase: OnPhase | None = None) -> "AsyncLLM":
         """Loads and compiles; arguments and errors as in `LLM.from_config`."""
+        if follow(config, on_phase=on_phase):
+            raise SystemExit(0)
         engine, startup = start_engine(config, on_phase=on_phase)
         return cls(engine, startup)
 
@@ -220,6 +223,11 @@ class AsyncLLM:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+
+    def _on_lost(self) -> None:
+        """Another process is lost: an idle engine must not wait for a request to find out."""
+        with suppress(EngineDeadError):
+            self._call(self._engine.check)
 
     def _call(self, call: Callable[[], None]) -> None:
         """Has the engine's thread do something between two steps."""

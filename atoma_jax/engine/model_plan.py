@@ -119,7 +119,7 @@ def plan_model(
     """
     found = resolve(config.model.model, revision=config.model.revision, progress=progress)
     with open_model(found, max_model_len=config.model.max_model_len) as files:
-        mesh = planned_mesh(config.parallel.mesh)
+        mesh = planned_mesh(config.mesh.mesh)
         setup = set_up_model(config.model, files, platform, mesh)
         spec, is_cpu = setup.spec, setup.backend.platform == "cpu"
         length = served_length(config.model, setup)
