@@ -145,7 +145,7 @@ class ValidationConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshConfig:
-    """How the engine is spread over devices and hosts. Limits of cache and scheduler hold for each slice of data × fsdp."""
+    """How the engine is spread over devices and hosts. Limits of cache and scheduler hold for each slice: data × fsdp."""
 
     # fsdp=2,tensor=4; a name of configs/mesh; or a TOML file. None: one device. Read by engine/mesh_config.py.
     mesh: str | None = None
@@ -175,7 +175,9 @@ class MeshConfig:
         if self.num_processes is not None and self.process_id is not None and self.process_id >= self.num_processes:
             raise ConfigError("process_id", self.process_id, f"must be below num_processes = {self.num_processes}")
         if self.mesh is None and self.num_processes != 1:
-            raise ConfigError("mesh", None, "must be given for several processes, such as fsdp=-1: how to spread over them")
+            raise ConfigError(
+                "mesh", None, "must be given for several processes, such as fsdp=-1: how to spread over them"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

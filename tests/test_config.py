@@ -10,8 +10,8 @@ from atoma_jax.config import (
     CacheConfig,
     CompileConfig,
     EngineConfig,
-    ModelConfig,
     MeshConfig,
+    ModelConfig,
     SchedulerConfig,
     ValidationConfig,
 )

@@ -87,7 +87,9 @@ def startup(
     """Seconds from a new process to its first token, cold and warm. Uses a compile cache of its own."""
     config = engine.engine_config()
     if config.mesh.coordinator_address is not None:
-        problem = "is not for bench startup, whose programs start by themselves: time one start of all processes instead"
+        problem = (
+            "is not for bench startup, whose programs start by themselves: time one start of all processes instead"
+        )
         raise UserError("coordinator_address", config.mesh.coordinator_address, problem)
     result = measure_startup(
         engine.as_flags(), num_iters_cold=num_iters_cold, num_iters_warm=num_iters_warm, on_start=_report_start

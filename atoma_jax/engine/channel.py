@@ -55,7 +55,6 @@ class Connection:
         self._sending = threading.Lock()
         self._closing = threading.Event()
         sock.settimeout(SILENCE)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for work in (self._listen, self._beat):
             threading.Thread(target=work, name=f"{work.__name__[1:]} {peer}", daemon=True).start()
 
@@ -107,6 +106,7 @@ class Connection:
     def _take_leave(self, reason: str) -> None:
         if self._may_leave and not reason:
             self._closing.set()
+            self._hang_up()
         else:
             self._lose(reason or f"{self.peer} has ended")
 
@@ -178,6 +178,7 @@ def accept(
         if not hmac.compare_digest(shown, token) or process not in missing:  # a stranger
             sock.close()
             continue
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         found[process] = Connection(sock, f"process {process}", on_lost, may_leave=False)
     return [found[process] for process in sorted(found)]
 
@@ -190,6 +191,7 @@ def connect(host: str, port: int, token: bytes, process: int, *, timeout: float,
     """
     try:
         sock = socket.create_connection((host, port), timeout=timeout)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.sendall(_GREETING.pack(token, process))
     except OSError as error:
         problem = f"Process 0 cannot be reached at {host}:{port}: {error.strerror or error}."

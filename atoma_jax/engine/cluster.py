@@ -24,7 +24,7 @@ import jax
 from jax._src.distributed import global_state  # of it JAX shows no more than `initialize`
 
 from atoma_jax.config import MeshConfig
-from atoma_jax.engine.channel import TOKEN_BYTES, Connection, Frame, accept, connect, listen
+from atoma_jax.engine.channel import TOKEN_BYTES, Connection, Frame, OnLost, accept, connect, listen
 from atoma_jax.errors import ConfigError, EngineDeadError
 
 MEETING = 300.0  # seconds in which all processes must have come
@@ -68,7 +68,9 @@ def join(config: MeshConfig) -> int:
                 shutdown_timeout_seconds=_FAREWELLS,
             )
         except ValueError as error:
-            problem = f"is not known from the environment ({error}): give coordinator_address, num_processes, process_id"
+            problem = (
+                f"is not known from the environment ({error}): give coordinator_address, num_processes, process_id"
+            )
             raise ConfigError("coordinator_address", config.coordinator_address, problem) from error
         except RuntimeError as error:
             problem = f"no cluster came about: {error}"
@@ -80,32 +82,44 @@ def join(config: MeshConfig) -> int:
     return global_state.process_id
 
 
+Meet = Callable[[OnLost, Callable[[], None]], list[Connection]]  # what hears of losses, and what raises after one
+
+
 class Cluster:
-    """This process's place among those of one engine. A process has one in its life."""
+    """This process's place among those of one engine."""
 
-    def __init__(self, *, timeout: float = MEETING):
-        """Meets the others, which `join` has made known.
+    def __init__(self, process: int, count: int, meet: Meet):
+        """Meets the others.
 
-        Raises:
-            ConfigError: this process has had an engine of several processes before.
-            EngineDeadError: not all of them came in time.
+        Args:
+            process: which this is.
+            count: of all.
+            meet: gives the connections: of process 0 to all others, of the others to process 0. Its errors pass.
         """
-        self.process, self.count = global_state.process_id, global_state.num_processes
+        self.process, self.count = process, count
         self.lost: str | None = None
         self._on_lost: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._waiting: set[Future[Any]] = set()
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
         self._others: list[Connection] = []
-        self._others = self._meet(timeout)
+        self._others = meet(self._lose, self.check)
         threading.Thread(target=self._work, name="devices", daemon=True).start()
-        atexit.register(self._at_exit)
 
     @classmethod
     def of(cls, config: MeshConfig) -> "Cluster | None":
-        """Joins, and meets the others; None where the configuration names none. Errors as of `join` and `Cluster`."""
+        """Joins, and meets the others; None where the configuration names none.
+
+        Raises:
+            ConfigError: as `join` does; or this process has had an engine of several processes before.
+            EngineDeadError: not all of them came in time.
+        """
         join(config)
-        return cls() if global_state.client is not None and global_state.num_processes > 1 else None
+        if global_state.client is None or global_state.num_processes == 1:
+            return None
+        cluster = cls(global_state.process_id, global_state.num_processes, _meet)
+        atexit.register(cluster._at_exit)
+        return cluster
 
     @property
     def is_leader(self) -> bool:
@@ -138,7 +152,9 @@ class Cluster:
             if different:
                 name = different[0]
                 here, there = own["facts"][name], other["facts"].get(name)
-                problem = f"every process must have the same {name}: process 0 has {here}, process {process} has {there}"
+                problem = (
+                    f"every process must have the same {name}: process 0 has {here}, process {process} has {there}"
+                )
                 self.tell(Order.REFUSED, parts=[problem.encode()])
                 self.close()
                 raise ConfigError(name, there, problem)
@@ -211,28 +227,6 @@ class Cluster:
         for other in self._others:
             other.close(reason)
 
-    def _meet(self, timeout: float) -> list[Connection]:
-        client = global_state.client
-        assert client is not None
-        assert global_state.coordinator_address is not None
-        host = global_state.coordinator_address.rpartition(":")[0].strip("[]")
-        if self.process:
-            try:
-                said = json.loads(client.blocking_key_value_get(_KEY, int(timeout * 1000)))
-            except Exception as error:  # JAX's runtime errors have no common base that is public
-                raise EngineDeadError(f"Process 0 did not say where to reach it: {error}") from error
-            token = bytes.fromhex(said["token"])
-            return [connect(host, said["port"], token, self.process, timeout=timeout, on_lost=self._lose)]
-        token = secrets.token_bytes(TOKEN_BYTES)
-        with listen(host) as listener:
-            said = json.dumps({"port": listener.getsockname()[1], "token": token.hex()})
-            try:
-                client.key_value_set(_KEY, said)
-            except Exception as error:
-                problem = "is one of several processes, which can have one engine in their lives: start them anew"
-                raise ConfigError("process_id", 0, problem) from error
-            return accept(listener, token, self.count - 1, timeout=timeout, on_lost=self._lose, check=self.check)
-
     def _expect(self, frame: Frame | None, order: Order) -> bytes:
         self.check()
         if frame is None:
@@ -282,3 +276,28 @@ class Cluster:
             with suppress(Exception):
                 stream.flush()
         os._exit(1)
+
+
+def _meet(on_lost: OnLost, check: Callable[[], None]) -> list[Connection]:
+    """The connections between the processes of this process's JAX cluster, which keeps where process 0 listens."""
+    client, process = global_state.client, global_state.process_id
+    assert client is not None
+    assert global_state.coordinator_address is not None
+    host = global_state.coordinator_address.rpartition(":")[0].strip("[]")
+    if process:
+        try:
+            said = json.loads(client.blocking_key_value_get(_KEY, int(MEETING * 1000)))
+        except Exception as error:  # JAX's runtime errors have no base that is public everywhere
+            raise EngineDeadError(f"Process 0 did not say where to reach it: {error}") from error
+        token = bytes.fromhex(said["token"])
+        return [connect(host, said["port"], token, process, timeout=MEETING, on_lost=on_lost)]
+    token = secrets.token_bytes(TOKEN_BYTES)
+    with listen(host) as listener:
+        said = json.dumps({"port": listener.getsockname()[1], "token": token.hex()})
+        try:
+            client.key_value_set(_KEY, said)
+        except Exception as error:
+            problem = "is one of several processes, which have one engine in their lives: start them anew"
+            raise ConfigError("process_id", 0, problem) from error
+        others = global_state.num_processes - 1
+        return accept(listener, token, others, timeout=MEETING, on_lost=on_lost, check=check)

@@ -34,7 +34,6 @@ from sharding.apply import shardings, with_shardings
 from sharding.mesh import MeshShape
 from sharding.plan import bytes_per_device
 
-
 Check = Callable[[], None]
 
 

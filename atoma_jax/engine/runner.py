@@ -27,7 +27,6 @@ from atoma_jax.model_spec import KVDtype, ModelSpec
 from atoma_jax.ops import Backend
 from sharding.plan import allocated_bytes
 
-
 _LOOK = 1.0  # seconds between looks at other processes while programs compile
 Run = Callable[[Callable[[], Any]], Any]  # does what may wait for devices
 

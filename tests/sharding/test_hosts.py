@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -111,6 +110,7 @@ def answers(processes: Processes, count: int) -> list[Any]:
     return [processes.news("finished") for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one_device_and_end_with_an_error_when_one_is_killed(
     start_all: StartAll, want: list[Any]
 ) -> None:
