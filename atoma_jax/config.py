@@ -21,6 +21,7 @@ _TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "tru
 MAX_SEQS = 4096
 MAX_TOKENS_A_STEP = 65536
 MAX_PROCESSES = 4096
+_MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +146,7 @@ class ValidationConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshConfig:
-    """How the engine is spread over devices and hosts. Limits of cache and scheduler hold for each slice: data × fsdp."""
+    """How the engine is spread over devices and hosts. Limits of cache and scheduler are of each slice."""
 
     # fsdp=2,tensor=4; a name of configs/mesh; or a TOML file. None: one device. Read by engine/mesh_config.py.
     mesh: str | None = None
@@ -224,6 +225,8 @@ class EngineConfig:
     def from_sections(cls, sections: dict[str, Any], overrides: dict[str, Any] | None = None) -> "EngineConfig":
         """Builds a configuration from `{"cache": {"block_size": 16}, …}`; flat `overrides` win. Errors as above."""
         sections = {name: dict(values) if isinstance(values, dict) else values for name, values in sections.items()}
+        if isinstance(sections.get("mesh"), dict):
+            sections["mesh"] = _with_axes(sections["mesh"])
         for name, value in (overrides or {}).items():
             if name not in _SECTION_OF:
                 raise ConfigError(name, value, f"is no setting of the engine{_suggestion(name, list(_SECTION_OF))}")
@@ -257,6 +260,15 @@ _SPELLINGS: dict[str, dict[str, str]] = {
     "kv_cache_dtype": {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "fp8": "fp8_e4m3"}
 }
 _SECTION_OF = {option.name: name for name, section in _SECTIONS.items() for option in dataclasses.fields(section)}
+
+
+def _with_axes(table: dict[str, Any]) -> dict[str, Any]:
+    """A [mesh] that names sizes, as files of configs/mesh do, with those as its `mesh`."""
+    axes = {name: table[name] for name in _MESH_AXES if name in table}
+    if axes and table.get("mesh") is not None:
+        raise ConfigError("mesh", table["mesh"], f"contradicts {', '.join(axes)} in [mesh]: give one of the two")
+    rest = {name: value for name, value in table.items() if name not in axes}
+    return rest | ({"mesh": ",".join(f"{name}={size}" for name, size in axes.items())} if axes else {})
 
 
 def _suggestion(name: str, known: list[str]) -> str:

@@ -1,16 +1,16 @@
-"""What the processes of one engine must have in common, so that they compile the same programs and hold one model.
+"""What the processes of one engine must have in common: they compile the same programs and hold one model.
 
-Files are compared by what headers say and by the first row of every tensor: fine-tuned models of one shape differ there.
+Files are compared by what headers say and by every tensor's first row, where fine-tuned models of one shape differ.
 """
 
 import dataclasses
 import hashlib
+import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from atoma_jax import __version__
 from atoma_jax.config import EngineConfig
 from atoma_jax.engine.model_setup import ModelSetup
 from atoma_jax.loading.orbax.checkpoint import OrbaxModel
@@ -25,13 +25,20 @@ def facts_of(config: EngineConfig, setup: ModelSetup, programs: Sequence[object]
     settings = {name: value for section in sections for name, value in section.items() if name not in _OWN}
     backend = {f"backend.{name}": str(value) for name, value in dataclasses.asdict(setup.backend).items()}
     return {
-        "version of atoma-jax": __version__,
+        "version of atoma-jax": _own_version(),
         "version of JAX": jax.__version__,
         **settings,
         **backend,
         "programs": ", ".join(map(str, programs)),
         "model": fingerprint(setup),
     }
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("atoma-jax")
+    except importlib.metadata.PackageNotFoundError:  # a tree that is not installed
+        return "unknown"
 
 
 def fingerprint(setup: ModelSetup) -> str:

@@ -1,7 +1,7 @@
 """Connections between the processes of one engine: frames in order, and the news that one of them is gone.
 
-Process 0 listens, the others connect. A frame is a kind, an index and bytes whose meaning is `cluster.py`'s; nothing in it
-is code. Whoever closes without a farewell, or is silent for too long, is lost: machines that stop send nothing, so
+Process 0 listens, the others connect. A frame is a kind, an index and bytes whose meaning is `cluster.py`'s; nothing in
+it is code. Whoever closes without a farewell, or is silent for too long, is lost: machines that stop send nothing, so
 each side says every two seconds that it is there. Imports no JAX.
 """
 

@@ -2,8 +2,8 @@
 
 Process 0 takes requests and plans; the others do on their devices what it does on its own, told by frames of
 `channel.py`. A step's frame must come before the device is done with the step before it, so it goes over TCP beside the
-devices, not through a collective, which would wait behind that step. Nothing that may wait for another process's devices
-is waited for without `run`: a process that is lost ends the wait.
+devices: a collective would wait behind that step. What may wait for another process's devices is waited for in `run`
+alone: a process that is lost ends the wait.
 """
 
 import atexit

@@ -43,8 +43,8 @@ class LLM:
             UserError: the model or a setting cannot be used.
             DownloadError: the model could not be fetched.
             EngineDeadError: another process of this engine is lost.
-            SystemExit: of several processes this is not the first: it has served the first one until that one ended, and
-                nothing is left to do. The same program runs in all of them.
+            SystemExit: of several processes this is not the first: it has served the first one until that one ended.
+                The same program runs in all of them.
         """
         llm = cls.__new__(cls)
         llm._start(config, on_phase)

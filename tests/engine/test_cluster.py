@@ -187,5 +187,5 @@ class TestMeeting:
 
         jax.devices()
         config = MeshConfig(mesh="data=2", coordinator_address="127.0.0.1:1", num_processes=2, process_id=1)
-        with pytest.raises(ConfigError, match="no cluster came about: .*before any JAX calls"):
+        with pytest.raises(ConfigError, match=r"no cluster came about: .*before any JAX calls"):
             join(config)

@@ -1,7 +1,7 @@
 """One of several processes of an engine, as a program of its own. Every one runs the same lines, as users' programs do.
 
-Prints JSON lines: the answers to some requests; "busy" while a long one runs, so that somebody may end a process; and how
-that ended.
+Prints JSON lines: the answers to some requests; "busy" while a long one runs, so that somebody may end a process; and
+how that ended.
 """
 
 import json

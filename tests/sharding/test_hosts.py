@@ -1,5 +1,5 @@
-"""One engine over several processes, which Gloo connects on this machine: answers of one device, and a clean end whoever
-goes first."""
+"""One engine over several processes, which Gloo connects on this machine: answers of one device, and a clean end
+whoever goes first."""
 
 import json
 import os
