@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from atoma_jax.config import EngineConfig
-from atoma_jax.engine.memory import WORKSPACE_BYTES, kv_cache_dtype
+from atoma_jax.engine.memory import kv_cache_dtype, reserved_workspace
 from atoma_jax.engine.mesh_config import planned_mesh
 from atoma_jax.engine.model_setup import ModelSetup, served_length, set_up_model
 from atoma_jax.loading.fetch.hub import resolve
@@ -136,7 +136,7 @@ def plan_model(
             kv_dtype=kv_dtype,
             kv_bytes_per_token=spec.kv_bytes_per_token(kv_dtype) // (1 if mesh is None else mesh.tensor),
             page_tokens=config.cache.block_size,
-            workspace=0 if is_cpu else WORKSPACE_BYTES,
+            workspace=reserved_workspace(memory or 2**60, is_cpu=is_cpu),
             memory=memory,
             max_model_len=length,
         )

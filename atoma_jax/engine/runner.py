@@ -5,6 +5,7 @@ step later.
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -110,6 +111,7 @@ class Runner:
         self._write_slot_shape = (jax.ShapeDtypeStruct((), jnp.int32), empty_row(sampler))
         self._programs: dict[Program, Future[Any]] = {}
         self._write_slot: Future[Any] | None = None
+        self._sampler_bytes = 0
         self._weights: Weights | None = None
         self._state: EngineState | None = None
 
@@ -126,6 +128,7 @@ class Runner:
         state, mesh = jax.eval_shape(self._new_state), self._mesh
         if mesh is not None:
             state = mesh.abstract_state(state)
+        self._sampler_bytes = sum(_device_part(leaf) for leaf in jax.tree.leaves(state.sampler))
         pool = ThreadPoolExecutor(threads, "compile", initializer=COMPILATIONS.plan_this_thread)
 
         def build(program: Program) -> Any:
@@ -154,10 +157,14 @@ class Runner:
         self._state = self._new_state() if self._mesh is None else self._mesh.new_state(self._new_state)
         for future in (*self._programs.values(), self._write_slot):
             assert future is not None
-            while self._cluster is not None and not future.done():
-                self._cluster.check()
-                wait([future], timeout=_LOOK)
-            future.result()
+            self._wait_for(future)
+
+    def _wait_for(self, future: Future[Any]) -> Any:
+        """A compiled program. Raises EngineDeadError if another process is lost meanwhile."""
+        while self._cluster is not None and not future.done():
+            self._cluster.check()
+            wait([future], timeout=_LOOK)
+        return future.result()
 
     def warm_up(self) -> None:
         """Runs the smallest program once with no work, so that the first request does not pay for lazy set-up."""
@@ -202,6 +209,12 @@ class Runner:
         """Bytes that weights or the KV cache hold on the device that has most of them."""
         assert self._state is not None
         return max(allocated_bytes(self._weights if part == "weights" else self._state.pages).values())
+
+    def workspace_bytes(self) -> int:
+        """Bytes that a device needs beside weights and pages: of the program that needs most, for temporaries and
+        results, and of the sampler's state. Waits until everything is compiled."""
+        needs = [_needs_of(self._wait_for(future)) for future in self._programs.values()]
+        return max(needs) + self._sampler_bytes
 
     def close(self) -> None:
         """Gives the device's memory back; the runner is of no use afterwards."""
@@ -278,6 +291,20 @@ class Runner:
 
 def _here(call: Callable[[], Any]) -> Any:
     return call()
+
+
+def _device_part(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array that one device holds."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def _needs_of(compiled: Any) -> int:
+    """Bytes that a program takes while it runs and that are not its arguments."""
+    found = compiled.memory_analysis()
+    if found is None:  # a backend that does not say
+        return 0
+    return found.temp_size_in_bytes + max(0, found.output_size_in_bytes - found.alias_size_in_bytes)
 
 
 def _row_of(payload: bytes, like: SlotRow) -> SlotRow:

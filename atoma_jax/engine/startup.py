@@ -21,7 +21,14 @@ from atoma_jax.engine.compile_cache import use_compile_cache
 from atoma_jax.engine.engine import Engine
 from atoma_jax.engine.host import free_host_bytes, keep_freed_memory
 from atoma_jax.engine.limits import EngineLimits
-from atoma_jax.engine.memory import DeviceMemory, addressable_pages, kv_cache_dtype, plan_pages
+from atoma_jax.engine.memory import (
+    DeviceMemory,
+    addressable_pages,
+    kv_cache_dtype,
+    pages_beside,
+    plan_pages,
+    reserved_workspace,
+)
 from atoma_jax.engine.mesh_config import resolved_mesh
 from atoma_jax.engine.mesh_step import MeshStep
 from atoma_jax.engine.model_setup import ModelSetup, served_length, set_up_model, unchecked
@@ -116,6 +123,7 @@ def start_engine(
     phases.report.device_bytes = {
         "weights": (limits.weight_bytes, runner.device_bytes("weights")),
         "KV cache": (limits.kv_cache_bytes, runner.device_bytes("pages")),
+        "workspace": (max(ready.workspace, ready.reserved), ready.workspace),
     }
     return engine, phases.report
 
@@ -157,6 +165,8 @@ class _Ready:
     plan: "_Plan"
     limits: EngineLimits
     runner: Runner
+    workspace: int  # bytes that programs need of a device
+    reserved: int  # bytes that were left to them
     cluster: Cluster | None
     tokenizer: Tokenizer
     default_params: SamplingParams
@@ -177,7 +187,8 @@ def _get_ready(config: EngineConfig, phases: _Phases, *, progress: bool) -> _Rea
                 setup = _set_up(config, files, cluster)
                 phases.report.kernels = setup.backend.kernels
                 plan = _plan(config, setup)
-                limits = _limits(config, plan, setup, cluster)
+                memory = _memory(config, plan, setup, cluster)
+                limits = _limits(config, plan, setup, memory)
             with phases.phase("tokenizer"):
                 runner = _runner(config, plan, setup, limits, cluster)
                 pool = runner.compile(setup.abstract(), threads=plan.threads)
@@ -188,6 +199,12 @@ def _get_ready(config: EngineConfig, phases: _Phases, *, progress: bool) -> _Rea
                 weights = setup.load(threads=plan.threads, progress=progress, check=check)
                 jax.block_until_ready(weights)
             with phases.phase("compile"):
+                workspace = runner.workspace_bytes()
+                fewer = _beside(config, limits, memory, workspace)
+                if fewer is not limits:  # programs hold their arguments' shapes
+                    limits, runner = fewer, _runner(config, plan, setup, fewer, cluster)
+                    pool = runner.compile(setup.abstract(), threads=plan.threads)
+                    stack.callback(pool.shutdown, wait=False, cancel_futures=True)
                 runner.start(weights)
         if setup.backend.platform == "cpu":
             keep_freed_memory()  # not before: what loading and compiling free is given back
@@ -206,6 +223,8 @@ def _get_ready(config: EngineConfig, phases: _Phases, *, progress: bool) -> _Rea
         plan=plan,
         limits=limits,
         runner=runner,
+        workspace=workspace,
+        reserved=reserved_workspace(memory.free, is_cpu=memory.is_cpu),
         cluster=cluster,
         tokenizer=tokenizer,
         default_params=default_params,
@@ -261,19 +280,39 @@ def _plan(config: EngineConfig, setup: ModelSetup) -> _Plan:
     )
 
 
-def _limits(config: EngineConfig, plan: _Plan, setup: ModelSetup, cluster: Cluster | None) -> EngineLimits:
+def _memory(config: EngineConfig, plan: _Plan, setup: ModelSetup, cluster: Cluster | None) -> DeviceMemory:
+    """Of each device, the least of all processes."""
+    is_cpu = setup.backend.platform == "cpu"
+    free = free_host_bytes() if is_cpu else jax.local_devices()[0].memory_stats()["bytes_limit"]
+    if is_cpu and setup.devices is not None:
+        free //= sum(
+            device.process_index == jax.process_index() for device in setup.devices.devices.flat
+        )  # one machine
+    if cluster is not None:
+        free = cluster.agree(facts_of(config, setup, plan.buckets.programs), free)
+    return DeviceMemory(is_cpu=is_cpu, free=free, weights=setup.weight_bytes)
+
+
+def _beside(config: EngineConfig, limits: EngineLimits, memory: DeviceMemory, workspace: int) -> EngineLimits:
+    """The same limits, or fewer pages where programs need more than was left to them."""
+    page_bytes = limits.kv_cache_bytes // limits.num_pages
+    pages = pages_beside(
+        config.cache,
+        memory,
+        limits.num_pages,
+        page_bytes=page_bytes,
+        workspace=workspace,
+        max_model_len=limits.max_model_len,
+    )
+    return limits if pages == limits.num_pages else replace(limits, num_pages=pages, kv_cache_bytes=pages * page_bytes)
+
+
+def _limits(config: EngineConfig, plan: _Plan, setup: ModelSetup, memory: DeviceMemory) -> EngineLimits:
     spec, weight_bytes = setup.spec, setup.weight_bytes
     mesh = setup.backend.mesh
     # Of one device: kv heads are cut over `tensor`, and each slice has pages of its own.
     token_bytes = spec.kv_bytes_per_token(plan.kv_dtype) // (1 if mesh is None else mesh.tensor)
     page_bytes = token_bytes * config.cache.block_size
-    is_cpu = setup.backend.platform == "cpu"
-    free = free_host_bytes() if is_cpu else jax.local_devices()[0].memory_stats()["bytes_limit"]
-    if is_cpu and mesh is not None:
-        free //= len(jax.local_devices())  # which are one machine
-    if cluster is not None:
-        free = cluster.agree(facts_of(config, setup, plan.buckets.programs), free)
-    memory = DeviceMemory(is_cpu=is_cpu, free=free, weights=weight_bytes)
     pages = plan_pages(config.cache, memory, page_bytes=page_bytes, max_model_len=plan.max_model_len)
     if setup.backend.kernels == "pallas" and plan.kv_dtype in ("fp8_e4m3", "int8"):
         kv_heads = spec.num_kv_heads if mesh is None else spec.num_kv_heads // mesh.tensor
