@@ -9,7 +9,7 @@ where a number is a code less a zero point, or what a table says for the code. C
   holds in bit field i the element b·KB + i·P + j, so that a plane is contiguous in K and a word is as wide as the
   bfloat16 it becomes. What the GPU kernels read.
 
-Which layout and which route a product takes is decided in `atoma_jax/ops.py`, not here.
+Which layout and which route a product takes is decided in `atoma_jax/ops`, not here.
 """
 
 import jax.numpy as jnp

@@ -47,7 +47,7 @@ HOST_MODULES = (
 )
 ON_THE_HOST = tuple(f"atoma_jax.engine.{name}" for name in HOST_MODULES)
 
-KERNELS = ("pallas_kernels", "sharding", "atoma_jax.parts", "atoma_jax.quant", "atoma_jax.native", *BASICS)
+KERNELS = ("pallas_kernels", "sharding", "atoma_jax.quant", "atoma_jax.native", *BASICS)
 LOADING = ("sharding", "atoma_jax.models", "atoma_jax.ops", "atoma_jax.quant", *BASICS)
 
 # The arrows of docs/structure.md. A module may import itself, its own package's modules, and what stands here; the
@@ -67,10 +67,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "atoma_jax.tokenizer": ("atoma_jax.loading.gguf.file", *BASICS),
     "atoma_jax.quant": BASICS,
     "atoma_jax.native": ("atoma_jax.quant", *BASICS),
-    "atoma_jax.parts": ("pallas_kernels", "sharding", "atoma_jax.quant"),
     "atoma_jax.ops": KERNELS,
-    "atoma_jax.tables": ("atoma_jax.ops", *KERNELS),
-    "atoma_jax.models": ("sharding", "atoma_jax.ops", "atoma_jax.tables", "atoma_jax.quant", *BASICS),
+    "atoma_jax.models": ("sharding", "atoma_jax.ops", "atoma_jax.quant", *BASICS),
     "atoma_jax.loading": LOADING,
     **dict.fromkeys(NAMES, ("atoma_jax.loading", *LOADING)),
     "atoma_jax.engine": (

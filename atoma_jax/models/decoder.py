@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
-from atoma_jax import ops, tables
+from atoma_jax import ops
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.layers import rms_norm, rope_tables, softcapped, window_sizes
 from atoma_jax.models.params import gathered_ahead, indexed, matrix, vector
 from atoma_jax.models.registry import LAYERS
+from atoma_jax.ops import tables
 from atoma_jax.quant.qtensor import QTensor
 
 

@@ -1,4 +1,4 @@
 """C++ kernels for the CPU behind `jax.ffi`: their sources, how they are built and found, and typed calls.
 
-Whoever computes with them comes through `atoma_jax/ops.py`, which chooses.
+Whoever computes with them comes through `atoma_jax/ops`, which chooses.
 """

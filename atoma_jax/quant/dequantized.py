@@ -1,6 +1,6 @@
 """Exact float32 values of a `QTensor`'s numbers on the host, by numpy: what an export writes.
 
-Owns the reverse of all layouts. Products with a `QTensor` on a device are `ops.py`'s.
+Owns the reverse of all layouts. Products with a `QTensor` on a device are those of `ops`.
 """
 
 from typing import Any, TypeAlias

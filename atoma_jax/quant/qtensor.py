@@ -1,4 +1,4 @@
-"""Quantized weights on the device: `QTensor`, and `LayerVariants` where layers differ. Products are in `ops.py`."""
+"""Quantized weights on the device: `QTensor`, and `LayerVariants` where layers differ. Products are in `ops`."""
 
 from dataclasses import dataclass, field
 from typing import Literal, no_type_check

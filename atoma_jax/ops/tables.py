@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from atoma_jax.native import matmul as native_matmul
-from atoma_jax.ops import Backend, linear
-from atoma_jax.parts import from_all_rows, own_rows
+from atoma_jax.ops.backend import Backend
+from atoma_jax.ops.linear import linear
+from atoma_jax.ops.parts import from_all_rows, own_rows
 from atoma_jax.quant.qtensor import QTensor
 from pallas_kernels import quantized_matmul as matmul_kernels
 from sharding.collectives import join_over, part_index, size_of, swap_cut

@@ -1,7 +1,7 @@
 """What a device of a mesh does before and after the products of its part of a weight.
 
 Owns the gathering of weights that `fsdp` spreads, and what is different where inputs, experts or a vocabulary are cut.
-The products themselves are `ops.py`'s. All of this runs under `shard_map`; with a mesh of None nothing happens.
+The products themselves are not here. All of this runs under `shard_map`; with a mesh of None nothing happens.
 """
 
 from dataclasses import replace

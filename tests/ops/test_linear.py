@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from atoma_jax import ops
+from atoma_jax.ops.linear import has_kernel
 from atoma_jax.quant.qtensor import QTensor
 
 
@@ -57,7 +58,7 @@ def test_arrays_that_a_kernel_cannot_address_are_left_to_xla(layers, kernel):
         group=8192,
     )
     backend = ops.Backend(platform="cuda", operands="bfloat16", weight_layout="planar", kernels="pallas")
-    assert ops._has_kernel(large, backend) == kernel
+    assert has_kernel(large, backend) == kernel
 
 
 @pytest.mark.parametrize("kernels", ["xla", "interpret"])

@@ -1,0 +1,35 @@
+"""The one place that chooses a kernel: by platform, by the weight's layout, by shape.
+
+Models call these functions and know no kernel. Where `Backend.kernels` asks for native kernels, they do attention and
+multiply weights in tiles; where it asks for Pallas, its kernels do attention and multiply weights in the planar layout
+and stacks of bfloat16 matrices. The rest is XLA's everywhere.
+"""
+
+from atoma_jax.native.tiles import put_codes, put_factors
+from atoma_jax.ops.attention import AttentionBatch, Chunks, attend, attention_batch, empty_pages
+from atoma_jax.ops.backend import Backend, Kernels, Platform, has_native_kernels
+from atoma_jax.ops.experts import grouped_feed_forward
+from atoma_jax.ops.linear import layer_of, linear, linear_of_parts
+from pallas_kernels.kv_pages import KVPages
+from pallas_kernels.quantized_matmul import pack_planar
+
+# Types and packings of the kernels that others need come from here: nobody else imports kernels.
+__all__ = [
+    "AttentionBatch",
+    "Backend",
+    "Chunks",
+    "KVPages",
+    "Kernels",
+    "Platform",
+    "attend",
+    "attention_batch",
+    "empty_pages",
+    "grouped_feed_forward",
+    "has_native_kernels",
+    "layer_of",
+    "linear",
+    "linear_of_parts",
+    "pack_planar",
+    "put_codes",
+    "put_factors",
+]

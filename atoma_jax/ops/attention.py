@@ -1,0 +1,174 @@
+"""Attention of a step over the paged cache, and what its kernels want to know of the step."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, no_type_check
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from atoma_jax.native import attention as native_attention
+from atoma_jax.ops.backend import Backend
+from pallas_kernels import attention_work, kv_pages, kv_write_pallas, paged_attention, paged_attention_pallas
+from pallas_kernels.attention_work import DecodeParts, QueryBlocks
+from pallas_kernels.kv_pages import KVPages
+
+# Programs that a step of few sequences which decode is spread over: four for each multiprocessor of a large GPU.
+_PROGRAMS = 512
+_INTERPRETED_PROGRAMS = 16  # these run one after another
+_FIXED_PARTS = 8  # of the longest context, where how it is cut must not depend on others
+
+
+@no_type_check  # JAX also fills it with abstract values
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionBatch:
+    """Where the tokens of a step lie. T tokens, B sequences, page tables of W pages.
+
+    Sequences that decode come first: token i belongs to sequence i, for as many as decode.
+    """
+
+    page: Int32[Array, " T"]  # that each token's K and V go to
+    slot: Int32[Array, " T"]  # inside that page
+    page_table: Int32[Array, "B W"]
+    decode_lengths: Int32[Array, " B"]  # context of each sequence that decodes, this step included; 0 for the others
+    blocks: QueryBlocks | None  # work of the sequences that prefill; None: the program only decodes
+    parts: DecodeParts | None  # of the contexts of sequences that decode; None: kernels that take each whole
+
+
+class Chunks(NamedTuple):
+    """What each of B sequences prefills: its tokens in the flat batch. Rows lie in order, without gaps."""
+
+    start: Int32[Array, " B"]  # first token
+    num_tokens: Int32[Array, " B"]  # 0 for rows that decode and for padding
+    position: Int32[Array, " B"]  # of the first token, in its sequence
+
+
+def empty_pages(shape: tuple[int, int, int, int, int], kv_dtype: str, backend: Backend) -> KVPages:
+    """A KV cache of zeros: `shape` is (L, P, K, S, H), `kv_dtype` a name of `kv_pages.FORMATS`."""
+    return kv_pages.empty_pages(shape, kv_dtype, as_bits=backend.platform == "cpu")
+
+
+def attention_batch(
+    pages: KVPages,
+    num_heads: int,
+    backend: Backend,
+    *,
+    page: Int32[Array, " T"],
+    slot: Int32[Array, " T"],
+    page_table: Int32[Array, "B W"],
+    decode_lengths: Int32[Array, " B"],
+    chunks: Chunks | None,
+    fixed_parts: bool,
+) -> AttentionBatch:
+    """Where a step's tokens lie, and the work lists of its attention: built once, shared by all layers.
+
+    Args:
+        pages: the cache; its shape counts.
+        num_heads: query heads of a layer.
+        backend: where it runs.
+        page: as in `AttentionBatch`, like the next three.
+        slot: likewise.
+        page_table: likewise.
+        decode_lengths: likewise.
+        chunks: what is prefilled; None: the program only decodes.
+        fixed_parts: how a context is cut must not depend on the other contexts of the step.
+    """
+    T = page.shape[0]
+    blocks = parts = None
+    if not backend.uses_pallas:
+        if chunks is not None:
+            blocks = attention_work.query_blocks(*chunks, T, size=paged_attention.QUERY_BLOCK)
+    else:
+        longest = page_table.shape[1] * pages.k.shape[3]
+        part, num_parts = _context_parts(pages, backend, decode_lengths.shape[0], longest, fixed=fixed_parts)
+        block = paged_attention_pallas.context_block(pages)
+        parts = attention_work.decode_parts(
+            decode_lengths, block=block, num_parts=num_parts, part=part, cover_empty=chunks is None
+        )
+        if chunks is not None:
+            size = paged_attention_pallas.prefill_block(pages, num_heads)
+            blocks = attention_work.padded_query_blocks(*chunks, decode_lengths, T, size=size)
+    return AttentionBatch(
+        page=page, slot=slot, page_table=page_table, decode_lengths=decode_lengths, blocks=blocks, parts=parts
+    )
+
+
+def _context_parts(pages: KVPages, backend: Backend, B: int, longest: int, *, fixed: bool) -> tuple[int | None, int]:
+    """Blocks of a part of a context, None where the step decides, and how many parts B contexts have at most."""
+    if not fixed:
+        programs = _PROGRAMS if backend.kernels == "pallas" else _INTERPRETED_PROGRAMS
+        return None, B + -(-programs // pages.k.shape[2])
+    blocks = -(-longest // paged_attention_pallas.context_block(pages))
+    part = -(-blocks // _FIXED_PARTS)
+    return part, B * -(-blocks // part)
+
+
+def attend(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    pages: KVPages,
+    batch: AttentionBatch,
+    backend: Backend,
+    *,
+    layer: Int32[Array, ""],
+    window: Int32[Array, ""],
+    scale: float,
+    softcap: float | None,
+) -> tuple[Float32[Array, "T N H"], KVPages]:
+    """Writes the step's K and V into their pages, then attends to them: both depend on the pages' layout.
+
+    Args:
+        q: queries of the step's tokens, rotated.
+        k: keys, rotated.
+        v: values.
+        pages: the cache of all layers; returned with the new entries, in place where donated.
+        batch: where the tokens lie.
+        backend: where it runs.
+        layer: index of the layer in the cache.
+        window: how many positions back a query sees, itself included.
+        scale: factor of the logits.
+        softcap: limit of the logits' size, by tanh.
+    """
+    if backend.kernels == "native":
+        out, cache = native_attention.attention(
+            *(q, k, v),
+            [part for part in pages if part is not None],
+            page=batch.page,
+            slot=batch.slot,
+            page_table=batch.page_table,
+            decode_lengths=batch.decode_lengths,
+            blocks=batch.blocks,
+            layer=layer,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+        )
+        return out, KVPages(*cache)
+    place: dict[str, Any] = {"layer": layer, "page": batch.page, "slot": batch.slot}
+    what: dict[str, Any] = {"layer": layer, "page_table": batch.page_table, "window": window}
+    what |= {"scale": scale, "softcap": softcap}
+    if batch.parts is None:
+        pages = kv_pages.write_kv(pages, k, v, **place)
+        return _attend_by_xla(q, pages, batch, what), pages
+    interpret = backend.kernels == "interpret"
+    pages = kv_write_pallas.write_kv(pages, k, v, **place, interpret=interpret)
+    out = paged_attention_pallas.decode_attention(
+        q, pages, batch.parts, lengths=batch.decode_lengths, **what, interpret=interpret
+    )
+    if batch.blocks is not None:
+        out = paged_attention_pallas.ragged_attention(q, pages, batch.blocks, out, **what, interpret=interpret)
+    return out, pages
+
+
+def _attend_by_xla(
+    q: Float[Array, "T N H"], pages: KVPages, batch: AttentionBatch, what: dict[str, Any]
+) -> Float32[Array, "T N H"]:
+    B = batch.decode_lengths.shape[0]
+    decoded = paged_attention.decode_attention(q[:B], pages, lengths=batch.decode_lengths, **what)
+    if batch.blocks is None:
+        return decoded
+    out = paged_attention.ragged_attention(q, pages, batch.blocks, **what)
+    decodes = (batch.decode_lengths > 0)[:, None, None]
+    return out.at[:B].set(jnp.where(decodes, decoded, out[:B]))

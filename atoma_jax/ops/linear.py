@@ -1,0 +1,238 @@
+"""Products with a weight, by the kernels of its layout: native, Pallas, or XLA's own."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from atoma_jax.native import matmul as native_matmul
+from atoma_jax.ops.backend import Backend, Precision
+from atoma_jax.ops.parts import gathered, inputs_of, quantized_parts
+from atoma_jax.quant.qtensor import LayerVariants, QTensor
+from pallas_kernels import quantized_matmul as matmul_kernels
+from pallas_kernels.dense_matmul import dense_matmul
+from pallas_kernels.planar_matmul import PlanarFormat, PlanarStack, planar_matmul
+from pallas_kernels.ternary_matmul import is_ternary, ternary_matmul, ternary_matmul_xla
+from pallas_kernels.tuning import matmul_tiles
+from sharding.collectives import size_of, sum_over
+
+# Integer products go group by group: with smaller groups, rounding the activations and multiplying floats is quicker.
+_INTEGER_GROUP = 128
+
+
+def linear(
+    x: Float[Array, "T K"],
+    weight: QTensor | LayerVariants | Array,
+    backend: Backend,
+    *,
+    layer: Int32[Array, ""] | None = None,
+    int8_activations: bool = False,
+) -> Float32[Array, "T N"]:
+    """x · Wᵀ for a weight `[N, K]`, summed in float32. Dense weights are multiplied in the type they have.
+
+    Args:
+        x: activations.
+        weight: of one layer, or of all layers: a stack, or variants.
+        backend: where it runs.
+        layer: whose of all layers'; without effect for the weight of one.
+        int8_activations: each token of `x` is rounded to int8 first, because the model was trained so.
+    """
+    if isinstance(weight, LayerVariants):
+        assert layer is not None, "variants are of several layers"
+
+        def product(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "T N"]:
+            return linear(x, stack, backend, layer=place, int8_activations=int8_activations)
+
+        return in_variant(weight, layer, product)
+    if isinstance(weight, QTensor) and weight.layout == "tiles":
+        index = () if layer is None or weight.lead == () else (layer,)
+        return tiled_linear(x, weight, index, backend, int8_activations=int8_activations)
+    if backend.gathers and layer is not None and _lead(weight) != ():
+        weight = layer_of(weight, layer, backend)
+    if isinstance(weight, QTensor) and has_kernel(weight, backend):
+        return _kernel_linear(x, weight, backend, layer, int8_activations=int8_activations)
+    if isinstance(weight, Array) and backend.uses_pallas and weight.ndim == 3 and weight.dtype == jnp.bfloat16:
+        return _dense_linear(x, weight, backend, layer, int8_activations=int8_activations)
+    if _lead(weight) != ():
+        assert layer is not None, "the weight is of several layers"
+        weight = picked(weight, layer)
+    if int8_activations:
+        return _integer_linear(x, weight, backend)
+    if isinstance(weight, QTensor):
+        return _quantized_linear(x, weight, backend)
+    return matmul_kernels.dot(x.astype(weight.dtype), weight)
+
+
+def linear_of_parts(
+    x: Float[Array, "T K"],
+    weight: QTensor | LayerVariants | Array,
+    backend: Backend,
+    *,
+    layer: Int32[Array, ""],
+    int8_activations: bool = False,
+) -> Float32[Array, "T N"]:
+    """`linear` where inputs may be cut over devices, as heads and feed-forward nets are: the sum over the parts."""
+    mesh = backend.mesh
+    if size_of(mesh, "tensor") == 1:
+        return linear(x, weight, backend, layer=layer, int8_activations=int8_activations)
+    factor: Float32[Array, "T 1"] | None = None
+    if int8_activations:
+        x, factor = quantized_parts(x, mesh)
+
+    def product(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "T N"]:
+        return linear(inputs_of(x, stack, mesh), stack, backend, layer=place)
+
+    y = in_variant(weight, layer, product) if isinstance(weight, LayerVariants) else product(weight, layer)
+    return sum_over(y if factor is None else y * factor, mesh, "tensor")
+
+
+def layer_of(weight: QTensor | Array, layer: Int32[Array, ""], backend: Backend) -> QTensor | Array:
+    """One layer of a stack, gathered from the devices that it is spread over."""
+    return gathered(picked(weight, layer), backend.mesh)
+
+
+def _lead(weight: QTensor | Array) -> tuple[int, ...]:
+    return weight.lead if isinstance(weight, QTensor) else weight.shape[:-2]
+
+
+def tiled_linear(
+    x: Float[Array, "T K"],
+    weight: QTensor,
+    index: tuple[Int32[Array, ""], ...],
+    backend: Backend,
+    *,
+    int8_activations: bool,
+) -> Float32[Array, "T N"]:
+    """By the native kernels, which take whole stacks: a part of one would be copied first."""
+    place = jnp.int32(0)
+    for size, at in zip(weight.lead, index, strict=True):
+        place = place * size + at
+    if weight.permutation is not None:
+        x = x[:, picked(weight.permutation, *index)]
+    activations: native_matmul.Activations = "tokens" if int8_activations else _ACTIVATIONS[backend.precision]
+    return native_matmul.matmul(x.astype(jnp.float32), weight, place, activations)
+
+
+_ACTIVATIONS: dict[Precision, native_matmul.Activations] = {"default": "groups", "high": "planes", "exact": "exact"}
+
+
+def _dense_linear(
+    x: Float[Array, "T K"],
+    stack: Array,
+    backend: Backend,
+    layer: Int32[Array, ""] | None,
+    *,
+    int8_activations: bool,
+) -> Float32[Array, "T N"]:
+    """`linear` of one of a stack of bfloat16 matrices, read in place."""
+    assert layer is not None, "the weight is of several layers"
+    factor: Float32[Array, "T 1"] | None = None
+    if int8_activations:
+        codes, factor = matmul_kernels.quantize_tokens(x)
+        x = codes.astype(jnp.bfloat16)
+    N, K = stack.shape[1:]
+    tiles = matmul_tiles(backend.device, "dense_matmul", M=x.shape[0], N=N, K=K, bits=16, group=1)
+    y = dense_matmul(x, stack, layer, tiles, interpret=backend.kernels == "interpret")
+    return y if factor is None else y * factor
+
+
+def has_kernel(weight: QTensor, backend: Backend) -> bool:
+    """Whether Pallas multiplies a weight."""
+    if not backend.uses_pallas or weight.layout != "planar" or not format_of(weight).is_aligned:
+        return False
+    # Triton counts in 32 bits up to 4 GiB: in an array of bytes, what lies behind 2 GiB would wrap around. The words
+    # of ternary weights may be read as bytes.
+    in_bytes = [leaf.size for leaf in (weight.scales, weight.mins) if leaf is not None and leaf.dtype == jnp.int8]
+    in_bytes += [2 * weight.codes.size] if weight.bits == 2 else []
+    return not any(2**31 <= size <= 2**32 for size in in_bytes)
+
+
+def format_of(weight: QTensor) -> PlanarFormat:
+    """What the kernels of the planar layout call it."""
+    return PlanarFormat(weight.bits, weight.plane, weight.group, weight.zero, weight.table)
+
+
+def _is_ternary(weight: QTensor) -> bool:
+    """Whether its products with int8 activations are sums of integers alone."""
+    return weight.layout == "planar" and weight.mins is None and is_ternary(format_of(weight), weight.shape[1])
+
+
+def stack_of(weight: QTensor) -> PlanarStack:
+    """A weight with its leading axes as one."""
+    parts = (weight.codes, weight.scales, weight.mins, weight.scale_supers, weight.min_supers)
+    return PlanarStack(*(None if part is None else part.reshape(-1, *part.shape[-2:]) for part in parts))
+
+
+def _kernel_linear(
+    x: Float[Array, "T K"],
+    weight: QTensor,
+    backend: Backend,
+    layer: Int32[Array, ""] | None,
+    *,
+    int8_activations: bool,
+) -> Float32[Array, "T N"]:
+    """`linear` of a weight, or of one of a stack, that Pallas reads in place."""
+    kind, stack, (N, K) = format_of(weight), stack_of(weight), weight.shape
+    place = jnp.int32(0) if layer is None or weight.lead == () else layer
+    if weight.permutation is not None:
+        x = x[:, weight.permutation.reshape(-1, K)[place]]
+    shape = {"M": x.shape[0], "N": N, "K": K, "bits": kind.bits, "group": kind.group}
+    interpret = backend.kernels == "interpret"
+    if int8_activations and _is_ternary(weight):
+        tiles = matmul_tiles(backend.device, "ternary_matmul", **shape)
+        return ternary_matmul(x, stack.words, stack.scales, place, kind, tiles, interpret=interpret)
+    tiles = matmul_tiles(backend.device, "planar_matmul", **shape)
+    if not int8_activations:
+        return planar_matmul(x, stack, place, kind, tiles, interpret=interpret)
+    codes, factor = matmul_kernels.quantize_tokens(x)  # exact in bfloat16
+    return planar_matmul(codes.astype(jnp.bfloat16), stack, place, kind, tiles, interpret=interpret) * factor
+
+
+def _integer_linear(x: Float[Array, "T K"], weight: QTensor | Array, backend: Backend) -> Float32[Array, "T N"]:
+    """`linear` of tokens as int8. Their codes are exact in bfloat16 too, so that the factor of a token comes last."""
+    if isinstance(weight, QTensor) and weight.permutation is None and _is_ternary(weight):
+        return ternary_matmul_xla(x, weight.codes, weight.scales, format_of(weight))
+    exact = isinstance(weight, QTensor) and weight.layout == "rows" and weight.codes.dtype == jnp.int8
+    if isinstance(weight, QTensor) and exact and weight.group >= _INTEGER_GROUP and weight.permutation is None:
+        return matmul_kernels.matmul_int8(x, weight.codes, weight.scales, weight.mins)
+    codes, factor = matmul_kernels.quantize_tokens(x)
+    return linear(codes.astype(jnp.float32), weight, backend) * factor
+
+
+def in_variant(weight: LayerVariants, layer: Int32[Array, ""], use: Callable[[QTensor | Array, Array], Array]) -> Array:
+    """`use(stack, place)` of the stack that holds a layer; it is compiled once for each stack."""
+    which, place = jnp.asarray(weight.which)[layer], jnp.asarray(weight.place)[layer]
+    return lax.switch(which, [partial(use, stack) for stack in weight.stacks], place)
+
+
+def picked(weight: QTensor | Array, *index: Int32[Array, ""]) -> QTensor | Array:
+    """The part of a weight at an index of its leading axes."""
+
+    def pick(leaf: Array) -> Array:
+        rest = leaf.shape[len(index) :]
+        start = (*index, *(jnp.int32(0) for _ in rest))
+        return lax.dynamic_slice(leaf, start, (*(1 for _ in index), *rest)).reshape(rest)
+
+    return jax.tree.map(pick, weight)
+
+
+def _quantized_linear(x: Float[Array, "T K"], weight: QTensor, backend: Backend) -> Float32[Array, "T N"]:
+    if weight.permutation is not None:
+        x = x[:, weight.permutation]
+    operands = jnp.dtype(backend.operands)
+    if weight.layout == "rows":
+        return matmul_kernels.matmul_rows(x, weight.codes, weight.scales, weight.mins, operands=operands)
+    return matmul_kernels.matmul_planar(
+        x,
+        weight.codes,
+        matmul_kernels.flat_factors(weight.scales, weight.scale_supers),
+        None if weight.mins is None else matmul_kernels.flat_factors(weight.mins, weight.min_supers),
+        bits=weight.bits,
+        plane=weight.plane,
+        zero=weight.zero,
+        table=weight.table,
+        operands=operands,
+    )
