@@ -66,7 +66,8 @@ class CacheConfig:
 
     block_size: int = 16  # tokens of a page
     num_pages: int | None = None  # pages in all, page 0 is scratch; None: from kv_cache_memory_bytes
-    kv_cache_memory_bytes: int | None = None  # None: a share of the device's memory, see engine/memory.py
+    kv_cache_memory_bytes: int | None = None  # of a device; None: a share of its memory, see engine/memory.py
+    kv_cache_memory_fraction: float | None = None  # the same as a share of what weights leave; --kv-cache-memory 0.5
     gpu_memory_utilization: float | None = None  # share of a GPU's memory for weights, KV and workspace; None: 0.92
     # auto: float32 on a CPU, bfloat16 elsewhere. Those of one byte keep a scale for each token and kv head beside it.
     # Short spellings are taken as well: `_SPELLINGS`.
@@ -81,6 +82,12 @@ class CacheConfig:
         _at_least("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
         if self.num_pages is not None and self.kv_cache_memory_bytes is not None:
             raise ConfigError("num_pages", self.num_pages, "contradicts kv_cache_memory_bytes: give one of the two")
+        part = self.kv_cache_memory_fraction
+        if part is not None and not 0 < part < 1:
+            raise ConfigError("kv_cache_memory_fraction", part, "must be above 0 and below 1")
+        for name in ("num_pages", "kv_cache_memory_bytes", "gpu_memory_utilization"):
+            if part is not None and getattr(self, name) is not None:
+                raise ConfigError("kv_cache_memory_fraction", part, f"contradicts {name}: give one of the two")
         share = self.gpu_memory_utilization
         sized = self.num_pages is not None or self.kv_cache_memory_bytes is not None
         if share is not None and sized:

@@ -53,6 +53,10 @@ def plan_pages(config: CacheConfig, memory: DeviceMemory, *, page_bytes: int, ma
     elif config.kv_cache_memory_bytes is not None:
         name, given = "kv_cache_memory_bytes", config.kv_cache_memory_bytes
         pages = given // page_bytes
+    elif config.kv_cache_memory_fraction is not None:
+        name, given = "kv_cache_memory_fraction", config.kv_cache_memory_fraction
+        reserve = reserved_workspace(memory.free, is_cpu=memory.is_cpu)
+        pages = int(max(0, memory.free - memory.weights - reserve) * given) // page_bytes
     else:
         name, given = "max_model_len", max_model_len
         pages = _default_bytes(config, memory, needed * page_bytes) // page_bytes

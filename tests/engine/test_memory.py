@@ -52,6 +52,14 @@ def test_bytes_become_whole_pages() -> None:
     assert pages(CacheConfig(kv_cache_memory_bytes=100 * PAGE + PAGE - 1), cpu()) == 100
 
 
+@pytest.mark.parametrize(("memory", "left"), [(cpu(64 * GIB, 4 * GIB), 60), (gpu(80 * GIB, 9 * GIB), 70)])
+def test_a_share_is_one_of_what_weights_and_workspace_leave(memory: DeviceMemory, left: int) -> None:
+    config = CacheConfig(kv_cache_memory_fraction=0.25)
+    assert pages(config, memory) == left * GIB // 4 // PAGE
+    with pytest.raises(ConfigError, match="kv_cache_memory_fraction"):
+        pages(config, cpu(2 * GIB, 2 * GIB))
+
+
 def test_a_cpu_gives_a_fixed_amount() -> None:
     assert pages(CacheConfig(), cpu()) == CPU_KV_BYTES // PAGE
 
