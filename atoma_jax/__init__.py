@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from atoma_jax.errors import AtomaError, EngineDeadError, Overloaded, UserError
     from atoma_jax.outputs import ComparedTokens, CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from atoma_jax.sampling_params import RequestOutputKind, SamplingParams
+    from atoma_jax.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "Scorer",
+    "StructuredOutputsParams",
     "UserError",
     "convert_model",
     "export_gguf",
@@ -58,6 +60,7 @@ _HOMES = {
     "atoma_jax.errors": ("AtomaError", "EngineDeadError", "Overloaded", "UserError"),
     "atoma_jax.outputs": ("ComparedTokens", "CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput"),
     "atoma_jax.sampling_params": ("RequestOutputKind", "SamplingParams"),
+    "atoma_jax.structured_outputs": ("StructuredOutputsParams",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

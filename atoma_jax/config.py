@@ -48,6 +48,9 @@ class ModelConfig:
     cpu_precision: Literal["default", "high", "exact"] = "default"
     max_model_len: int | None = None  # tokens of prompt and output together; None: what the model was trained for
     seed: int = 0  # of requests that bring none
+    # pooling: the engine turns prompts into vectors and generates nothing; its programs are others.
+    runner: Literal["generate", "pooling"] = "generate"
+    pooling_type: Literal["last", "mean"] | None = None  # of the tokens' hidden states; None: that of the last token
     trust_remote_code: bool = False  # refused: code of a checkpoint is never run
 
     def __post_init__(self) -> None:
@@ -56,6 +59,8 @@ class ModelConfig:
         _at_least("max_model_len", self.max_model_len, 1)
         if not 0 <= self.seed < 2**63:
             raise ConfigError("seed", self.seed, "must be between 0 and 2**63 - 1")
+        if self.pooling_type is not None and self.runner != "pooling":
+            raise ConfigError("pooling_type", self.pooling_type, "is for runner = pooling: leave it out")
         if self.trust_remote_code:
             raise ConfigError("trust_remote_code", True, "must be false: code shipped with a checkpoint is never run")
 
@@ -204,6 +209,14 @@ class EngineConfig:
             raise ConfigError(
                 "enable_chunked_prefill", False, "must be true where deterministic is set: chunks are fixed"
             )
+        if self.model.runner == "pooling":
+            for name, given in (
+                ("deterministic", self.compile.deterministic),
+                ("decode_rows", self.compile.decode_rows is not None),
+                ("mesh", self.parallel.mesh is not None),
+            ):
+                if given:
+                    raise ConfigError(name, True, "is for runner = generate: leave it out")
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> "EngineConfig":

@@ -116,6 +116,7 @@ class RequestOutput:
         finished: whether all of them are.
         metrics: its times.
         num_cached_tokens: prompt tokens whose KV came from the prefix cache.
+        embedding: the prompt's vector, as pooled, from an engine that pools; None before it is there.
     """
 
     request_id: str
@@ -126,6 +127,30 @@ class RequestOutput:
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = field(default=0)
+    embedding: Float32[np.ndarray, " D"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """A prompt as a vector."""
+
+    embedding: list[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingRequestOutput:
+    """What `LLM.embed` gives for a prompt."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+
+
+def unit_length(vector: Float32[np.ndarray, " D"]) -> Float32[np.ndarray, " D"]:
+    """A vector of the same direction and length 1; zeros stay."""
+    length = float(np.linalg.norm(vector))
+    return vector / np.float32(length) if length > 0 else vector
 
 
 def position_logprobs(

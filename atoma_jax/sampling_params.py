@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, no_type_check
 
 from atoma_jax.errors import ParameterError
+from atoma_jax.structured_outputs import StructuredOutputsParams
 
 GREEDY_BELOW = 1e-5  # temperatures below it mean greedy
 MAX_N = 1024  # samples of one request
@@ -60,6 +61,7 @@ class SamplingParams:
         logit_bias: added to the logits of token ids, in [-100, 100].
         allowed_token_ids: the only tokens that may be drawn.
         bad_words: texts that may not be generated: the last token of one is never drawn after the others.
+        structured_outputs: what the text must look like; only tokens that keep it so are drawn.
     """
 
     n: int
@@ -86,6 +88,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = field(hash=False)
     allowed_token_ids: tuple[int, ...] | None
     bad_words: tuple[str, ...]
+    structured_outputs: StructuredOutputsParams | None
 
     def __init__(
         self,
@@ -114,7 +117,7 @@ class SamplingParams:
         allowed_token_ids: Iterable[int] | None = None,
         bad_words: Iterable[str] | None = None,
         *,
-        structured_outputs: None = None,
+        structured_outputs: StructuredOutputsParams | None = None,
         logprob_token_ids: None = None,
         flat_logprobs: bool = False,
         extra_args: None = None,
@@ -124,7 +127,6 @@ class SamplingParams:
         Raises:
             ParameterError: a setting is outside its limits, or one that this engine does not implement is given.
         """
-        _refuse("structured_outputs", structured_outputs)
         _refuse("logprob_token_ids", logprob_token_ids)
         _refuse("flat_logprobs", flat_logprobs)
         _refuse("extra_args", extra_args)
@@ -142,6 +144,7 @@ class SamplingParams:
             spaces_between_special_tokens=_flag("spaces_between_special_tokens", spaces_between_special_tokens),
             include_stop_str_in_output=_flag("include_stop_str_in_output", include_stop_str_in_output),
             output_kind=_output_kind(output_kind),
+            structured_outputs=_structured(structured_outputs, ignore_eos),
         )
 
     @property
@@ -269,8 +272,8 @@ class SamplingParams:
         _store(self, stop=stops, bad_words=words, detokenize=detokenize)
 
 
-def validate_prompt(token_ids: Sequence[Any], *, vocab_size: int, max_model_len: int) -> None:
-    """Checks a prompt's token ids against the model's vocabulary and length.
+def validate_prompt(token_ids: Sequence[Any], *, vocab_size: int, max_model_len: int, room: int = 1) -> None:
+    """Checks a prompt's token ids against the model's vocabulary and length; `room`: tokens that must fit behind it.
 
     Raises:
         ParameterError: the prompt is empty, leaves no room for an output token, or holds an id outside the vocabulary.
@@ -278,7 +281,7 @@ def validate_prompt(token_ids: Sequence[Any], *, vocab_size: int, max_model_len:
     length = len(token_ids)
     if length == 0:
         raise ParameterError("prompt", (), "The prompt cannot be empty: give at least one token.")
-    if length >= max_model_len:
+    if length + room > max_model_len:
         why = (
             "exceeds this limit even without any output tokens"
             if length > max_model_len
@@ -353,6 +356,17 @@ def _flag(name: str, value: Any) -> bool:
 def _output_kind(value: Any) -> RequestOutputKind:
     if not isinstance(value, RequestOutputKind):
         raise _error("output_kind", repr(value), "must be a RequestOutputKind")
+    return value
+
+
+def _structured(value: Any, ignore_eos: bool) -> StructuredOutputsParams | None:
+    if value is None:
+        return None
+    if not isinstance(value, StructuredOutputsParams):
+        raise _error("structured_outputs", repr(value), "must be a StructuredOutputsParams")
+    if ignore_eos:
+        problem = f"ignore_eos contradicts {value.named}, which says where an answer ends: leave one of them out."
+        raise ParameterError("ignore_eos", True, problem)
     return value
 
 

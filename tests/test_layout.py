@@ -17,7 +17,16 @@ ALL_PYTHON = sorted([*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench"
 
 BASICS = tuple(
     f"atoma_jax.{name}"
-    for name in ("errors", "config", "cores", "histogram", "model_spec", "sampling_params", "outputs")
+    for name in (
+        "errors",
+        "config",
+        "cores",
+        "histogram",
+        "model_spec",
+        "sampling_params",
+        "structured_outputs",
+        "outputs",
+    )
 )
 PUBLIC = ("atoma_jax", *BASICS)
 PARSERS = tuple(
@@ -43,6 +52,7 @@ HOST_MODULES = (
         "pages",
         "prefix_cache",
         "sequence",
+        "guide",
     ),
 )
 ON_THE_HOST = tuple(f"atoma_jax.engine.{name}" for name in HOST_MODULES)
@@ -63,6 +73,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "atoma_jax.histogram": (),
     "atoma_jax.model_spec": BASICS,
     "atoma_jax.sampling_params": BASICS,
+    "atoma_jax.structured_outputs": BASICS,
     "atoma_jax.outputs": BASICS,
     "atoma_jax.tokenizer": ("atoma_jax.loading.gguf.file", *BASICS),
     "atoma_jax.quant": BASICS,

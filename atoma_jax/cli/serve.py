@@ -23,6 +23,8 @@ class ServedEngine(EngineOptions):
     gpu_memory_utilization: Annotated[
         float | None, typer.Option(help="Share of a GPU's memory for weights, KV and workspace.")
     ] = None
+    runner: Annotated[str | None, typer.Option(help="generate, or pooling: /v1/embeddings and no text.")] = None
+    pooling_type: Annotated[str | None, typer.Option(help="Of --runner pooling: last (token) or mean.")] = None
     max_num_queued_reqs: Annotated[
         int | None, typer.Option(help=f"Sequences that may wait; further ones get 429. Default: {DEFAULT_QUEUE}.")
     ] = None
@@ -55,6 +57,15 @@ class ServerOptions:
         list[str] | None, typer.Option(help="What requests may call the model; may be repeated.")
     ] = None
     chat_template: Annotated[str | None, typer.Option(help="File of a Jinja template, instead of the model's.")] = None
+    enable_auto_tool_choice: Annotated[
+        bool | None,
+        typer.Option(
+            "--enable-auto-tool-choice/--no-enable-auto-tool-choice", help="Let models decide whether to call a tool."
+        ),
+    ] = None
+    tool_call_parser: Annotated[
+        str | None, typer.Option(help="How the model writes calls: hermes (Hermes, Qwen) or llama3_json.")
+    ] = None
     enable_prompt_tokens_details: Annotated[
         bool | None,
         typer.Option("--enable-prompt-tokens-details/--no-prompt-tokens-details", help="Cached tokens in usage."),
@@ -91,8 +102,6 @@ class RefusedOptions:
     tokenizer: Annotated[str, typer.Option(hidden=True)] = ""
     speculative_config: Annotated[str, typer.Option(hidden=True)] = ""
     structured_outputs_config: Annotated[str, typer.Option(hidden=True)] = ""
-    enable_auto_tool_choice: Annotated[bool, typer.Option("--enable-auto-tool-choice", hidden=True)] = False
-    tool_call_parser: Annotated[str, typer.Option(hidden=True)] = ""
     reasoning_parser: Annotated[str, typer.Option(hidden=True)] = ""
     enable_sleep_mode: Annotated[bool, typer.Option("--enable-sleep-mode", hidden=True)] = False
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -13,18 +14,21 @@ from typing import Any, TypeVar
 import jax
 
 from atoma_jax.config import EngineConfig
-from atoma_jax.engine.engine import Engine, Prompt
+from atoma_jax.engine.engine import EMBEDS, Engine, Prompt
+from atoma_jax.engine.grammars import COMPILE_SECONDS
 from atoma_jax.engine.startup import OnPhase, StartupReport, follow, start_engine
 from atoma_jax.engine.stats import EngineStats
-from atoma_jax.errors import EngineDeadError
+from atoma_jax.errors import EngineDeadError, ParameterError
 from atoma_jax.outputs import RequestMetrics, RequestOutput
 from atoma_jax.sampling_params import SamplingParams
+from atoma_jax.structured_outputs import StructuredOutputsParams
 from atoma_jax.tokenizer import Tokenizer
 
 Item = RequestOutput | EngineDeadError
 Deliver = Callable[[Item], object]  # takes an output, or the error that ends them all
 
 _T = TypeVar("_T")
+_COMPILERS = 4  # grammars that are compiled at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +54,7 @@ class AsyncLLM:
         self._calls: deque[Callable[[], None]] = deque()  # what the engine's thread is to do between steps
         self._wake = threading.Condition()
         self._closing = False
+        self._compilers = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="grammars")
         self._busy_since: float | None = None
         self._error: EngineDeadError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -144,6 +149,7 @@ class AsyncLLM:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        embeds: bool = False,
     ) -> RequestMetrics:
         """Hands a request over, and returns once the engine has queued it.
 
@@ -156,6 +162,7 @@ class AsyncLLM:
             deliver: called in this task's loop with each output up to the finished one, or with `EngineDeadError`.
             priority: see there.
             cache_salt: see there.
+            embeds: a vector is asked for (`RequestOutput.embedding`), without `sampling_params`.
 
         Returns:
             The request's times, which the engine goes on filling in.
@@ -166,9 +173,15 @@ class AsyncLLM:
         loop = asyncio.get_running_loop()
         stream = _Stream(loop, deliver)
         params = self._engine.default_params if sampling_params is None else sampling_params
+        params = EMBEDS if embeds else params
+
+        if params.structured_outputs is not None:
+            await self._compile(params.structured_outputs)
 
         def add() -> RequestMetrics:
-            metrics = self._engine.add_request(request_id, prompt, params, priority=priority, cache_salt=cache_salt)
+            metrics = self._engine.add_request(
+                request_id, prompt, params, priority=priority, cache_salt=cache_salt, embeds=embeds
+            )
             self._streams[request_id] = stream
             return metrics
 
@@ -222,6 +235,7 @@ class AsyncLLM:
         with self._wake:
             self._closing = True
             self._wake.notify()
+        self._compilers.shutdown(wait=False, cancel_futures=True)
         self._thread.join()
 
     def _on_lost(self) -> None:
@@ -254,6 +268,22 @@ class AsyncLLM:
 
         self._call(ask)
         return await answer
+
+    async def _compile(self, wanted: StructuredOutputsParams) -> None:
+        """Compiles a grammar beside the loop and the engine's thread, which will find it in the cache.
+
+        Raises:
+            ParameterError: it is not valid, or takes too long.
+        """
+        loop, grammars = asyncio.get_running_loop(), self._engine.grammars
+        if not grammars.is_ready:
+            await loop.run_in_executor(self._compilers, grammars.prepare)
+        try:
+            async with asyncio.timeout(COMPILE_SECONDS):
+                await loop.run_in_executor(self._compilers, grammars.compile, wanted)
+        except TimeoutError:
+            problem = f"{wanted.field} could not be compiled within {COMPILE_SECONDS:g} s: make it simpler."
+            raise ParameterError(wanted.field, wanted.kind, problem) from None
 
     def _leave(self, request_id: str, deliver: Deliver) -> None:
         """Aborts a request of which nothing more is to be delivered."""

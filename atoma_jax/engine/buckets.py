@@ -18,12 +18,12 @@ class Program:
 
     Attributes:
         kind: decode: one token a row. mixed: decodes and chunks of prefill. score: chunks of prefill, all of whose
-            positions yield logits.
+            positions yield logits. pool: whole prompts, each of which yields a vector.
         tokens: T, positions computed.
         rows: B, sequences.
     """
 
-    kind: Literal["decode", "mixed", "score"]
+    kind: Literal["decode", "mixed", "score", "pool"]
     tokens: int
     rows: int
 
@@ -42,17 +42,26 @@ class Buckets:
 
     decode: tuple[Program, ...]
     mixed: tuple[Program, ...]
-    score: Program
+    score: Program | None
+    pool: tuple[Program, ...] = ()  # of an engine that pools, which has no others
 
     @property
     def programs(self) -> tuple[Program, ...]:
         """The programs that first steps need come first, then by size."""
-        return (*self.mixed, *self.decode, self.score)
+        return (*self.mixed, *self.decode, *self.pool, *((self.score,) if self.score else ()))
+
+    @property
+    def smallest(self) -> Program:
+        """The program with the least work."""
+        return (self.decode or self.pool)[0]
 
     def choose(self, plan: StepPlan) -> Program:
         """The smallest program that holds `plan`."""
         if plan.is_scoring:
+            assert self.score is not None
             return self.score
+        if self.pool:
+            return next(program for program in self.pool if program.tokens >= plan.num_tokens)
         if plan.is_decode_only:
             return next(program for program in self.decode if program.rows >= len(plan.decodes))
         return next(program for program in self.mixed if program.tokens >= plan.num_tokens)
@@ -60,12 +69,15 @@ class Buckets:
     def choose_for(self, plans: Sequence[StepPlan]) -> Program:
         """The smallest program that holds each of several plans; either all of them score that have work, or none."""
         if any(plan.is_scoring for plan in plans):
+            assert self.score is not None
             return self.score
         chosen = [self.choose(plan) for plan in plans]
         return max(chosen, key=lambda program: (program.kind == "mixed", program.tokens))
 
 
-def make_buckets(config: CompileConfig, *, max_num_seqs: int, max_num_batched_tokens: int, growth: int) -> Buckets:
+def make_buckets(
+    config: CompileConfig, *, max_num_seqs: int, max_num_batched_tokens: int, growth: int, pooling: bool = False
+) -> Buckets:
     """The programs that a configuration asks for; where it does not say, rows grow by the factor `growth`.
 
     Raises:
@@ -82,6 +94,8 @@ def make_buckets(config: CompileConfig, *, max_num_seqs: int, max_num_batched_to
         raise ConfigError("prefill_tokens", tokens, f"must end with max_num_batched_tokens = {max_num_batched_tokens}")
     if tokens[0] < max_num_seqs:
         raise ConfigError("prefill_tokens", tokens, f"must hold the {max_num_seqs} rows of max_num_seqs each")
+    if pooling:
+        return Buckets((), (), None, pool=tuple(Program("pool", size, max_num_seqs) for size in tokens))
     return Buckets(
         decode=tuple(Program("decode", size, size) for size in rows),
         mixed=tuple(Program("mixed", size, max_num_seqs) for size in tokens),

@@ -44,6 +44,7 @@ class Order(IntEnum):
     READY = 4  # to process 0, and back when all are
     STEP = 5  # index: of the program; the words of its batch
     SLOT = 6  # index: home and slot; the arrays of a `SlotRow`
+    ALLOWED = 7  # index: rows of a slice; their slots, and bits of the tokens that they may draw
 
 
 def join(config: MeshConfig) -> int:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from atoma_jax.engine.compilations import COMPILATIONS
+from atoma_jax.engine.grammars import Grammars
 from atoma_jax.engine.limits import EngineLimits
 from atoma_jax.engine.plan import Committed, SlicedPlan, StepPlan
 from atoma_jax.engine.request import Request, Sample
 from atoma_jax.engine.runner import HostOutput, PendingOutput, Runner
 from atoma_jax.engine.sampler_state import SamplerShape, SlotRules, bad_word_sequences
-from atoma_jax.engine.sampling_rows import Column, encode, setting_flags
+from atoma_jax.engine.sampling_rows import Column, RowFlag, encode, setting_flags
 from atoma_jax.engine.scheduler import Scheduler, SchedulerStats
 from atoma_jax.engine.sequence import Sequence
 from atoma_jax.engine.sliced_scheduler import SlicedScheduler
@@ -28,6 +29,10 @@ from atoma_jax.outputs import RequestMetrics, RequestOutput
 from atoma_jax.sampling_params import RequestOutputKind, SamplingParams, validate_prompt
 from atoma_jax.tokenizer import Tokenizer
 
+# What a request for a vector asks of the rest of the engine: its prompt, and one step for what would be a token.
+EMBEDS = SamplingParams(
+    temperature=0, max_tokens=1, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+)
 Prompt = str | Mapping[str, Any] | ListLike[int]  # text, {"prompt": text}, {"prompt_token_ids": ids}, or ids
 
 
@@ -56,6 +61,7 @@ class Engine:
         self.tokenizer, self.model_config, self.default_params = tokenizer, model_config, default_params
         self._scheduler, self._runner, self._sampler = scheduler, runner, sampler
         self._depth = 1 if pipelined else 0
+        self.grammars = Grammars(tokenizer, vocab_size=sampler.vocab_size)
         self._seed = seed
         self._num_requests = 0
         self._requests: dict[str, Request] = {}
@@ -125,6 +131,7 @@ class Engine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        embeds: bool = False,
     ) -> RequestMetrics:
         """Queues a request. Nothing is kept of one that is refused.
 
@@ -134,6 +141,7 @@ class Engine:
             params: its settings.
             priority: smaller goes first, under the priority policy.
             cache_salt: prefixes are shared only between requests of equal salt.
+            embeds: a vector is asked for, with `EMBEDS` as `params`.
 
         Returns:
             The request's times, which the engine goes on filling in.
@@ -146,8 +154,10 @@ class Engine:
         self._check_alive()
         text, ids = self._encode(prompt)
         limits = self.model_config
+        _check_task(limits, embeds)
         params.validate_for(vocab_size=limits.vocab_size, max_logprobs=limits.max_logprobs)
-        validate_prompt(ids, vocab_size=limits.vocab_size, max_model_len=limits.max_model_len)
+        room = 0 if embeds else 1
+        validate_prompt(ids, vocab_size=limits.vocab_size, max_model_len=limits.max_model_len, room=room)
         _check_order(priority, cache_salt)
         ids = [int(token) for token in ids]  # arrays bring integers of their own kinds
         samples = [self._sample(request_id, index, ids, params, priority, cache_salt) for index in range(params.n)]
@@ -207,9 +217,15 @@ class Engine:
 
     def _launch(self, plan: StepPlan | SlicedPlan) -> None:
         now = time.perf_counter()
+        guided: list[Sequence] = []
         for work in plan.works:
             if work.is_first:
                 self._begin(work.seq, now)
+            if work.seq.guide is not None and work.samples:
+                guided.append(work.seq)
+        if guided:
+            bits = self.grammars.bits([seq.guide for seq in guided if seq.guide is not None])
+            self._runner.allow([(seq.home, seq.slot) for seq in guided if seq.slot is not None], bits)
         self._in_flight.append(_InFlight(plan, self._runner.launch(plan)))
 
     def _begin(self, seq: Sequence, now: float) -> None:
@@ -251,14 +267,34 @@ class Engine:
         if work.scores:
             self._scheduler.finish(work.seq, "error")
         if news.token is None:  # the logits were not finite
+            if work.seq.guide is not None and work.seq.guide.error is not None:
+                self._scheduler.finish(work.seq, "error", work.seq.guide.error)
             request.end_texts()
+            return True
+        if output.pooled is not None:
+            request.embedding = output.pooled[news.row]
             return True
         sample = request.samples[work.seq.index]
         stopped = request.add_token(sample, news.token, news.row, output, now)
         self._recorder.generation_tokens += 1
         if stopped is not None:
             self._scheduler.finish(work.seq, "stop", stopped)
+        elif work.seq.guide is not None:
+            self._follow(request, sample, news.token)
         return True
+
+    def _follow(self, request: Request, sample: Sample, token: int) -> None:
+        """Tells a guide of its sample's token, and ends the sample where nothing that the request allows can follow."""
+        seq, guide = sample.seq, sample.seq.guide
+        assert guide is not None
+        if not seq.is_finished:
+            guide.accept(token)
+            if guide.is_complete and len(seq.tokens) - seq.prompt_len < request.params.min_tokens:
+                self._scheduler.finish(seq, "stop")  # the end's own token is barred until min_tokens
+                request.end_texts()
+        if guide.error is not None:
+            self._scheduler.finish(seq, "error", guide.error)
+            request.end_texts()
 
     def _encode(self, prompt: Any) -> tuple[str | None, list[Any]]:
         if isinstance(prompt, str):
@@ -287,6 +323,9 @@ class Engine:
         )
         seed = self._seed + self._num_requests if params.seed is None else params.seed
         settings = encode(params, slot=0, seed=seed, sample_index=index)
+        if params.structured_outputs is not None:
+            seq.guide = self.grammars.guide(params)
+            settings[Column.FLAGS] |= RowFlag.MASK
         return Sample(seq, settings, TextStream(self.tokenizer, params) if params.detokenize else None)
 
     def _rules(self, params: SamplingParams) -> SlotRules | None:
@@ -304,6 +343,16 @@ class Engine:
 
     def _lost(self) -> EngineDeadError:
         return EngineDeadError(f"The engine is lost: {self._dead}. Build it anew.")
+
+
+def _check_task(limits: EngineLimits, embeds: bool) -> None:
+    """An engine has programs for one of the two."""
+    if embeds and limits.pooling is None:
+        problem = "This engine generates text and has no programs for embeddings. Start one with runner=pooling."
+        raise ParameterError("runner", "generate", problem)
+    if not embeds and limits.pooling is not None:
+        problem = "This engine was started with runner=pooling and generates no text. Start one without."
+        raise ParameterError("runner", "pooling", problem)
 
 
 def _listed(ids: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """The limits of a running engine, after every `None` of the configuration was decided. Clients read them."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,3 +18,5 @@ class EngineLimits:
     page_size: int  # tokens
     kv_cache_bytes: int
     weight_bytes: int
+    pooling: Literal["last", "mean"] | None = None  # of an engine that turns prompts into vectors; None: it generates
+    hidden_size: int = 0  # numbers of such a vector

@@ -9,11 +9,11 @@ from typing import Any
 from tqdm import tqdm
 
 from atoma_jax.config import EngineConfig
-from atoma_jax.engine.engine import Engine, Prompt
+from atoma_jax.engine.engine import EMBEDS, Engine, Prompt
 from atoma_jax.engine.startup import OnPhase, StartupReport, follow, start_engine
 from atoma_jax.engine.stats import EngineStats
 from atoma_jax.errors import ParameterError
-from atoma_jax.outputs import RequestOutput
+from atoma_jax.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput, unit_length
 from atoma_jax.sampling_params import RequestOutputKind, SamplingParams
 from atoma_jax.tokenizer import Tokenizer
 
@@ -170,6 +170,44 @@ class LLM:
             for conversation in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
+
+    def embed(
+        self, prompts: Prompt | ListLike[Prompt], use_tqdm: bool = True, *, normalize: bool = True
+    ) -> list[EmbeddingRequestOutput]:
+        """Turns prompts into vectors, of an engine with `runner="pooling"`.
+
+        Args:
+            prompts: as in `generate`.
+            use_tqdm: show progress on standard error.
+            normalize: scale each vector to length 1.
+
+        Raises:
+            ParameterError: a prompt is outside the limits, or the engine generates text.
+        """
+        ids: list[str] = []
+        try:
+            for prompt in _as_prompts(prompts):
+                request_id = self._next_id()
+                self.llm_engine.add_request(request_id, prompt, EMBEDS, embeds=True)
+                ids.append(request_id)
+            outputs = self._run(ids, use_tqdm)
+        except BaseException:
+            for request_id in ids:
+                self.llm_engine.abort_request(request_id)
+            raise
+        found: list[EmbeddingRequestOutput] = []
+        for output in outputs:
+            vector = output.embedding
+            if vector is None:
+                problem = "The model's numbers were not finite for this prompt."
+                raise ParameterError("prompts", output.request_id, problem)
+            embedding = EmbeddingOutput((unit_length(vector) if normalize else vector).tolist())
+            found.append(
+                EmbeddingRequestOutput(
+                    request_id=output.request_id, outputs=embedding, prompt_token_ids=output.prompt_token_ids
+                )
+            )
+        return found
 
     def render(
         self,

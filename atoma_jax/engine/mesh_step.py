@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
 from atoma_jax.engine.cutting import Cutting
-from atoma_jax.engine.sampler_state import SamplerState, SlotRow, write_slot
+from atoma_jax.engine.sampler_state import SamplerState, SlotRow, write_allowed, write_slot
 from atoma_jax.engine.step import EngineState, StepOutput, Weights
 from atoma_jax.quant.cuts import parts_of_tree
 from sharding.apply import with_shardings
@@ -119,6 +119,24 @@ class MeshStep:
             return value
         sharding = NamedSharding(self._devices, cuts)
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    def allowed_on_devices(self, slots: np.ndarray, bits: np.ndarray) -> tuple[Any, Any]:
+        """Slots and bits as `allowed_writer` takes them."""
+        return self._placed(slots, self._cutting.slices), self._placed(bits, self._cutting.slices)
+
+    def allowed_writer(self, state: SamplerState) -> Callable[..., SamplerState]:
+        """`write_allowed` with the slots and bits of all slices behind each other."""
+        cuts, slices = self._cutting.sampler(state), self._cutting.slices
+        return self._on_devices(write_allowed, (cuts, slices, slices), cuts)
+
+    def abstract_allowed(self, rows: int, words: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """What `allowed_writer` takes beside the state, for `rows` slots of each slice."""
+        sharding = NamedSharding(self._devices, self._cutting.slices)
+        count = self.shape.num_slices * rows
+        return (
+            jax.ShapeDtypeStruct((count,), jnp.int32, sharding=sharding),
+            jax.ShapeDtypeStruct((count, words), jnp.int32, sharding=sharding),
+        )
 
     def _on_devices(self, function: Callable[..., Any], cuts: Any, out_cuts: Any) -> Callable[..., Any]:
         # Kernels do not say over which axes their results vary, so that JAX cannot check it.

@@ -48,6 +48,7 @@ class Request:
         self.request_id, self.prompt, self.params = request_id, prompt, params
         self.samples = list(samples)
         self.rules = rules
+        self.embedding: np.ndarray | None = None
         self.metrics = RequestMetrics(arrival_time=arrival)
         self._tokenizer = tokenizer
         self._prompt_ids = list(self.samples[0].seq.tokens)
@@ -109,6 +110,7 @@ class Request:
             prompt_logprobs=self._prompt_logprobs,
             metrics=metrics,
             num_cached_tokens=self.samples[0].seq.num_cached_tokens or 0,
+            embedding=self.embedding,
         )
 
     def _completion(self, sample: Sample) -> CompletionOutput:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int32
 
 from atoma_jax.engine.batch import SlotTables, batch_size, pack
 from atoma_jax.engine.buckets import Buckets, Program
@@ -22,7 +23,7 @@ from atoma_jax.engine.cluster import Cluster, Order
 from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.mesh_step import MeshStep
 from atoma_jax.engine.plan import SlicedPlan, StepPlan
-from atoma_jax.engine.sampler_state import SamplerShape, SlotRow, SlotRules, empty_row, write_slot
+from atoma_jax.engine.sampler_state import SamplerShape, SlotRow, SlotRules, empty_row, write_allowed, write_slot
 from atoma_jax.engine.step import EngineState, StepOutput, StepSizes, Weights, make_state, run_step
 from atoma_jax.model_spec import KVDtype, ModelSpec
 from atoma_jax.ops import Backend
@@ -42,6 +43,7 @@ class HostOutput:
     rank: np.ndarray | None
     top_ids: np.ndarray | None
     top_logprobs: np.ndarray | None
+    pooled: np.ndarray | None = None  # f32 [Q, D], of an engine that pools
 
 
 class PendingOutput:
@@ -49,9 +51,11 @@ class PendingOutput:
 
     def __init__(self, outputs: list[StepOutput], rows: list[tuple[int, np.ndarray]], wants_logprobs: bool, run: Run):
         """`rows` are those that count, in order: which output they are in, and where. `run` does what may wait."""
-        self._rows, self._run = rows, run
+        self._rows, self._run, self._pools = rows, run, any(out.pooled is not None for out in outputs)
         self._parts = [
             [out.tokens_ok, *((out.logprob, out.rank, out.top_ids, out.top_logprobs) if wants_logprobs else ())]
+            if out.pooled is None
+            else [out.tokens_ok, out.pooled]
             for out in outputs
         ]
         for part in itertools.chain.from_iterable(self._parts):
@@ -68,6 +72,8 @@ class PendingOutput:
             np.concatenate([arrived[at][number][rows] for at, rows in self._rows])
             for number in range(1, len(arrived[0]))
         ]
+        if self._pools:
+            return HostOutput(tokens, ok.astype(np.bool_), None, None, None, None, pooled=extra[0])
         return HostOutput(tokens, ok.astype(np.bool_), *(extra or [None] * 4))
 
 
@@ -87,12 +93,13 @@ class Runner:
         kv_dtype: KVDtype,
         split_prefill: bool,
         mesh: MeshStep | None = None,
+        guided: bool = False,
         cluster: Cluster | None = None,
     ):
         """The model is given as its `nnx.GraphDef`; slots and pages are those of a slice, of which a mesh has
         several. `split_prefill`: decodes and prefills of one plan run as two
-        programs, so that a row's arithmetic does not depend on what else the step holds. `cluster`: the processes that
-        a mesh spans; the first one's runner tells the others', which `follow`."""
+        programs, so that a row's arithmetic does not depend on what else the step holds. `guided`: `allow` will be
+        called. `cluster`: the processes that a mesh spans; the first one's runner tells the others', which `follow`."""
         self.buckets = buckets
         self._graph, self._sizes, self._split_prefill = graph, sizes, split_prefill
         self._mesh, slices = mesh, 1 if mesh is None else mesh.shape.num_slices
@@ -112,6 +119,9 @@ class Runner:
         self._programs: dict[Program, Future[Any]] = {}
         self._write_slot: Future[Any] | None = None
         self._sampler_bytes = 0
+        self._allowed_rows = (1, sampler.slots) if guided and sampler.slots > 1 else (1,) if guided else ()
+        self._mask_words = sampler.mask_words
+        self._write_allowed: dict[int, Future[Any]] = {}  # by rows
         self._weights: Weights | None = None
         self._state: EngineState | None = None
 
@@ -147,15 +157,24 @@ class Runner:
             row = mesh.abstract_row(row, state.sampler)
             return jax.jit(write, donate_argnums=0).lower(state.sampler, number, number, row).compile()
 
+        def build_allowed(rows: int) -> Any:
+            slots, bits = (rows,), (rows, self._mask_words)
+            if mesh is None:
+                shapes = jax.ShapeDtypeStruct(slots, jnp.int32), jax.ShapeDtypeStruct(bits, jnp.int32)
+                return jax.jit(write_allowed, donate_argnums=0).lower(state.sampler, *shapes).compile()
+            write, shapes = mesh.allowed_writer(state.sampler), mesh.abstract_allowed(*bits)
+            return jax.jit(write, donate_argnums=0).lower(state.sampler, *shapes).compile()
+
         self._programs = {program: pool.submit(build, program) for program in self.buckets.programs}
         self._write_slot = pool.submit(build_write)
+        self._write_allowed = {rows: pool.submit(build_allowed, rows) for rows in self._allowed_rows}
         return pool
 
     def start(self, weights: Weights) -> None:
         """Takes the loaded weights, makes the state, and waits for every program. Nothing compiles afterwards."""
         self._weights = weights
         self._state = self._new_state() if self._mesh is None else self._mesh.new_state(self._new_state)
-        for future in (*self._programs.values(), self._write_slot):
+        for future in (*self._programs.values(), self._write_slot, *self._write_allowed.values()):
             assert future is not None
             self._wait_for(future)
 
@@ -168,7 +187,7 @@ class Runner:
 
     def warm_up(self) -> None:
         """Runs the smallest program once with no work, so that the first request does not pay for lazy set-up."""
-        program = self.buckets.decode[0]
+        program = self.buckets.smallest
         words = np.zeros(len(self._tables) * batch_size(program, self._sizes.table_width), np.int32)
 
         def run() -> None:
@@ -190,6 +209,11 @@ class Runner:
                 program = self.buckets.programs[frame.index]
                 words = np.frombuffer(frame.payload, np.int32)
                 cluster.run(partial(self._execute, program, words))
+            elif frame.kind == Order.ALLOWED:
+                count = len(self._tables) * frame.index
+                numbers = np.frombuffer(frame.payload, np.int32)
+                bits = numbers[count:].reshape(count, self._mask_words)
+                cluster.run(partial(self._write_bits, frame.index, numbers[:count], bits))
             else:
                 assert frame.kind == Order.SLOT, frame.kind
                 row = _row_of(frame.payload, self._write_slot_shape[1])
@@ -249,6 +273,26 @@ class Runner:
                 self._cluster.tell(Order.SLOT, home * self._slots + slot, map(np.ndarray.tobytes, jax.tree.leaves(row)))
             self._run(partial(self._write, home, slot, row))
 
+    def allow(self, rows: list[tuple[int, int]], bits: Int32[np.ndarray, "B M"]) -> None:
+        """Says which tokens the next step may draw in some slots whose settings have the flag MASK.
+
+        Args:
+            rows: slice and slot of each.
+            bits: theirs, bit i of word w for token 32·w + i.
+        """
+        places = [[at for at, (home, _) in enumerate(rows) if home == own] for own in range(len(self._tables))]
+        most = max(map(len, places))
+        size = next(size for size in self._allowed_rows if size >= most)
+        nowhere = len(self._tables[0].filled)  # past the last slot: dropped
+        slots = np.full((len(places), size), nowhere, np.int32)
+        words = np.zeros((len(places), size, self._mask_words), np.int32)
+        for home, own in enumerate(places):
+            slots[home, : len(own)] = [rows[at][1] for at in own]
+            words[home, : len(own)] = bits[own]
+        if self._cluster is not None:
+            self._cluster.tell(Order.ALLOWED, size, [slots.tobytes(), words.tobytes()])
+        self._run(partial(self._write_bits, size, slots.reshape(-1), words.reshape(-1, self._mask_words)))
+
     def launch(self, plan: StepPlan | SlicedPlan) -> PendingOutput:
         """Dispatches a step. Its results are read later, while the next one runs."""
         calls = _calls(plan.slices, split_prefill=self._split_prefill)
@@ -286,6 +330,12 @@ class Runner:
         else:
             where = [mesh.number_on_devices(number) for number in (home, slot)]
             sampler = write(sampler, *where, mesh.row_on_devices(row, sampler))
+        self._state = EngineState(pages=self._state.pages, sampler=sampler)
+
+    def _write_bits(self, size: int, slots: np.ndarray, bits: np.ndarray) -> None:
+        assert self._state is not None
+        places = (slots, bits) if self._mesh is None else self._mesh.allowed_on_devices(slots, bits)
+        sampler = self._write_allowed[size].result()(self._state.sampler, *places)
         self._state = EngineState(pages=self._state.pages, sampler=sampler)
 
 

@@ -120,6 +120,15 @@ def write_slot(state: SamplerState, slot: Int32[Array, ""], row: SlotRow) -> Sam
     )
 
 
+def write_allowed(
+    state: SamplerState, slots: Int32[Array, " n"], bits: Int32[Array | np.ndarray, "n M"]
+) -> SamplerState:
+    """Replaces the allowed tokens of n slots. To be jitted with `state` donated; places of `slots` past the end are
+    dropped."""
+    words = jax.lax.bitcast_convert_type(bits, jnp.uint32)
+    return replace(state, allowed_bits=state.allowed_bits.at[slots].set(words, mode="drop"))
+
+
 def record_tokens(
     state: SamplerState,
     *,

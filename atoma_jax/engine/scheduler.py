@@ -20,6 +20,8 @@ the host knows that they are not needed, though a step in flight may still use t
 * Publication. A stale step (its sequence ended, but the host learnt it too late) writes only at positions the host has
   not committed, hence never in a page that is full with committed tokens; only those are published. The page it writes
   to is unpublished, so it is free, and any later owner fills it after the stale write.
+* A sequence with a guide is the exception: what it may go on with follows from its last token, so it is planned once
+  that is committed. Where most that run wait so, the step waits with them: rows that take turns would halve their rate.
 * Preemption raises `Sequence.epoch`. A token sampled by a step in flight stays valid (its pages were intact in device
   order) and is appended; its pages are not published, as they may be someone else's by then. A sequence is not admitted
   again before all its tokens have arrived.
@@ -94,6 +96,7 @@ class Scheduler:
         self._residency = Residency(pool, self._waiting, limits.max_num_seqs, reserves=self._reserves)
         self._running = self._residency.running
         self._scored_last = False
+        self._num_guided = 0  # unfinished
         self._stuck: _Stuck | None = None
 
     @property
@@ -192,6 +195,7 @@ class Scheduler:
                 seq.salt = private_salt
                 seq.share_len = seq.prompt_len if len(seqs) > 1 else 0
         self._requests[request_id] = list(seqs)
+        self._num_guided += sum(seq.guide is not None for seq in seqs)
         self._waiting.add_request(seqs)
 
     def abort(self, request_id: str) -> list[Sequence]:
@@ -213,6 +217,8 @@ class Scheduler:
 
         None where nothing can be done: no work, or all of it waits for a plan in flight to be committed.
         """
+        if self._num_guided and self._most_wait():
+            return None
         # Scoring steps leave every second step to the others, but for prompts that were scored: those go on together.
         if not (self._scored_last and any(map(self._is_held_up, self._running))):
             scoring = self._plan_scoring()
@@ -274,6 +280,10 @@ class Scheduler:
 
     # plan
 
+    def _most_wait(self) -> bool:
+        """More than half of what runs cannot be planned before a step in flight is committed."""
+        return 2 * sum(seq.waits_for_token for seq in self._running) > len(self._running)
+
     def _is_held_up(self, seq: Sequence) -> bool:
         """Steps that score keep it from its answer: it does not score, or decodes a token that is not its last."""
         return not seq.score_len if seq.prefilling else seq.num_dispatched + 1 < seq.max_len
@@ -286,7 +296,7 @@ class Scheduler:
             seq = running[index]
             index += 1
             position = seq.num_dispatched
-            if seq.prefilling or position + 1 >= seq.max_len:
+            if seq.prefilling or position + 1 >= seq.max_len or (seq.guide is not None and seq.num_pending):
                 continue
             if (
                 position == len(seq.pages) * size
@@ -445,6 +455,7 @@ class Scheduler:
             self._residency.stop(seq)
         else:
             self._waiting.remove(seq)
+        self._num_guided -= seq.guide is not None
         unfinished = self._requests[seq.request_id]
         unfinished.remove(seq)
         if not unfinished:

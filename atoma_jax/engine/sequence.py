@@ -7,6 +7,7 @@ scheduler does), and it keeps no text and no timestamps (the engine does).
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from atoma_jax.engine.guide import Guide
 from atoma_jax.engine.prefix_cache import Chain
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Sequence:
     Attributes:
         eos_ids: tokens that end the sequence unless `ignore_eos`; reported without a stop reason.
         stop_ids: tokens that end it always; reported as the stop reason.
+        guide: follows the tokens of a structured answer: no step is planned before it knows the last one.
         priority: smaller is more urgent; read under the "priority" policy only.
         cache_salt: prefixes are shared only between sequences of equal salt.
         arrival: order of arrival over all sequences of the engine, set by the scheduler.
@@ -49,6 +51,7 @@ class Sequence:
     priority: int = 0
     cache_salt: str | None = None
     home: int = 0  # the slice of the devices that it runs in
+    guide: Guide | None = None
 
     prompt_len: int = field(init=False)
     stop_ids: frozenset[int] = field(init=False)
@@ -101,6 +104,11 @@ class Sequence:
     def is_running(self) -> bool:
         """It holds a slot and pages."""
         return self.slot is not None
+
+    @property
+    def waits_for_token(self) -> bool:
+        """Whether its next step depends on a token that the host has not read yet."""
+        return self.guide is not None and self.num_pending > 0
 
     @property
     def scores_next(self) -> bool:

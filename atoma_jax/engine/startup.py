@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import jax
 
@@ -19,6 +20,7 @@ from atoma_jax.engine.cluster import Cluster, join
 from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.compile_cache import use_compile_cache
 from atoma_jax.engine.engine import Engine
+from atoma_jax.engine.grammars import has_llguidance
 from atoma_jax.engine.host import free_host_bytes, keep_freed_memory
 from atoma_jax.engine.limits import EngineLimits
 from atoma_jax.engine.memory import (
@@ -261,7 +263,12 @@ def _plan(config: EngineConfig, setup: ModelSetup) -> _Plan:
     if length < 2:
         raise ConfigError("max_model_len", length, "must be at least 2: a prompt token and an output token")
     seqs = config.scheduler.max_num_seqs or (CPU_SEQS if is_cpu else GPU_SEQS)
+    pools = config.model.runner == "pooling"
     tokens = config.scheduler.max_num_batched_tokens or max(seqs, min(CPU_TOKENS if is_cpu else GPU_TOKENS, length))
+    if pools:  # prompts are taken whole
+        tokens = config.scheduler.max_num_batched_tokens or max(seqs, length)
+        if tokens < length:
+            raise ConfigError("max_num_batched_tokens", tokens, f"must be at least max_model_len = {length} to pool")
     if tokens < seqs:
         raise ConfigError("max_num_batched_tokens", tokens, f"must be at least max_num_seqs = {seqs}")
     return _Plan(
@@ -273,6 +280,7 @@ def _plan(config: EngineConfig, setup: ModelSetup) -> _Plan:
             max_num_seqs=seqs,
             max_num_batched_tokens=tokens,
             growth=CPU_GROWTH if is_cpu else GPU_GROWTH,
+            pooling=pools,
         ),
         sampler=SamplerShape(slots=seqs, vocab_size=spec.vocab_size, max_model_len=length),
         kv_dtype=kv_cache_dtype(config.cache, is_cpu=is_cpu),
@@ -329,6 +337,8 @@ def _limits(config: EngineConfig, plan: _Plan, setup: ModelSetup, memory: Device
         page_size=config.cache.block_size,
         kv_cache_bytes=pages * page_bytes,
         weight_bytes=weight_bytes,
+        pooling=_pooling(config),
+        hidden_size=spec.dim,
     )
 
 
@@ -340,6 +350,7 @@ def _runner(
         page_size=limits.page_size,
         max_logprobs=min(limits.max_logprobs, setup.vocab_size),
         fixed_parts=config.compile.deterministic,
+        pooling=limits.pooling or "last",
     )
     mesh = setup.backend.mesh
     return Runner(
@@ -354,6 +365,7 @@ def _runner(
         split_prefill=config.compile.deterministic,
         mesh=None if mesh is None or setup.devices is None else MeshStep(mesh, setup.devices),
         cluster=cluster,
+        guided=has_llguidance() and limits.pooling is None,
     )
 
 
@@ -363,17 +375,21 @@ def _scheduler(config: EngineConfig, plan: _Plan, limits: EngineLimits, *, slice
     return Scheduler(pools[0], chosen) if slices == 1 else SlicedScheduler(pools, chosen)
 
 
+def _pooling(config: EngineConfig) -> Literal["last", "mean"] | None:
+    return None if config.model.runner == "generate" else config.model.pooling_type or "last"
+
+
 def _scheduler_limits(config: EngineConfig, plan: _Plan, limits: EngineLimits) -> SchedulerLimits:
-    chosen = config.scheduler
+    chosen, pooling = config.scheduler, limits.pooling
     return SchedulerLimits(
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
-        max_model_len=limits.max_model_len,
+        max_model_len=limits.max_model_len + (pooling is not None),  # no room for an output is needed
         policy=chosen.scheduling_policy,
-        enable_chunked_prefill=chosen.enable_chunked_prefill,
-        enable_prefix_caching=config.cache.enable_prefix_caching,
+        enable_chunked_prefill=chosen.enable_chunked_prefill and pooling is None,
+        enable_prefix_caching=config.cache.enable_prefix_caching and pooling != "mean",  # which takes every token
         watermark=chosen.watermark,
         max_waiting=chosen.max_num_queued_reqs,
-        score_chunk=plan.buckets.score.tokens,
+        score_chunk=plan.buckets.score.tokens if plan.buckets.score else 1,
         fixed_chunk=limits.max_num_batched_tokens if config.compile.deterministic else None,
     )

@@ -5,7 +5,7 @@ the state. Compiling and calling it is `runner.py`'s.
 """
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias, no_type_check
+from typing import Any, Literal, TypeAlias, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ class StepOutput:
     rank: Int32[Array, " Q"]
     top_ids: Int32[Array, "Q n"]
     top_logprobs: Array  # f32 [Q, n]
+    pooled: Array | None = None  # f32 [B, D], of programs that pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,7 @@ class StepSizes:
     page_size: int
     max_logprobs: int
     fixed_parts: bool  # attention cuts a context alike whatever else the step holds
+    pooling: Literal["last", "mean"] = "last"  # of programs that pool
 
 
 def make_state(
@@ -90,6 +92,8 @@ def run_step(
     tokens = _input_tokens(batch, state.sampler)
     attention = _attention_batch(model, state.pages, batch, program, sizes)
     hidden, pages = model.hidden(tokens, batch.position, state.pages, attention)
+    if program.kind == "pool":
+        return EngineState(pages=pages, sampler=state.sampler), _pooled(model, hidden, batch, sizes)
     logits = model.logits(hidden[batch.logit_token])
     with jax.named_scope("sample"):
         rows, shards = decode_rows(batch.sampling), VocabShards(model.backend.mesh)
@@ -103,6 +107,24 @@ def run_step(
         rank=out.rank,
         top_ids=out.top_ids,
         top_logprobs=out.top_logprobs,
+    )
+
+
+def _pooled(model: Decoder, hidden: Array, batch: BatchFields, sizes: StepSizes) -> StepOutput:
+    """The prompts' vectors, of hidden states behind the final norm. Nothing is sampled."""
+    with jax.named_scope("pool"):
+        if sizes.pooling == "last":
+            pooled = model.normed(hidden[batch.logit_token])  # [B, D]
+        else:
+            (B,), T = batch.chunk_count.shape, hidden.shape[0]
+            row = jnp.where(jnp.arange(T) < batch.num_tokens[0], batch.row, B)  # padding: a row that is cut off
+            sums = jax.ops.segment_sum(model.normed(hidden), row, num_segments=B + 1)[:B]
+            pooled = sums / jnp.maximum(batch.chunk_count, 1)[:, None]
+    ok = jnp.all(jnp.isfinite(pooled), axis=1).astype(jnp.int32)
+    nothing = jnp.zeros_like(ok)
+    none = jnp.zeros(0, jnp.float32)
+    return StepOutput(
+        tokens_ok=jnp.stack([nothing, ok]), logprob=none, rank=nothing, top_ids=none, top_logprobs=none, pooled=pooled
     )
 
 

@@ -87,10 +87,14 @@ class Decoder(nnx.Module):
 
         return gather
 
+    def normed(self, x: Float32[Array, "B D"]) -> Float32[Array, "B D"]:
+        """What the head reads of hidden states, and what embeddings are made of."""
+        return rms_norm(x, self.final_norm[...], self.spec.norm_eps)
+
     def logits(self, x: Float32[Array, "B D"]) -> Float32[Array, "B V"]:
         """Scores of the next token, from the hidden states of some tokens."""
         with jax.named_scope("head"):
-            x = rms_norm(x, self.final_norm[...], self.spec.norm_eps)
+            x = self.normed(x)
             table = self.embed.get_value() if self.spec.tied_embeddings else self.head.get_value()
             logits = softcapped(tables.logits(x, table, self.backend), self.spec.final_softcap)
             return tables.without_filling(logits, self.spec.vocab_size, self.backend)

@@ -12,6 +12,7 @@ from atoma_jax import SamplingParams, __version__
 from atoma_jax.server.answers import Frame, Usage
 from atoma_jax.server.chat import ChatWriter
 from atoma_jax.server.completions import CompletionWriter
+from atoma_jax.server.embeddings import check_embedding, check_inputs, embed
 from atoma_jax.server.errors import Problem, problem_of
 from atoma_jax.server.generation import Generation
 from atoma_jax.server.guard import Bodies, Keys, Records
@@ -27,6 +28,7 @@ from atoma_jax.server.schemas import (
 )
 from atoma_jax.server.service import Service
 from atoma_jax.server.stream import EventStream
+from atoma_jax.server.tools import tool_use
 from atoma_jax.server.unsupported import refuse_unsupported
 
 router = APIRouter()
@@ -86,11 +88,13 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     llm = service.llm
     model = service.check_model(body.model)
     refuse_unsupported(body)
-    params = chat_params(body, llm.get_default_sampling_params())
+    tools = tool_use(body, service.settings)
+    forced = None if tools is None else tools.constraint
+    params = chat_params(body, llm.get_default_sampling_params(), forced)
     prompt = await service.in_worker(service.prompts.of_chat, body)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     frame = _frame(service, request, body, "chatcmpl", kind, model)
-    writer = ChatWriter(llm, body, frame, Usage(service.settings.enable_prompt_tokens_details))
+    writer = ChatWriter(llm, body, frame, Usage(service.settings.enable_prompt_tokens_details), tools)
     return await _generate(request, body, writer, [prompt], params)
 
 
@@ -136,9 +140,26 @@ def _frame(service: Service, request: Request, body: SamplingRequest, prefix: st
 
 @router.post("/v1/embeddings")
 async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
-    """Refused by name."""
-    del body, request
-    raise Problem(400, "/v1/embeddings: this engine generates text only; embeddings are not implemented.")
+    """Turns texts into vectors."""
+    service = _service(request)
+    llm = service.llm
+    model = service.check_model(body.model)
+    check_embedding(body, llm)
+    prompts = await service.in_worker(service.prompts.of_embedding, body)
+    check_inputs(prompts)
+    generation = Generation(
+        service,
+        request.receive,
+        service.new_name(),
+        prompts,
+        None,
+        priority=body.priority or 0,
+        cache_salt=service.cache_salt(request.state.key, None),
+    )
+    request.state.log["usage"] = usage = Usage(with_details=False)
+    ignored = body.ignored_fields()
+    headers = {"X-Ignored-Fields": ignored} if ignored else {}
+    return JSONResponse(await embed(generation, body, model, len(prompts), usage), headers=headers)
 
 
 @router.get("/v1/models")

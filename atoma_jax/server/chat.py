@@ -1,5 +1,7 @@
 """Answers of `/v1/chat/completions`, whole or as a stream of deltas."""
 
+import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from atoma_jax import AsyncLLM, CompletionOutput, RequestOutput
@@ -7,14 +9,16 @@ from atoma_jax.server.answers import Frame, LogprobWriter, StreamUsage, Usage
 from atoma_jax.server.generation import Generation
 from atoma_jax.server.schemas import ChatRequest
 from atoma_jax.server.stream import Events
+from atoma_jax.server.tool_calls import Piece, ToolCallParser
+from atoma_jax.server.tools import ToolUse
 
 
 class ChatWriter:
     """Writes the answer to one conversation."""
 
-    def __init__(self, llm: AsyncLLM, request: ChatRequest, frame: Frame, usage: Usage):
-        """`usage` is filled in as tokens come."""
-        self._request, self._frame, self.usage = request, frame, usage
+    def __init__(self, llm: AsyncLLM, request: ChatRequest, frame: Frame, usage: Usage, tools: ToolUse | None = None):
+        """`usage` is filled in as tokens come; `tools` says how answers call them."""
+        self._request, self._frame, self.usage, self._tools = request, frame, usage, tools
         self._logprobs = LogprobWriter(
             llm, top=request.top_logprobs or 0, as_ids=bool(request.return_tokens_as_token_ids)
         )
@@ -22,6 +26,7 @@ class ChatWriter:
         self._echo = last if isinstance(last, str) else ""
         self._begun: set[int] = set()
         self._ended: set[int] = set()
+        self._parsers: dict[int, ToolCallParser] = {}  # of streamed samples
 
     async def answer(self, generation: Generation) -> dict[str, Any]:
         """The whole answer."""
@@ -59,19 +64,33 @@ class ChatWriter:
         return self._frame.around([choice], self.usage.body() if reports.always else None)
 
     def _choice(self, sample: CompletionOutput) -> dict[str, Any]:
-        content = self._echo + sample.text
+        message = {"role": "assistant", "content": self._echo + sample.text, "tool_calls": [], "refusal": None}
+        reason = sample.finish_reason
+        if self._tools is not None:
+            parser = self._tools.parser()
+            news = _delta_of([*parser.push(sample.text), *parser.finish()])
+            calls = [{key: call[key] for key in call if key != "index"} for call in news.get("tool_calls", ())]
+            content = self._echo + news.get("content", "")
+            message |= {"content": content if content or not calls else None, "tool_calls": calls}
+            reason = self._tools.finish_reason(reason, parser)
         choice = {
             "index": sample.index,
-            "message": {"role": "assistant", "content": content, "tool_calls": [], "refusal": None},
+            "message": message,
             "logprobs": self._logprobs_of(sample),
-            "finish_reason": sample.finish_reason,
+            "finish_reason": reason,
             "stop_reason": sample.stop_reason,
         }
         return choice | self._ids_of(sample)
 
     def _delta(self, sample: CompletionOutput) -> dict[str, Any]:
-        chunk = self._chunk(sample.index, {"content": sample.text})
-        chunk |= {"logprobs": self._logprobs_of(sample), "finish_reason": sample.finish_reason}
+        delta, reason = {"content": sample.text}, sample.finish_reason
+        if self._tools is not None:
+            parser = self._parsers.setdefault(sample.index, self._tools.parser())
+            pieces = parser.push(sample.text)
+            delta = _delta_of([*pieces, *parser.finish()] if sample.finished() else pieces)
+            reason = self._tools.finish_reason(reason, parser)
+        chunk = self._chunk(sample.index, delta)
+        chunk |= {"logprobs": self._logprobs_of(sample), "finish_reason": reason}
         return chunk | {"stop_reason": sample.stop_reason} | self._ids_of(sample)
 
     @staticmethod
@@ -92,3 +111,21 @@ class ChatWriter:
         if self._request.prompt_logprobs is not None and output.prompt_logprobs is not None:
             keys["prompt_logprobs"] = self._logprobs.prompt(output.prompt_logprobs)
         return keys
+
+
+def _delta_of(pieces: Sequence[Piece]) -> dict[str, Any]:
+    """News as OpenAI's clients add them up: calls by index, arguments as pieces of text. Empty where there are none."""
+    delta: dict[str, Any] = {}
+    calls: list[dict[str, Any]] = []
+    for kind, text, index in pieces:
+        if kind == "content":
+            delta["content"] = delta.get("content", "") + text
+        elif kind == "call":
+            function = {"name": text, "arguments": ""}
+            calls.append({"index": index, "id": f"call_{secrets.token_hex(12)}", "type": "function"})
+            calls[-1]["function"] = function
+        elif calls and calls[-1]["index"] == index:
+            calls[-1]["function"]["arguments"] += text
+        else:
+            calls.append({"index": index, "function": {"arguments": text}})
+    return delta | {"tool_calls": calls} if calls else delta

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
-from atoma_jax import EngineDeadError, RequestMetrics, RequestOutput, SamplingParams
+from atoma_jax import CompletionOutput, EngineDeadError, RequestMetrics, RequestOutput, SamplingParams
 from atoma_jax.server.errors import ClientGone, Problem
 from atoma_jax.server.prompts import Prompt
 from atoma_jax.server.service import Receive, Service, cancel
@@ -26,12 +26,13 @@ class Generation:
         receive: Receive,
         name: str,
         prompts: Sequence[Prompt],
-        params: SamplingParams,
+        params: SamplingParams | None,
         *,
         priority: int,
         cache_salt: str | None,
     ):
-        """`name` must be unique; `receive` is ASGI's, and brings nothing more than the client's leaving."""
+        """`name` must be unique; `receive` is ASGI's, and brings nothing more than the client's leaving. Without
+        `params` the prompts become vectors."""
         self._service, self._receive, self._llm = service, receive, service.llm
         self._ids = [f"{name}-{index}" for index in range(len(prompts))]
         self._prompts, self._params = prompts, params
@@ -78,8 +79,9 @@ class Generation:
         if output.finished:
             self._left.discard(index)
             self._service.metrics.add_request(output, self._params)
-        if any(sample.finish_reason == "error" for sample in output.outputs):
-            raise Problem(500, "The model's numbers were not finite for this request; others are not concerned.")
+        for sample in output.outputs:
+            if sample.finish_reason == "error":
+                raise _failed(sample)
         return item
 
     def stop(self, error: Exception) -> None:
@@ -108,6 +110,7 @@ class Generation:
                     partial(self._take, index),
                     priority=self._priority,
                     cache_salt=self._cache_salt,
+                    embeds=self._params is None,
                 )
         except Exception as error:
             self.stop(error)
@@ -132,3 +135,12 @@ class Generation:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self.stop(ClientGone("The client closed its connection."))
+
+
+def _failed(sample: CompletionOutput) -> Problem:
+    if isinstance(sample.stop_reason, str):  # what the request asks for has no way out
+        return Problem(400, f"structured_outputs: {sample.stop_reason}.", param="structured_outputs")
+    return Problem(
+        500,
+        "The model's numbers were not finite for this request, or its rules left no token; others are not concerned.",
+    )

@@ -78,8 +78,8 @@ class Metrics:
         """The engine is there."""
         self._llm, self._config, self._ready_at = llm, config, time.time()
 
-    def add_request(self, output: RequestOutput, params: SamplingParams) -> None:
-        """A prompt is done."""
+    def add_request(self, output: RequestOutput, params: SamplingParams | None) -> None:
+        """A prompt is done; one that became a vector had no `params`."""
         for sample in output.outputs:
             self.count_finished(sample.finish_reason or "abort")
         times = output.metrics
@@ -97,8 +97,8 @@ class Metrics:
             "request_decode_time_seconds": times.decode_time,
             "request_prompt_tokens": float(len(output.prompt_token_ids)),
             "request_generation_tokens": float(times.num_generation_tokens),
-            "request_params_n": float(params.n),
-            "request_params_max_tokens": None if params.max_tokens is None else float(params.max_tokens),
+            "request_params_n": None if params is None else float(params.n),
+            "request_params_max_tokens": None if params is None else _float(params.max_tokens),
             "request_num_preemptions": float(times.num_preemptions),
         }
         for name, value in values.items():
@@ -219,3 +219,7 @@ class _Families(Collector):
 
     def collect(self) -> Iterable[Metric]:
         return self._families
+
+
+def _float(number: int | None) -> float | None:
+    return None if number is None else float(number)

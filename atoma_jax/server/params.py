@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from atoma_jax import RequestOutputKind, SamplingParams
+from atoma_jax import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from atoma_jax.server.errors import Problem
 from atoma_jax.server.schemas import ChatRequest, CompletionRequest, SamplingRequest
+from atoma_jax.server.structured import constraint_of
 
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # else the model's makers decide
 _AS_IT_IS = (
@@ -31,13 +32,18 @@ def drops_output(request: SamplingRequest) -> bool:
     return bool(isinstance(request, CompletionRequest) and request.echo and request.max_tokens == 0)
 
 
-def chat_params(request: ChatRequest, recommended: SamplingParams) -> SamplingParams:
-    """The settings of an answer. Raises as `completion_params`."""
+def chat_params(
+    request: ChatRequest, recommended: SamplingParams, forced: StructuredOutputsParams | None = None
+) -> SamplingParams:
+    """The settings of an answer; `forced` is what a tool's call must look like. Raises as `completion_params`."""
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     if request.top_logprobs is not None and not request.logprobs and request.top_logprobs != 0:
         raise Problem(400, "when using `top_logprobs`, `logprobs` must be set to true.", param="top_logprobs")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return SamplingParams(**_shared(request, recommended), max_tokens=max_tokens, logprobs=logprobs)
+    settings = _shared(request, recommended)
+    if forced is not None:
+        settings["structured_outputs"] = forced
+    return SamplingParams(**settings, max_tokens=max_tokens, logprobs=logprobs)
 
 
 def _shared(request: SamplingRequest, recommended: SamplingParams) -> dict[str, Any]:
@@ -47,6 +53,7 @@ def _shared(request: SamplingRequest, recommended: SamplingParams) -> dict[str, 
         if value is not None:
             settings[name] = value
     settings["output_kind"] = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
+    settings["structured_outputs"] = constraint_of(request)
     if request.logit_bias is not None:
         settings["logit_bias"] = _bias(request.logit_bias)
     return settings

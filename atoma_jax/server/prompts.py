@@ -6,8 +6,9 @@ from typing import Any
 
 from atoma_jax import AsyncLLM
 from atoma_jax.server.errors import Problem
-from atoma_jax.server.schemas import ChatRequest, CompletionRequest, TokenizeRequest
+from atoma_jax.server.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest
 from atoma_jax.server.settings import ServerConfig
+from atoma_jax.server.tools import plain_messages
 
 _JSON_NAMES = {bool: "a boolean", float: "a number", dict: "an object", list: "a list", str: "a string"}
 
@@ -46,6 +47,12 @@ class PromptReader:
         prompts = [self._prompt(field, item, special) for field, item in _listed(request.prompt)]
         return [_truncated(prompt, request.truncate_prompt_tokens, self._max_len) for prompt in prompts]
 
+    def of_embedding(self, request: EmbeddingRequest) -> list[Prompt]:
+        """The inputs of a request, in order. Raises `UserError` or `Problem`."""
+        special = request.add_special_tokens is not False
+        prompts = [self._prompt(field, item, special) for field, item in _listed(request.input, "input")]
+        return [_truncated(prompt, request.truncate_prompt_tokens, self._max_len + 1) for prompt in prompts]
+
     def of_chat(self, request: ChatRequest) -> Prompt:
         """The conversation. Raises `UserError` or `Problem`."""
         extra = dict(request.chat_template_kwargs or {})
@@ -56,6 +63,7 @@ class PromptReader:
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             documents=request.documents,
+            tools=request.tools or None,
             extra=extra,
             special=bool(request.add_special_tokens),
         )
@@ -72,6 +80,7 @@ class PromptReader:
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             documents=None,
+            tools=request.tools or None,
             extra=request.chat_template_kwargs or {},
             special=bool(request.add_special_tokens),
         )
@@ -83,6 +92,7 @@ class PromptReader:
         add_generation_prompt: bool | None,
         continue_final_message: bool | None,
         documents: Sequence[Mapping[str, Any]] | None,
+        tools: Sequence[Mapping[str, Any]] | None,
         extra: Mapping[str, Any],
         special: bool,
     ) -> Prompt:
@@ -92,10 +102,11 @@ class PromptReader:
                 400, f"messages: must be at most {limit} (--max-messages), got {len(messages)}.", param="messages"
             )
         text = self.tokenizer.apply_chat_template(
-            messages,
+            plain_messages(messages),
             add_generation_prompt=add_generation_prompt is not False,
             continue_final_message=bool(continue_final_message),
             documents=documents,
+            tools=tools,
             chat_template_kwargs=extra,
         )
         _check_text("messages", text)
@@ -109,7 +120,7 @@ class PromptReader:
             if type(token) is not int or not 0 <= token < self._vocab_size:
                 shown = repr(token)[:40]
                 problem = f"{field}[{place}]: must be a token id in [0, {self._vocab_size}), got {shown}."
-                raise Problem(400, problem, param="prompt")
+                raise Problem(400, problem, param=field.partition("[")[0])
         return Prompt(item, None)
 
 
@@ -118,27 +129,29 @@ def _check_text(field: str, text: str) -> None:
         raise Problem(400, f"{field}: holds the character U+0000: leave it out.", param=field.partition("[")[0])
 
 
-def _listed(prompt: Any) -> list[tuple[str, str | list[Any]]]:
-    """A text, a list of tokens, or a list of either: each with its place."""
+def _listed(prompt: Any, name: str = "prompt") -> list[tuple[str, str | list[Any]]]:
+    """A text, a list of tokens, or a list of either: each with its place in the field `name`."""
     if isinstance(prompt, str):
-        return [("prompt", prompt)]
+        return [(name, prompt)]
     if not isinstance(prompt, list) or not prompt:
-        raise _not_a_prompt("prompt", prompt)
+        raise _not_a_prompt(name, prompt)
     items: list[Any] = prompt
     if isinstance(items[0], int) and not isinstance(items[0], bool):
-        return [("prompt", items)]
+        return [(name, items)]
     listed: list[tuple[str, str | list[Any]]] = []
     for place, item in enumerate(items):
         if not isinstance(item, (str, list)):
-            raise _not_a_prompt(f"prompt[{place}]", item)
-        listed.append((f"prompt[{place}]", item))
+            raise _not_a_prompt(f"{name}[{place}]", item)
+        listed.append((f"{name}[{place}]", item))
     return listed
 
 
 def _not_a_prompt(field: str, value: Any) -> Problem:
     shown = "null" if value is None else "an empty list" if value == [] else _JSON_NAMES.get(type(value), "a number")
     return Problem(
-        400, f"{field}: must be a text, a list of token ids, or a list of these, got {shown}.", param="prompt"
+        400,
+        f"{field}: must be a text, a list of token ids, or a list of these, got {shown}.",
+        param=field.partition("[")[0],
     )
 
 

@@ -117,6 +117,7 @@ class TokenizeRequest(_Request):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
@@ -135,4 +136,8 @@ class EmbeddingRequest(_Request):
     input: PromptField = None
     encoding_format: str | None = None
     dimensions: Count | None = None
+    normalize: bool | None = None
+    truncate_prompt_tokens: Count | None = None
+    add_special_tokens: bool | None = None
+    priority: Count | None = None
     user: str | None = None

@@ -4,6 +4,7 @@ Beside `EngineConfig`, whose checks it shares. Imports nothing of the extra, so 
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from atoma_jax.errors import ConfigError
 
@@ -20,6 +21,8 @@ class ServerConfig:
     api_key: tuple[str, ...] = field(default=(), repr=False)  # any of them is let in; none: everybody is
     served_model_name: tuple[str, ...] = ()  # what requests may call the model; none: as the server was told to load it
     chat_template: str | None = None  # a file with a Jinja template, instead of the model's own
+    enable_auto_tool_choice: bool = False  # requests with tools may leave it to the model whether to call one
+    tool_call_parser: Literal["hermes", "llama3_json"] | None = None  # how the model writes calls
     enable_prompt_tokens_details: bool = True  # cached tokens in `usage`
     log_requests: bool = True  # a line of JSON for each
     log_stats: bool = True  # a line of JSON every ten seconds in which steps ran
@@ -41,6 +44,8 @@ class ServerConfig:
             raise ConfigError("port", self.port, "must be between 0 and 65535")
         if self.uds is not None and (self.host, self.port) != ("127.0.0.1", 8000):
             raise ConfigError("uds", self.uds, "contradicts host and port: give one of them")
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            raise ConfigError("enable_auto_tool_choice", True, "needs tool_call_parser: hermes or llama3_json")
         for name in ("max_body_bytes", "max_messages", "max_choices"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "must be at least 1")

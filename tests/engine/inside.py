@@ -65,6 +65,9 @@ class BorrowedRunner:
     def take_slot(self, *arguments: Any) -> None:
         self._runner.take_slot(*arguments)
 
+    def allow(self, *arguments: Any) -> None:
+        self._runner.allow(*arguments)
+
     def launch(self, plan: StepPlan) -> PendingOutput:
         return self._runner.launch(plan)
 

@@ -1,11 +1,12 @@
 """Random requests, and a driver that runs them through an engine in a random order of events."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
-from atoma_jax import RequestOutput, SamplingParams
+from atoma_jax import RequestOutput, SamplingParams, StructuredOutputsParams
 from atoma_jax.engine.engine import Engine
 
 TEXT_IDS = range(3, 259)  # every token of one byte
@@ -61,6 +62,23 @@ def random_params(rng: Random, seed: int) -> SamplingParams:
     if not settings.get("detokenize", True):
         settings.pop("stop", None)
     return SamplingParams(**settings)
+
+
+def bound_asks(count: int) -> list[Ask]:
+    """Greedy requests whose answers must look like something."""
+    constraints: list[dict[str, Any]] = [
+        {"regex": r"([a-f]+[0-9]){4,6}"},
+        {"json": {"type": "array", "items": {"type": "integer"}, "minItems": 3, "maxItems": 5}},
+        {"choice": ["a long choice that takes its time", "a long choice of another kind"]},
+    ]
+    rng = Random(8)
+    asks: list[Ask] = []
+    for index in range(count):
+        prompt = tuple(rng.choices(range(3, 259), k=rng.randint(3, 40)))
+        params = SamplingParams(temperature=0, max_tokens=30, n=1 + index % 2, presence_penalty=0.5 * (index % 3 == 0))
+        constraint = StructuredOutputsParams(**constraints[index % len(constraints)])
+        asks.append(Ask(prompt, dataclasses.replace(params, structured_outputs=constraint)))
+    return asks
 
 
 def run_alone(engine: Engine, ask: Ask) -> RequestOutput:
@@ -136,8 +154,6 @@ def greedy(ask: Ask) -> Ask:
 
 
 def _greedy(params: SamplingParams) -> SamplingParams:
-    import dataclasses
-
     return dataclasses.replace(params, temperature=0.0)
 
 

@@ -100,11 +100,7 @@ def test_the_last_message_can_be_gone_on_with(server: Served) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
-        ("structured_outputs", {"regex": "a+"}),
         ("logprob_token_ids", [1]),
         ("chat_template", "{{ messages }}"),
         ("chat_template_kwargs", {"messages": []}),
@@ -168,7 +164,6 @@ def test_small_endpoints(server: Served) -> None:
     for probe in ("/health", "/ping", "/ready"):
         response = server.get(probe)
         assert (response.status_code, response.content) == (200, b"")
-    assert "not implemented" in server.refused("/v1/embeddings", {"input": "a"})["message"]
     assert server.post("/start_profile").json()["error"]["param"] == "profile_dir"
 
 

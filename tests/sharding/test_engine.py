@@ -15,7 +15,7 @@ from atoma_jax import LLM, plan_model
 from atoma_jax.config import EngineConfig
 from atoma_jax.errors import ConfigError
 from sharding.plan import allocated_bytes
-from tests.engine.traffic import greedy, random_asks, run_all, same_output
+from tests.engine.traffic import bound_asks, greedy, random_asks, run_all, same_output
 from tests.tiny_model import write_tiny_llama
 
 LISTED = json.loads((Path(__file__).parent / "collectives.json").read_text())
@@ -75,6 +75,18 @@ def test_answers_are_those_of_one_device(mesh: str, engine_of: Callable[[str | N
     assert stats.recompilations == 0
     gauges = llm.llm_engine.scheduler_stats()
     assert (gauges.num_running, gauges.num_waiting, gauges.pages_owned) == (0, 0, 0)
+
+
+@meshes
+def test_structured_answers_are_those_of_one_device(mesh: str, engine_of: Callable[[str | None], LLM]) -> None:
+    """Bits of allowed tokens go to the slots of every slice, and each device reads those of its own tokens."""
+    pytest.importorskip("llguidance", reason="needs the extra `server`: llguidance")
+    asks = bound_asks(8)
+    want = run_all(engine_of(None).llm_engine, asks)
+    llm = engine_of(mesh)
+    for one, other in zip(want, run_all(llm.llm_engine, asks), strict=True):
+        same_output(one, other)
+    assert llm.stats().recompilations == 0
 
 
 @meshes
