@@ -45,7 +45,7 @@ def test_wheel_holds_the_four_packages_and_nothing_else(wheel: Path) -> None:
 def test_wheel_holds_every_source_and_data_file(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
-    kinds = {".py", ".toml", ".cc", ".h", ".typed", ".npz", ".ggml"}
+    kinds = {".py", ".toml", ".cc", ".h", ".typed", ".npz", ".ggml", ".html", ".css", ".js", ".svg"}
     expected = {
         path.relative_to(ROOT).as_posix()
         for package in SHIPPED
@@ -71,7 +71,7 @@ def test_wheel_holds_no_model_and_no_other_build_product(wheel: Path) -> None:
 def test_metadata_states_licence_python_and_extras(metadata: Message, wheel: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    extras = {"bench", "cuda12", "cuda13", "dev", "gate", "oracle", "server"}
+    extras = {"bench", "clients", "cuda12", "cuda13", "dev", "gate", "oracle", "otel", "ray", "server"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     with zipfile.ZipFile(wheel) as archive:
         (licence,) = (name for name in archive.namelist() if name.endswith("/licenses/LICENSE"))

@@ -1,4 +1,7 @@
-"""`atoma-jax bench throughput | latency | startup`: flags and printing; the measuring is `atoma_jax/benchmarks`."""
+"""`atoma-jax bench throughput | latency | startup`: flags and printing; the measuring is `atoma_jax/benchmarks`.
+
+`bench serve`, which needs no engine, is `bench_serve.py`.
+"""
 
 from typing import Annotated, Any
 
@@ -8,11 +11,13 @@ from atoma_jax.benchmarks.latency import LatencyWorkload, measure_latency
 from atoma_jax.benchmarks.machine import describe_machine
 from atoma_jax.benchmarks.startup import Start, measure_startup
 from atoma_jax.benchmarks.throughput import ThroughputWorkload, measure_throughput
+from atoma_jax.cli.bench_serve import serve
 from atoma_jax.cli.common import EngineOptions, print_json, running_engine
 from atoma_jax.cli.options import flat_options
 from atoma_jax.errors import UserError
 
-bench = typer.Typer(name="bench", help="Measure this engine on this machine.", no_args_is_help=True)
+bench = typer.Typer(name="bench", help="Measure this engine on this machine, or a server.", no_args_is_help=True)
+bench.command()(serve)
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one object.")]
 _Repeats = Annotated[int, typer.Option(min=1, help="Runs that count; medians are over them.")]

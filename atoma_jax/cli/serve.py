@@ -76,7 +76,11 @@ class ServerOptions:
     log_stats: Annotated[
         bool | None, typer.Option("--log-stats/--disable-log-stats", help="A line every ten busy seconds.")
     ] = None
+    ui: Annotated[bool | None, typer.Option("--ui/--no-ui", help="Whether there is a page to chat at /.")] = None
     profile_dir: Annotated[str | None, typer.Option(help="Folder for /start_profile.")] = None
+    otlp_traces_endpoint: Annotated[
+        str | None, typer.Option(help="OpenTelemetry spans go here: http://127.0.0.1:4318/v1/traces.")
+    ] = None
     max_body_bytes: Annotated[int | None, typer.Option(help="Of a request.")] = None
     max_header_bytes: Annotated[int | None, typer.Option(help="Of a request's headers.")] = None
     max_messages: Annotated[int | None, typer.Option(help="Of a conversation.")] = None

@@ -44,6 +44,7 @@ from atoma_jax.engine.scheduler import Scheduler
 from atoma_jax.engine.sliced_scheduler import SlicedScheduler
 from atoma_jax.engine.step import StepSizes
 from atoma_jax.errors import ConfigError
+from atoma_jax.loading.content_mark import content_mark
 from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import ModelFiles, open_model
 from atoma_jax.loading.orbax.checkpoint import OrbaxModel
@@ -64,6 +65,7 @@ class StartupReport:
     phases: dict[str, float] = field(default_factory=lambda: dict[str, float]())
     kernels: str = ""  # of the programs, once that is decided: native, xla, pallas or interpret
     mesh: str | None = None  # devices along each axis; None: one device
+    content: str = ""  # a mark of the model's files; see loading/content_mark.py
     # Bytes of each device, planned from headers and allocated, by what they are for.
     device_bytes: dict[str, tuple[int, int]] = field(default_factory=lambda: dict[str, tuple[int, int]]())
     compile_cache_hits: int = 0
@@ -188,6 +190,7 @@ def _get_ready(config: EngineConfig, phases: _Phases, *, progress: bool) -> _Rea
                 files = stack.enter_context(open_model(found, max_model_len=config.model.max_model_len))
                 setup = _set_up(config, files, cluster)
                 phases.report.kernels = setup.backend.kernels
+                phases.report.content = content_mark(found.path)
                 plan = _plan(config, setup)
                 memory = _memory(config, plan, setup, cluster)
                 limits = _limits(config, plan, setup, memory)

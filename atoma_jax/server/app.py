@@ -16,6 +16,7 @@ from atoma_jax.server.embeddings import check_embedding, check_inputs, embed
 from atoma_jax.server.errors import Problem, problem_of
 from atoma_jax.server.generation import Generation
 from atoma_jax.server.guard import Bodies, Keys, Records
+from atoma_jax.server.page import router as page_router
 from atoma_jax.server.params import chat_params, completion_params
 from atoma_jax.server.prompts import Prompt
 from atoma_jax.server.schemas import (
@@ -39,6 +40,8 @@ def build_app(service: Service) -> FastAPI:
     app = FastAPI(title="atoma-jax", version=__version__, redoc_url=None)
     app.state.service = service
     app.include_router(router)
+    if service.settings.ui:
+        app.include_router(page_router)
     app.add_exception_handler(RequestValidationError, _problem)
     app.add_exception_handler(HTTPException, _http_problem)
     settings = service.settings
@@ -118,6 +121,7 @@ async def _generate(
         params,
         priority=body.priority or 0,
         cache_salt=service.cache_salt(request.state.key, body.cache_salt),
+        traceparent=request.headers.get("traceparent"),
     )
     ignored = body.ignored_fields()
     headers = {"X-Ignored-Fields": ignored} if ignored else {}
@@ -155,6 +159,7 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         None,
         priority=body.priority or 0,
         cache_salt=service.cache_salt(request.state.key, None),
+        traceparent=request.headers.get("traceparent"),
     )
     request.state.log["usage"] = usage = Usage(with_details=False)
     ignored = body.ignored_fields()

@@ -30,9 +30,11 @@ class Generation:
         *,
         priority: int,
         cache_salt: str | None,
+        traceparent: str | None = None,
     ):
         """`name` must be unique; `receive` is ASGI's, and brings nothing more than the client's leaving. Without
         `params` the prompts become vectors."""
+        self._traceparent = traceparent
         self._service, self._receive, self._llm = service, receive, service.llm
         self._ids = [f"{name}-{index}" for index in range(len(prompts))]
         self._prompts, self._params = prompts, params
@@ -79,6 +81,8 @@ class Generation:
         if output.finished:
             self._left.discard(index)
             self._service.metrics.add_request(output, self._params)
+            if self._service.tracing is not None:
+                self._service.tracing.add_request(output, self._params, self._traceparent)
         for sample in output.outputs:
             if sample.finish_reason == "error":
                 raise _failed(sample)

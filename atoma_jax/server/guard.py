@@ -22,7 +22,10 @@ from atoma_jax.server.answers import Usage
 from atoma_jax.server.errors import ClientGone, Problem, problem_of
 from atoma_jax.server.service import Service
 
-OPEN_PATHS = frozenset({"/health", "/ping", "/ready"})  # probes bring no key
+QUIET_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics"})  # asked for all the time: no line in the log
+# What only a key opens, where there are any: the API, and what changes the server. Probes, metrics, the tokenizer and
+# the page are open.
+_KEPT_PATHS = frozenset({"/start_profile", "/stop_profile", "/reset_prefix_cache"})
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CLIENT_CLOSED = 499  # nginx's word for it, in logs alone
 
@@ -78,7 +81,7 @@ class Records:
             fields["error"] = problem.status
         finally:
             self._service.responses -= 1
-            if self._service.settings.log_requests and scope["path"] not in OPEN_PATHS:
+            if self._service.settings.log_requests and scope["path"] not in QUIET_PATHS:
                 usage = fields.pop("usage", None)
                 fields |= {"status": status, "seconds": round(time.perf_counter() - begin, 6)}
                 if isinstance(usage, Usage):
@@ -87,7 +90,7 @@ class Records:
 
 
 class Keys:
-    """Lets in who brings one of the keys, where there are any."""
+    """Opens what is kept to who brings one of the keys, where there are any."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]):
         """No keys: everybody is let in."""
@@ -96,7 +99,7 @@ class Keys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request, or answers 401."""
-        if scope["type"] == "http" and self._digests and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and self._digests and _is_kept(scope["path"]):
             kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not self._known(key.strip()):
                 raise Problem(401, "Authorization: must be Bearer and a valid API key.", param="Authorization")
@@ -107,6 +110,10 @@ class Keys:
         """Takes the same time whichever key it is or nearly is: digests are compared, with every key."""
         digest = hashlib.sha256(key.encode("latin-1", "replace")).digest()
         return any([hmac.compare_digest(digest, known) for known in self._digests])  # noqa: C419  all of them
+
+
+def _is_kept(path: str) -> bool:
+    return path == "/v1" or path.startswith("/v1/") or path in _KEPT_PATHS
 
 
 class Bodies:

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -14,6 +15,7 @@ from atoma_jax.server.errors import Problem
 from atoma_jax.server.metrics import Metrics
 from atoma_jax.server.prompts import PromptReader
 from atoma_jax.server.settings import ServerConfig
+from atoma_jax.server.tracing import Tracing
 
 Phase = Literal["loading", "ready", "draining"]
 Health = Literal["loading", "ready", "draining", "stalled", "dead"]
@@ -34,11 +36,17 @@ class Service:
     """One model behind one port."""
 
     def __init__(self, config: EngineConfig, settings: ServerConfig, *, chat_template: str | None = None):
-        """`chat_template` is the source of a template instead of the model's."""
+        """`chat_template` is the source of a template instead of the model's.
+
+        Raises:
+            UserError: traces are asked for, and the extra for them is not installed.
+        """
         self.config, self.settings = config, settings
         self.created = int(time.time())
         self.model_names = settings.served_model_name or (config.model.model,)
         self.metrics = Metrics(self.model_names[0])
+        endpoint = settings.otlp_traces_endpoint
+        self.tracing = None if endpoint is None else Tracing.to_endpoint(endpoint, self.model_names[0])
         self.in_flight: set[InFlight] = set()
         self.responses = 0  # requests of any kind that are being answered
         self._chat_template = chat_template
@@ -57,7 +65,7 @@ class Service:
         """
         self._llm = llm
         self._prompts = PromptReader(llm, self.settings, self._chat_template)
-        self.fingerprint = _fingerprint(llm)
+        self.fingerprint = _fingerprint(llm, self.config)
         self.metrics.start(llm, self.config)
         if self._phase == "loading":
             self._phase = "ready"
@@ -74,6 +82,8 @@ class Service:
     def close(self) -> None:
         """Gives threads and the engine back."""
         self._workers.shutdown(wait=False, cancel_futures=True)
+        if self.tracing is not None:
+            self.tracing.close()
         if self._llm is not None:
             self._llm.shutdown()
 
@@ -131,10 +141,17 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._workers, partial(work, *arguments))
 
 
-def _fingerprint(llm: AsyncLLM) -> str:
-    """Of what decides the bits of an answer, but for the weights' values: their size stands for them."""
-    parts = f"{__version__} {llm.model_config!r} {llm.startup.kernels}"
-    return "fp_" + hashlib.sha256(parts.encode()).hexdigest()[:16]
+def _fingerprint(llm: AsyncLLM, config: EngineConfig) -> str:
+    """Of what decides an answer's bits: program, weights, arithmetic, mesh and the shapes of steps.
+
+    The model's name and what only decides how much fits are left out.
+    """
+    model = replace(config.model, model="-", revision=None)
+    start, limits = llm.startup, llm.model_config
+    sizes = (limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len, limits.page_size)
+    parts = (__version__, start.content, start.kernels, start.mesh, model, config.cache.kv_cache_dtype, sizes)
+    text = repr((*parts, config.compile.deterministic))
+    return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 async def cancel(*tasks: "asyncio.Task[Any]") -> None:

@@ -26,7 +26,9 @@ class ServerConfig:
     enable_prompt_tokens_details: bool = True  # cached tokens in `usage`
     log_requests: bool = True  # a line of JSON for each
     log_stats: bool = True  # a line of JSON every ten seconds in which steps ran
+    ui: bool = True  # the page at /
     profile_dir: str | None = None  # where /start_profile writes; None: it is refused
+    otlp_traces_endpoint: str | None = None  # a collector's address for OpenTelemetry spans; None: none are made
     max_body_bytes: int = 8 << 20
     max_header_bytes: int = 32 << 10  # request line and headers together
     max_messages: int = 2048  # of one conversation
@@ -54,6 +56,10 @@ class ServerConfig:
         for name in self.__slots__:
             if name.endswith("_timeout") and not 0 < getattr(self, name) <= 1e6:
                 raise ConfigError(name, getattr(self, name), "must be above 0 and at most 1000000 seconds")
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            problem = "must be an address over HTTP, such as http://127.0.0.1:4318/v1/traces"
+            raise ConfigError("otlp_traces_endpoint", endpoint, problem)
         for key in self.api_key:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError("api_key", "(hidden)", "must be of visible ASCII characters, without spaces")

@@ -504,12 +504,8 @@ def add_guided(harness: Harness, seed: int, *, guided: bool) -> None:
 def test_a_guided_sequence_is_planned_once_its_last_token_is_read(num_pages):
     """Whatever is preempted; those without a guide are planned ahead as ever, and all end as they would alone."""
     harness = Harness(num_pages=num_pages, depth=1)
-    add = harness.scheduler.add
-    monkeypatch.setattr(
-        harness.scheduler, "add", lambda seqs: (guide(seqs) if len(harness.seqs) % 2 else None, add(seqs))
-    )
     for seed in range(6):
-        harness.add(finite_prompt(5, 8, seed=seed))
+        add_guided(harness, seed, guided=seed % 2 == 1)
     ahead: set[bool] = set()
     while harness.scheduler.has_work or harness.in_flight:
         plan = harness.step()
@@ -522,7 +518,7 @@ def test_a_guided_sequence_is_planned_once_its_last_token_is_read(num_pages):
 
 @pytest.mark.parametrize(("num_guided", "steps"), [(4, 8), (3, 8), (1, 12)])
 def test_a_step_waits_for_the_tokens_of_most(num_guided, steps):
-    """Four sequences of eight tokens: guided ones are in eight steps, and how many there are until the last of those."""
+    """Four sequences of eight tokens: guided ones are in eight steps, the last of which is the step `steps`."""
     harness = Harness(depth=1)
     for seed in range(4):
         add_guided(harness, seed, guided=seed < num_guided)

@@ -4,11 +4,12 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fastapi import FastAPI
 from atoma_jax import LLM, AsyncLLM, EngineConfig
 from atoma_jax.engine.engine import Engine
 from atoma_jax.server.app import build_app
+from atoma_jax.server.run import Process, _listen
 from atoma_jax.server.service import Service
 from atoma_jax.server.settings import ServerConfig
 from tests.engine import conftest as engine_fixtures
@@ -212,33 +214,62 @@ async def connected(
         await asyncio.wait((wire.task,), timeout=20)
 
 
-@pytest.fixture(scope="module")
-def live(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The program itself, its address; ended by SIGTERM."""
-    folder = tmp_path_factory.mktemp("live")
+@dataclass
+class Program:
+    """The program itself, in a process group of its own."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    address: str = ""
+
+    def ready(self) -> "Program":
+        self.address = _address(self.process, self.log)
+        return self
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def end(self) -> None:
+        """By SIGTERM, which it must heed."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(20) == 0, self.log.read_text()
+
+
+@contextmanager
+def program(model: Path, folder: Path, cache: Path, *flags: str) -> Iterator[Program]:
+    """`atoma-jax serve` with a tiny engine. Killed at the end if it still runs."""
     (folder / "serve.toml").write_text(SMALL_ENGINE)
     log = folder / "log"
     with log.open("wb") as stderr:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "atoma_jax.cli", "serve", str(tiny_path), "--port", "0"),
-                *("--config", str(folder / "serve.toml"), "--served-model-name", "tiny", "--api-key", "secret"),
-                *("--compile-cache-dir", str(request.config.cache.mkdir("xla"))),
+                *(sys.executable, "-m", "atoma_jax.cli", "serve", str(model), "--port", "0"),
+                *("--config", str(folder / "serve.toml"), "--served-model-name", "tiny"),
+                *("--compile-cache-dir", str(cache)),
                 *("--dtype", "float32", "--cpu-precision", SIZES["cpu_precision"]),  # as the engine within the tests
+                *flags,
             ],
             stderr=stderr,
+            start_new_session=True,
             # A limit, like that of the suite: without one JAX neither locks the folder nor writes what limits go by.
             env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 << 30)},
         )
     try:
-        yield _address(process, log)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0, log.read_text()
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        assert {line["message"] for line in lines} >= {"start", "ready", "request", "draining"}
+        yield Program(process, log)
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def live(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The program itself, its address; ended by SIGTERM."""
+    cache = request.config.cache.mkdir("xla")
+    with program(tiny_path, tmp_path_factory.mktemp("live"), cache, "--api-key", "secret") as running:
+        yield running.ready().address
+        running.end()
+        assert {line["message"] for line in running.lines} >= {"start", "ready", "request", "draining"}
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:
@@ -249,3 +280,57 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
                 return json.loads(line)["address"]
         time.sleep(0.05)
     raise AssertionError(log.read_text())
+
+
+@dataclass
+class Here:
+    """A server's process within this one."""
+
+    service: Service
+    process: Process
+    engine: Engine
+    url: str
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await asyncio.sleep(0.002)
+
+    async def ready(self) -> None:
+        await self.until(lambda: self.service.health == "ready")
+
+
+@pytest.fixture
+def here(llm: LLM, make_engine: Callable[..., Engine]) -> Iterator[Callable[..., Here]]:
+    """`here(start=…, slow=0.01, drain_timeout=1.0)`; `slow` is how many seconds longer a step takes."""
+    sockets: list[socket.socket] = []
+
+    def build(
+        *, fails_at: int | None = None, slow: float = 0.0, start: Callable[[], Any] = lambda: None, **settings: Any
+    ) -> Here:
+        engine = make_engine(llm)
+        device = engine._runner
+        engine._runner = (
+            BorrowedRunner(device) if fails_at is None else FailingRunner(device, launches=fails_at, at_read=True)
+        )
+        step = engine.step
+
+        def slowly() -> Any:
+            time.sleep(slow)
+            return step()
+
+        engine.step = slowly
+
+        def load() -> AsyncLLM:
+            start()
+            return AsyncLLM(engine, llm.startup)
+
+        chosen = ServerConfig(port=0, **settings)
+        listener = _listen(chosen)
+        sockets.append(listener)
+        service = Service(EngineConfig.from_options({"model": "tiny"}), chosen)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        return Here(service, Process(service, listener, load), engine, url)
+
+    yield build
+    for listener in sockets:
+        listener.close()

@@ -87,6 +87,37 @@ class TestAClientThatLeaves:
 
         asyncio.run(main())
 
+    def test_while_it_is_preempted(self, serve: Serve, stream: bool) -> None:
+        """Pages for little more than one of two: the later one gives its own back, and waits to be computed anew."""
+        server = serve(limits={"num_pages": 14})
+        step = server.engine.step
+
+        def preempted() -> bool:
+            stats = server.engine.scheduler_stats()
+            return (stats.num_running, stats.num_waiting) == (1, 1) and tokens_of(server) > 40
+
+        def slowly() -> Any:
+            if preempted():
+                time.sleep(0.05)  # time for the client to leave before there is room again
+            return step()
+
+        server.engine.step = slowly
+
+        async def main() -> None:
+            first = connected(server.app, COMPLETIONS, body_of())
+            second = connected(server.app, COMPLETIONS, body_of(prompt=[5, 6], stream=stream))
+            async with first as one, second as two:
+                await two.until(preempted)
+                two.gone.set()
+                await two.finish()
+                await server.llm.stats()
+                assert server.engine.scheduler_stats().num_waiting == 0
+                await one.finish()
+            assert one.status == 200
+            await server.idle()
+
+        asyncio.run(main())
+
     def test_before_the_engine_knows_of_it(self, server: Served, stream: bool) -> None:
         async def main() -> None:
             release = held(server)

@@ -6,78 +6,21 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import httpx2
 import openai
 import pytest
 
-from atoma_jax import LLM, AsyncLLM, EngineConfig, SamplingParams, UserError
-from atoma_jax.engine.engine import Engine
-from atoma_jax.server.run import Process, _listen
-from atoma_jax.server.service import Service
+from atoma_jax import LLM, SamplingParams, UserError
+from atoma_jax.server.run import _listen
 from atoma_jax.server.settings import ServerConfig
-from tests.engine.inside import BorrowedRunner, FailingRunner
+from tests.server.conftest import Here
 
 LONG: dict[str, Any] = {"prompt": [7, 8, 9], "max_tokens": 80, "temperature": 0, "ignore_eos": True}
 COMPLETIONS = "/v1/completions"
-
-
-@dataclass
-class Here:
-    """A server's process within this one."""
-
-    service: Service
-    process: Process
-    engine: Engine
-    url: str
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            await asyncio.sleep(0.002)
-
-    async def ready(self) -> None:
-        await self.until(lambda: self.service.health == "ready")
-
-
-@pytest.fixture
-def here(llm: LLM, make_engine: Callable[..., Engine]) -> Iterator[Callable[..., Here]]:
-    """`here(start=…, slow=0.01, drain_timeout=1.0)`; `slow` is how many seconds longer a step takes."""
-    sockets: list[socket.socket] = []
-
-    def build(
-        *, fails_at: int | None = None, slow: float = 0.0, start: Callable[[], Any] = lambda: None, **settings: Any
-    ) -> Here:
-        engine = make_engine(llm)
-        device = engine._runner
-        engine._runner = (
-            BorrowedRunner(device) if fails_at is None else FailingRunner(device, launches=fails_at, at_read=True)
-        )
-        step = engine.step
-
-        def slowly() -> Any:
-            time.sleep(slow)
-            return step()
-
-        engine.step = slowly
-
-        def load() -> AsyncLLM:
-            start()
-            return AsyncLLM(engine, llm.startup)
-
-        chosen = ServerConfig(port=0, **settings)
-        listener = _listen(chosen)
-        sockets.append(listener)
-        service = Service(EngineConfig.from_options({"model": "tiny"}), chosen)
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        return Here(service, Process(service, listener, load), engine, url)
-
-    yield build
-    for listener in sockets:
-        listener.close()
 
 
 def test_probes_are_right_from_loading_to_drain_and_what_runs_finishes(here: Callable[..., Here]) -> None:
