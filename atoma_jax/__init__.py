@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from atoma_jax.engine.llm import LLM
     from atoma_jax.engine.model_plan import ModelPlan, plan_model
     from atoma_jax.engine.scorer import ModelPair, Scorer
+    from atoma_jax.engine.startup import follow
     from atoma_jax.engine.stats import EngineStats
     from atoma_jax.errors import AtomaError, EngineDeadError, Overloaded, UserError
     from atoma_jax.outputs import ComparedTokens, CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -42,6 +43,7 @@ __all__ = [
     "UserError",
     "convert_model",
     "export_gguf",
+    "follow",
     "plan_model",
 ]
 
@@ -53,6 +55,7 @@ _HOMES = {
     "atoma_jax.engine.llm": ("LLM",),
     "atoma_jax.engine.model_plan": ("ModelPlan", "plan_model"),
     "atoma_jax.engine.scorer": ("ModelPair", "Scorer"),
+    "atoma_jax.engine.startup": ("follow",),
     "atoma_jax.engine.stats": ("EngineStats",),
     "atoma_jax.errors": ("AtomaError", "EngineDeadError", "Overloaded", "UserError"),
     "atoma_jax.outputs": ("ComparedTokens", "CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput"),

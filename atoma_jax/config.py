@@ -20,6 +20,8 @@ _TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "tru
 
 MAX_SEQS = 4096
 MAX_TOKENS_A_STEP = 65536
+MAX_PROCESSES = 4096
+_MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,8 @@ class CacheConfig:
 
     block_size: int = 16  # tokens of a page
     num_pages: int | None = None  # pages in all, page 0 is scratch; None: from kv_cache_memory_bytes
-    kv_cache_memory_bytes: int | None = None  # None: a share of the device's memory, see engine/memory.py
+    kv_cache_memory_bytes: int | None = None  # of a device; None: a share of its memory, see engine/memory.py
+    kv_cache_memory_fraction: float | None = None  # the same as a share of what weights leave; --kv-cache-memory 0.5
     gpu_memory_utilization: float | None = None  # share of a GPU's memory for weights, KV and workspace; None: 0.92
     # auto: float32 on a CPU, bfloat16 elsewhere. Those of one byte keep a scale for each token and kv head beside it.
     # Short spellings are taken as well: `_SPELLINGS`.
@@ -84,6 +87,12 @@ class CacheConfig:
         _at_least("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
         if self.num_pages is not None and self.kv_cache_memory_bytes is not None:
             raise ConfigError("num_pages", self.num_pages, "contradicts kv_cache_memory_bytes: give one of the two")
+        part = self.kv_cache_memory_fraction
+        if part is not None and not 0 < part < 1:
+            raise ConfigError("kv_cache_memory_fraction", part, "must be above 0 and below 1")
+        for name in ("num_pages", "kv_cache_memory_bytes", "gpu_memory_utilization"):
+            if part is not None and getattr(self, name) is not None:
+                raise ConfigError("kv_cache_memory_fraction", part, f"contradicts {name}: give one of the two")
         share = self.gpu_memory_utilization
         sized = self.num_pages is not None or self.kv_cache_memory_bytes is not None
         if share is not None and sized:
@@ -148,15 +157,40 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelConfig:
-    """How the engine is spread over devices. Limits of cache and scheduler hold for each slice of data × fsdp."""
+class MeshConfig:
+    """How the engine is spread over devices and hosts. Limits of cache and scheduler are of each slice."""
 
     # fsdp=2,tensor=4; a name of configs/mesh; or a TOML file. None: one device. Read by engine/mesh_config.py.
     mesh: str | None = None
+    # Of several hosts, or processes of one: host:port, where process 0 waits for the others. auto: what Slurm, Open MPI
+    # or Kubernetes say, or JAX_COORDINATOR_ADDRESS. None: this process alone. Every process runs the same command.
+    coordinator_address: str | None = None
+    num_processes: int | None = None  # in all; None: as the cluster says
+    process_id: int | None = None  # of this one, 0 takes requests; None: as the cluster says
 
     def __post_init__(self) -> None:
         if self.mesh is not None and not self.mesh.strip():
             raise ConfigError("mesh", self.mesh, "must name sizes such as fsdp=2,tensor=4, or be left out")
+        _between("num_processes", self.num_processes, 1, MAX_PROCESSES)
+        _at_least("process_id", self.process_id, 0)
+        if self.coordinator_address is None:
+            for name, value in (("num_processes", self.num_processes), ("process_id", self.process_id)):
+                if value is not None:
+                    raise ConfigError(name, value, "needs coordinator_address: host:port of process 0, or auto")
+            return
+        if self.coordinator_address != "auto":
+            host, _, port = self.coordinator_address.rpartition(":")
+            if not host or not port.isascii() or not port.isdigit() or not 0 < int(port[:6]) < 65536:
+                raise ConfigError("coordinator_address", self.coordinator_address, "must be host:port, or auto")
+            for name, value in (("num_processes", self.num_processes), ("process_id", self.process_id)):
+                if value is None:
+                    raise ConfigError(name, value, "must be given beside coordinator_address, unless that is auto")
+        if self.num_processes is not None and self.process_id is not None and self.process_id >= self.num_processes:
+            raise ConfigError("process_id", self.process_id, f"must be below num_processes = {self.num_processes}")
+        if self.mesh is None and self.num_processes != 1:
+            raise ConfigError(
+                "mesh", None, "must be given for several processes, such as fsdp=-1: how to spread over them"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +202,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         if self.compile.deterministic and not self.scheduler.enable_chunked_prefill:
@@ -211,6 +245,8 @@ class EngineConfig:
     def from_sections(cls, sections: dict[str, Any], overrides: dict[str, Any] | None = None) -> "EngineConfig":
         """Builds a configuration from `{"cache": {"block_size": 16}, …}`; flat `overrides` win. Errors as above."""
         sections = {name: dict(values) if isinstance(values, dict) else values for name, values in sections.items()}
+        if isinstance(sections.get("mesh"), dict):
+            sections["mesh"] = _with_axes(sections["mesh"])
         for name, value in (overrides or {}).items():
             if name not in _SECTION_OF:
                 raise ConfigError(name, value, f"is no setting of the engine{_suggestion(name, list(_SECTION_OF))}")
@@ -237,13 +273,22 @@ _SECTIONS: dict[str, type] = {
     "scheduler": SchedulerConfig,
     "compile": CompileConfig,
     "validation": ValidationConfig,
-    "parallel": ParallelConfig,
+    "mesh": MeshConfig,
 }
 # What other programs call the same choice: read as the name on the right, so that it has one name everywhere else.
 _SPELLINGS: dict[str, dict[str, str]] = {
     "kv_cache_dtype": {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "fp8": "fp8_e4m3"}
 }
 _SECTION_OF = {option.name: name for name, section in _SECTIONS.items() for option in dataclasses.fields(section)}
+
+
+def _with_axes(table: dict[str, Any]) -> dict[str, Any]:
+    """A [mesh] that names sizes, as files of configs/mesh do, with those as its `mesh`."""
+    axes = {name: table[name] for name in _MESH_AXES if name in table}
+    if axes and table.get("mesh") is not None:
+        raise ConfigError("mesh", table["mesh"], f"contradicts {', '.join(axes)} in [mesh]: give one of the two")
+    rest = {name: value for name, value in table.items() if name not in axes}
+    return rest | ({"mesh": ",".join(f"{name}={size}" for name, size in axes.items())} if axes else {})
 
 
 def _suggestion(name: str, known: list[str]) -> str:

@@ -10,8 +10,8 @@ from atoma_jax.config import (
     CacheConfig,
     CompileConfig,
     EngineConfig,
+    MeshConfig,
     ModelConfig,
-    ParallelConfig,
     SchedulerConfig,
     ValidationConfig,
 )
@@ -23,7 +23,7 @@ SECTIONS = {
     "scheduler": SchedulerConfig,
     "compile": CompileConfig,
     "validation": ValidationConfig,
-    "parallel": ParallelConfig,
+    "mesh": MeshConfig,
 }
 
 
@@ -277,3 +277,41 @@ class TestToml:
             EngineConfig.from_toml(tmp_path / "absent.toml")
         with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
             EngineConfig.from_toml(tmp_path)
+
+
+class TestMesh:
+    """[mesh]: how an engine is spread over devices and hosts."""
+
+    def test_a_file_names_sizes_or_the_text_of_the_flag(self, tmp_path: Path) -> None:
+        file = tmp_path / "engine.toml"
+        file.write_text('[model]\nmodel = "m.gguf"\n[mesh]\nfsdp = 2\ntensor = -1\n')
+        assert EngineConfig.from_toml(file).mesh == MeshConfig(mesh="fsdp=2,tensor=-1")
+        assert EngineConfig.from_toml(file, {"mesh": "data=2"}).mesh == MeshConfig(mesh="data=2")
+        file.write_text('[model]\nmodel = "m.gguf"\n[mesh]\nmesh = "fsdp"\n')
+        assert EngineConfig.from_toml(file).mesh == MeshConfig(mesh="fsdp")
+
+    def test_hosts_are_named_as_jax_names_them(self) -> None:
+        config = accepted(mesh="fsdp=2", coordinator_address="10.0.0.1:1234", num_processes=2, process_id=1)
+        assert config.mesh.process_id == 1
+        assert accepted(mesh="fsdp", coordinator_address="auto").mesh.num_processes is None
+
+    @pytest.mark.parametrize(
+        ("options", "field", "problem"),
+        [
+            ({"num_processes": 2}, "num_processes", "needs coordinator_address"),
+            ({"process_id": 0}, "process_id", "needs coordinator_address"),
+            ({"coordinator_address": "10.0.0.1"}, "coordinator_address", "must be host:port, or auto"),
+            ({"coordinator_address": "h:0"}, "coordinator_address", "must be host:port"),
+            ({"coordinator_address": "h:99999999"}, "coordinator_address", "must be host:port"),
+            ({"coordinator_address": "h:1", "num_processes": 2}, "process_id", "must be given beside"),
+            ({"coordinator_address": "h:1", "process_id": 0}, "num_processes", "must be given beside"),
+            ({"coordinator_address": "h:1", "num_processes": 2, "process_id": 2}, "process_id", "below num_processes"),
+            ({"coordinator_address": "h:1", "num_processes": 2, "process_id": -1}, "process_id", "at least 0"),
+            ({"coordinator_address": "h:1", "num_processes": 0, "process_id": 0}, "num_processes", "between 1 and"),
+            ({"coordinator_address": "h:1", "num_processes": 2, "process_id": 1}, "mesh", "must be given for several"),
+        ],
+    )
+    def test_what_does_not_go_together_is_refused(self, options: dict[str, Any], field: str, problem: str) -> None:
+        error = refused(**options)
+        assert error.field == field
+        assert problem in str(error)

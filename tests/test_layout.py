@@ -42,6 +42,7 @@ HOST_QUANT = ("groups", "ggml", "ggml_types", "ggml_blocks", "packed", "quantize
 # The engine's books: no arrays of a device. What they import joins them here.
 HOST_MODULES = (
     *(
+        "channel",
         "scheduler",
         "sliced_scheduler",
         "admission",

@@ -62,7 +62,7 @@ def write_tiny_llama(
     writer.add_rope_dimension_count(H)
     writer.add_rope_freq_base(10_000.0)
     writer.add_layer_norm_rms_eps(1e-5)
-    V = _add_tokenizer(writer)
+    V = add_tokenizer(writer)
 
     def matrix(name: str, rows: int, columns: int, scale: float) -> None:
         values = rng.normal(0, scale, (rows, columns)).astype(np.float32)
@@ -94,7 +94,7 @@ def write_tiny_llama(
     return path
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter) -> int:
+def add_tokenizer(writer: gguf.GGUFWriter) -> int:
     """Adds the vocabulary; returns its size."""
     alphabet = [char for _, char in sorted(_byte_alphabet().items())]
     tokens = [*CONTROL, *alphabet, *(merge.replace(" ", "") for merge in VOCAB_MERGES)]

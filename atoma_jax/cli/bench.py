@@ -14,6 +14,7 @@ from atoma_jax.benchmarks.throughput import ThroughputWorkload, measure_throughp
 from atoma_jax.cli.bench_serve import serve
 from atoma_jax.cli.common import EngineOptions, print_json, running_engine
 from atoma_jax.cli.options import flat_options
+from atoma_jax.errors import UserError
 
 bench = typer.Typer(name="bench", help="Measure this engine on this machine, or a server.", no_args_is_help=True)
 bench.command()(serve)
@@ -90,6 +91,11 @@ def startup(
 ) -> None:
     """Seconds from a new process to its first token, cold and warm. Uses a compile cache of its own."""
     config = engine.engine_config()
+    if config.mesh.coordinator_address is not None:
+        problem = (
+            "is not for bench startup, whose programs start by themselves: time one start of all processes instead"
+        )
+        raise UserError("coordinator_address", config.mesh.coordinator_address, problem)
     result = measure_startup(
         engine.as_flags(), num_iters_cold=num_iters_cold, num_iters_warm=num_iters_warm, on_start=_report_start
     )

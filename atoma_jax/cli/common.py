@@ -5,6 +5,9 @@ Limits of settings are `config.py`'s and `sampling_params.py`'s; a flag that was
 
 import dataclasses
 import json
+import os
+import re
+import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -17,12 +20,13 @@ import typer
 
 from atoma_jax.cli.protocol import ChatEngine
 from atoma_jax.config import EngineConfig, read_toml
-from atoma_jax.errors import ConfigError
+from atoma_jax.errors import ConfigError, UserError
 from atoma_jax.sampling_params import RequestOutputKind, SamplingParams
 
 LOWEST_LOGPROB = -9999.0  # stands for -inf, which JSON cannot hold; the same number as in the server's answers
 
 
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 AUTO = -1  # a length that the model decides, even where the file names another
 
 
@@ -35,6 +39,30 @@ def _length(text: str | int) -> int:
     if unit is None or not (digits.isascii() and digits.isdigit()) or len(digits) > 12:
         raise ConfigError("max_model_len", text, "must be a number of tokens, such as 4096, 32k or 32K, or auto")
     return int(digits) * unit
+
+
+def parse_bytes(field: str, text: str) -> int:
+    """A size as people write it: 80GB, 1.5 GiB, 1000000.
+
+    Raises:
+        UserError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    size_in_bytes = 0 if match is None else int(float(match[1]) * _UNITS[match[2] or ""])
+    if not 0 < size_in_bytes < 2**60:
+        raise UserError(field, text, "must be a size above zero such as 80GB, 24GiB or a number of bytes")
+    return size_in_bytes
+
+
+def _cache_memory(text: str) -> dict[str, Any]:
+    """A size, or a share of what weights leave: a number between 0 and 1."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = 1.0
+    if 0 < share < 1:
+        return {"kv_cache_memory_fraction": share}
+    return {"kv_cache_memory_bytes": parse_bytes("kv_cache_memory", text)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +99,17 @@ class EngineOptions:
     mesh: Annotated[
         str | None, typer.Option(help="Spread over devices: fsdp=2,tensor=4, a name of configs/mesh, or a .toml file.")
     ] = None
+    coordinator_address: Annotated[
+        str | None,
+        typer.Option(help="Of several hosts: host:port of process 0, or auto. Run the same command on each of them."),
+    ] = None
+    num_processes: Annotated[int | None, typer.Option(help="Processes in all, with --coordinator-address.")] = None
+    process_id: Annotated[int | None, typer.Option(help="Which of them this is; 0 takes requests.")] = None
     num_pages: Annotated[int | None, typer.Option(help="KV pages in all.")] = None
-    kv_cache_memory_bytes: Annotated[int | None, typer.Option(help="Bytes of the KV cache.")] = None
+    kv_cache_memory: Annotated[
+        str | None, typer.Option(help="Of the KV cache on a device: 4GB, bytes, or 0.5 of what weights leave.")
+    ] = None
+    kv_cache_memory_bytes: Annotated[int | None, typer.Option(help="The same as a number alone.")] = None
     kv_cache_dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16, fp8_e4m3 or int8.")] = (
         None
     )
@@ -104,8 +141,13 @@ class EngineOptions:
         given = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in dataclasses.asdict(self).items()
-            if value is not None and name not in ("config", "compile_cache")
+            if value is not None and name not in ("config", "compile_cache", "kv_cache_memory")
         }
+        if self.kv_cache_memory is not None:
+            if self.kv_cache_memory_bytes is not None:
+                problem = "contradicts kv_cache_memory_bytes: give one of the two"
+                raise ConfigError("kv_cache_memory", self.kv_cache_memory, problem)
+            given |= _cache_memory(self.kv_cache_memory)
         if self.max_model_len == AUTO:
             given["max_model_len"] = None
         if self.config is not None and tables is None:
@@ -220,6 +262,12 @@ def running_engine(config: EngineConfig) -> Generator[RunningEngine]:
 
     imports = time.perf_counter() - started
     _report_phase("imports", imports)
+    if config.mesh.coordinator_address is not None:
+        from atoma_jax import follow
+
+        _keep_standard_output()
+        if follow(config, on_phase=_report_phase):
+            raise typer.Exit
     llm = LLM.from_config(config, on_phase=_report_phase)
     typer.echo(f"kernels: {llm.startup.kernels}", err=True)
     if llm.startup.mesh is not None:
@@ -235,6 +283,13 @@ def running_engine(config: EngineConfig) -> Generator[RunningEngine]:
 def print_json(value: dict[str, Any]) -> None:
     """Writes the one object that a command with --json prints on standard output."""
     typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def _keep_standard_output() -> None:
+    """Leaves it to results: what libraries print there, such as Gloo each connection, goes to standard error."""
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
+        os.dup2(2, 1)
 
 
 def _report_phase(name: str, seconds: float) -> None:

@@ -127,6 +127,8 @@ def kld(
     """
     content = _read(text)
     config = engine.engine_config()
+    if config.mesh.mesh is not None:
+        raise UserError("mesh", config.mesh.mesh, "is not for eval kld, whose models run on one device: leave it out")
     pair = _load(_base_config(config, base), config)
     before, ids = _same_ids(pair, content)
     longest = pair.max_model_len

@@ -1,20 +1,17 @@
 """`atoma-jax plan`: what a model takes and what fits beside it; the arithmetic is `engine/model_plan.py`'s."""
 
-import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from atoma_jax.cli.common import print_json
+from atoma_jax.cli.common import parse_bytes, print_json
 from atoma_jax.config import EngineConfig
 from atoma_jax.errors import UserError
 
 if TYPE_CHECKING:
     from atoma_jax import ModelPlan
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def plan(
@@ -117,19 +114,6 @@ def _show(model: str, found: "ModelPlan") -> None:
         console.print(f"cache           {size(found.kv_bytes)} are left of {size(found.memory or 0)}")
         console.print(f"longest context {found.longest_context:,} tokens, of {found.context_length:,} trained for")
         console.print(f"at once         {found.max_sequences:,} sequences of {found.max_model_len:,} tokens")
-
-
-def parse_bytes(field: str, text: str) -> int:
-    """A size as people write it: 80GB, 1.5 GiB, 1000000.
-
-    Raises:
-        UserError: it is none.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
-    size_in_bytes = 0 if match is None else int(float(match[1]) * _UNITS[match[2] or ""])
-    if not 0 < size_in_bytes < 2**60:
-        raise UserError(field, text, "must be a size above zero such as 80GB, 24GiB or a number of bytes")
-    return size_in_bytes
 
 
 def size(count: int) -> str:

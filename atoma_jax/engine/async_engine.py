@@ -16,7 +16,7 @@ import jax
 from atoma_jax.config import EngineConfig
 from atoma_jax.engine.engine import EMBEDS, Engine, Prompt
 from atoma_jax.engine.grammars import COMPILE_SECONDS
-from atoma_jax.engine.startup import OnPhase, StartupReport, start_engine
+from atoma_jax.engine.startup import OnPhase, StartupReport, follow, start_engine
 from atoma_jax.engine.stats import EngineStats
 from atoma_jax.errors import EngineDeadError, ParameterError
 from atoma_jax.outputs import RequestMetrics, RequestOutput
@@ -59,10 +59,13 @@ class AsyncLLM:
         self._error: EngineDeadError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        engine.when_lost(self._on_lost)
 
     @classmethod
     def from_config(cls, config: EngineConfig, *, on_phase: OnPhase | None = None) -> "AsyncLLM":
         """Loads and compiles; arguments and errors as in `LLM.from_config`."""
+        if follow(config, on_phase=on_phase):
+            raise SystemExit(0)
         engine, startup = start_engine(config, on_phase=on_phase)
         return cls(engine, startup)
 
@@ -234,6 +237,11 @@ class AsyncLLM:
             self._wake.notify()
         self._compilers.shutdown(wait=False, cancel_futures=True)
         self._thread.join()
+
+    def _on_lost(self) -> None:
+        """Another process is lost: an idle engine must not wait for a request to find out."""
+        with suppress(EngineDeadError):
+            self._call(self._engine.check)
 
     def _call(self, call: Callable[[], None]) -> None:
         """Has the engine's thread do something between two steps."""

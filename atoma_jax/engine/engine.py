@@ -6,7 +6,7 @@ are read, unless `async_scheduling` is off.
 
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +97,15 @@ class Engine:
     def scheduler_stats(self) -> SchedulerStats:
         """Gauges of this moment: running, waiting, pages."""
         return self._scheduler.stats()
+
+    def check(self) -> None:
+        """Raises EngineDeadError if the engine is lost, or one of its processes."""
+        self._check_alive()
+        self._runner.check()
+
+    def when_lost(self, call: Callable[[], None]) -> None:
+        """Has `call` called, from another thread, once another process of this engine is lost."""
+        self._runner.when_lost(call)
 
     def check_integrity(self) -> None:
         """Asserts the invariants of sequences, slots and pages; for tests and idle moments."""
@@ -191,6 +200,9 @@ class Engine:
             output = done.output.read()
             read = time.perf_counter()
             outputs = self._commit(done.plan, output, read)
+        except EngineDeadError as error:  # another process is
+            self._dead = str(error)
+            raise self._lost() from error
         except Exception as error:
             self._dead = f"a step failed with {type(error).__name__}: {error}"
             raise self._lost() from error

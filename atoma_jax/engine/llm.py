@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from atoma_jax.config import EngineConfig
 from atoma_jax.engine.engine import EMBEDS, Engine, Prompt
-from atoma_jax.engine.startup import OnPhase, StartupReport, start_engine
+from atoma_jax.engine.startup import OnPhase, StartupReport, follow, start_engine
 from atoma_jax.engine.stats import EngineStats
 from atoma_jax.errors import ParameterError
 from atoma_jax.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput, unit_length
@@ -42,6 +42,9 @@ class LLM:
         Raises:
             UserError: the model or a setting cannot be used.
             DownloadError: the model could not be fetched.
+            EngineDeadError: another process of this engine is lost.
+            SystemExit: of several processes this is not the first: it has served the first one until that one ended.
+                The same program runs in all of them.
         """
         llm = cls.__new__(cls)
         llm._start(config, on_phase)
@@ -50,6 +53,8 @@ class LLM:
     def _start(self, config: EngineConfig, on_phase: OnPhase | None) -> None:
         self.llm_engine: Engine
         self.config = config
+        if follow(config, on_phase=on_phase):
+            raise SystemExit(0)
         self.llm_engine, self._startup = start_engine(config, on_phase=on_phase)
         self._num_requests = 0
         self._mailboxes: dict[str, deque[RequestOutput]] = {}

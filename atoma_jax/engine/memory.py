@@ -11,6 +11,7 @@ CPU_KV_SHARE = 0.5  # of a CPU's free memory, at most
 GPU_SHARE = 0.92  # of a GPU's memory for weights, KV and workspace
 _SIGNED_OFFSETS, _NARROW_OFFSETS = 1 << 31, 1 << 32
 WORKSPACE_BYTES = 1 << 30  # of a GPU, for the temporaries of a step
+WORKSPACE_SHARE = 8  # of a GPU's memory, one part in so many at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,11 @@ def kv_cache_dtype(config: CacheConfig, *, is_cpu: bool) -> KVDtype:
     if config.kv_cache_dtype != "auto":
         return config.kv_cache_dtype
     return "float32" if is_cpu else "bfloat16"
+
+
+def reserved_workspace(memory: int, *, is_cpu: bool) -> int:
+    """Bytes that are left to programs before they are compiled and say what they need; see `pages_beside`."""
+    return 0 if is_cpu else min(WORKSPACE_BYTES, memory // WORKSPACE_SHARE)
 
 
 def plan_pages(config: CacheConfig, memory: DeviceMemory, *, page_bytes: int, max_model_len: int) -> int:
@@ -47,6 +53,10 @@ def plan_pages(config: CacheConfig, memory: DeviceMemory, *, page_bytes: int, ma
     elif config.kv_cache_memory_bytes is not None:
         name, given = "kv_cache_memory_bytes", config.kv_cache_memory_bytes
         pages = given // page_bytes
+    elif config.kv_cache_memory_fraction is not None:
+        name, given = "kv_cache_memory_fraction", config.kv_cache_memory_fraction
+        reserve = reserved_workspace(memory.free, is_cpu=memory.is_cpu)
+        pages = int(max(0, memory.free - memory.weights - reserve) * given) // page_bytes
     else:
         name, given = "max_model_len", max_model_len
         pages = _default_bytes(config, memory, needed * page_bytes) // page_bytes
@@ -60,6 +70,42 @@ def plan_pages(config: CacheConfig, memory: DeviceMemory, *, page_bytes: int, ma
             f"{needed * page_bytes} bytes by kv_cache_memory_bytes",
         )
     return pages
+
+
+def pages_beside(
+    config: CacheConfig, memory: DeviceMemory, pages: int, *, page_bytes: int, workspace: int, max_model_len: int
+) -> int:
+    """As many of the planned pages as fit beside weights and what compiled programs turn out to need.
+
+    Args:
+        config: where it names the number or the bytes, they stand or fall.
+        memory: of the device.
+        pages: planned, before programs were compiled.
+        page_bytes: of one page.
+        workspace: bytes of the largest program's temporaries and results, and of the sampler's state.
+        max_model_len: tokens that one sequence may reach.
+
+    Raises:
+        ConfigError: what was asked for does not fit, or no sequence of `max_model_len` does.
+    """
+    share = 1.0 if memory.is_cpu or config.gpu_memory_utilization is None else config.gpu_memory_utilization
+    room = int(memory.free * share) - memory.weights - workspace
+    if pages * page_bytes <= room:
+        return pages
+    fitting, needed = max(0, room) // page_bytes, -(-max_model_len // config.block_size) + 1
+    taken = (
+        f"weights take {memory.weights} and programs {workspace} of the {int(memory.free * share)} bytes of a device"
+    )
+    for name in ("num_pages", "kv_cache_memory_bytes"):
+        given = getattr(config, name)
+        if given is not None:
+            most = fitting if name == "num_pages" else fitting * page_bytes
+            raise ConfigError(name, given, f"must be at most {most}: {taken}")
+    if fitting < needed:
+        tokens = max(0, fitting - 1) * config.block_size
+        problem = f"leaves no room for one sequence: {taken}; set it to at most {tokens}, or spread the model wider"
+        raise ConfigError("max_model_len", max_model_len, problem)
+    return fitting
 
 
 def addressable_pages(config: CacheConfig, pages: int, *, page_codes: int, max_model_len: int) -> int:
@@ -97,4 +143,4 @@ def _default_bytes(config: CacheConfig, memory: DeviceMemory, one_sequence: int)
             )
         return min(max(CPU_KV_BYTES, one_sequence), int(max(0, memory.free - memory.weights) * CPU_KV_SHARE))
     share = GPU_SHARE if config.gpu_memory_utilization is None else config.gpu_memory_utilization
-    return max(0, int(memory.free * share) - memory.weights - WORKSPACE_BYTES)
+    return max(0, int(memory.free * share) - memory.weights - reserved_workspace(memory.free, is_cpu=False))

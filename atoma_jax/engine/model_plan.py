@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from atoma_jax.config import EngineConfig
-from atoma_jax.engine.memory import WORKSPACE_BYTES, kv_cache_dtype
+from atoma_jax.engine.memory import kv_cache_dtype, reserved_workspace
 from atoma_jax.engine.mesh_config import planned_mesh
 from atoma_jax.engine.model_setup import ModelSetup, served_length, set_up_model
 from atoma_jax.loading.fetch.hub import resolve
@@ -119,7 +119,7 @@ def plan_model(
     """
     found = resolve(config.model.model, revision=config.model.revision, progress=progress)
     with open_model(found, max_model_len=config.model.max_model_len) as files:
-        mesh = planned_mesh(config.parallel.mesh)
+        mesh = planned_mesh(config.mesh.mesh)
         setup = set_up_model(config.model, files, platform, mesh)
         spec, is_cpu = setup.spec, setup.backend.platform == "cpu"
         length = served_length(config.model, setup)
@@ -136,7 +136,7 @@ def plan_model(
             kv_dtype=kv_dtype,
             kv_bytes_per_token=spec.kv_bytes_per_token(kv_dtype) // (1 if mesh is None else mesh.tensor),
             page_tokens=config.cache.block_size,
-            workspace=0 if is_cpu else WORKSPACE_BYTES,
+            workspace=reserved_workspace(memory or 2**60, is_cpu=is_cpu),
             memory=memory,
             max_model_len=length,
         )

@@ -3,7 +3,7 @@
 From headers alone. What a start, a plan of memory and an evaluation have in common.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,6 +33,12 @@ from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from sharding.apply import shardings, with_shardings
 from sharding.mesh import MeshShape
 from sharding.plan import bytes_per_device
+
+Check = Callable[[], None]
+
+
+def unchecked() -> None:
+    """A check that finds nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,19 +92,25 @@ class ModelSetup:
             planned = {path: with_shardings(planned[path], cut, self.devices) for path, cut in self._cuts.items()}
         return nnx.state(self._decoder(planned))
 
-    def load(self, *, threads: int, progress: bool = False) -> Weights:
+    def load(self, *, threads: int, progress: bool = False, check: Check = unchecked) -> Weights:
         """The model's state on the device. Arguments and errors as in `load_values`."""
-        return nnx.state(self._decoder(self.load_values(threads=threads, progress=progress)))
+        return nnx.state(self._decoder(self.load_values(threads=threads, progress=progress, check=check)))
 
-    def load_values(self, *, threads: int, progress: bool = False) -> dict[str, Weight]:
+    def load_values(self, *, threads: int, progress: bool = False, check: Check = unchecked) -> dict[str, Weight]:
         """The weights on the device by path. Errors as in `load_weights`.
 
         Args:
             threads: that decode or read at once.
             progress: show a bar on standard error, where that is a terminal.
+            check: called now and then, from any thread; what it raises ends the loading.
         """
         total = sum(tensor.nbytes for tensor in self.checkpoint.tensors.values())
-        with loading_bar(total, "loading", shown=progress) as on_bytes:
+        with loading_bar(total, "loading", shown=progress) as show:
+
+            def on_bytes(count: int) -> None:
+                check()
+                show(count)
+
             places = None
             if self.devices is not None:
                 places = {path: shardings(cut, self.devices) for path, cut in self._cuts.items()}

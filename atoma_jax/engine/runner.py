@@ -5,7 +5,9 @@ step later.
 """
 
 import itertools
-from concurrent.futures import Future, ThreadPoolExecutor
+import math
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -17,14 +19,18 @@ from jaxtyping import Int32
 
 from atoma_jax.engine.batch import SlotTables, batch_size, pack
 from atoma_jax.engine.buckets import Buckets, Program
+from atoma_jax.engine.cluster import Cluster, Order
 from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.mesh_step import MeshStep
 from atoma_jax.engine.plan import SlicedPlan, StepPlan
-from atoma_jax.engine.sampler_state import SamplerShape, SlotRules, empty_row, write_allowed, write_slot
+from atoma_jax.engine.sampler_state import SamplerShape, SlotRow, SlotRules, empty_row, write_allowed, write_slot
 from atoma_jax.engine.step import EngineState, StepOutput, StepSizes, Weights, make_state, run_step
 from atoma_jax.model_spec import KVDtype, ModelSpec
 from atoma_jax.ops import Backend
 from sharding.plan import allocated_bytes
+
+_LOOK = 1.0  # seconds between looks at other processes while programs compile
+Run = Callable[[Callable[[], Any]], Any]  # does what may wait for devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +49,9 @@ class HostOutput:
 class PendingOutput:
     """The results of a step that is under way: of one program, or of two that make up a split step."""
 
-    def __init__(self, outputs: list[StepOutput], rows: list[tuple[int, np.ndarray]], wants_logprobs: bool):
-        """`rows` are those that count, in order: which output they are in, and where."""
-        self._rows, self._pools = rows, any(out.pooled is not None for out in outputs)
+    def __init__(self, outputs: list[StepOutput], rows: list[tuple[int, np.ndarray]], wants_logprobs: bool, run: Run):
+        """`rows` are those that count, in order: which output they are in, and where. `run` does what may wait."""
+        self._rows, self._run, self._pools = rows, run, any(out.pooled is not None for out in outputs)
         self._parts = [
             [out.tokens_ok, *((out.logprob, out.rank, out.top_ids, out.top_logprobs) if wants_logprobs else ())]
             if out.pooled is None
@@ -57,6 +63,9 @@ class PendingOutput:
 
     def read(self) -> HostOutput:
         """Waits for the step; raises what the device raised."""
+        return self._run(self._read)
+
+    def _read(self) -> HostOutput:
         arrived = [[np.asarray(array) for array in part] for part in self._parts]
         tokens, ok = np.concatenate([arrived[at][0][:, rows] for at, rows in self._rows], axis=1)
         extra = [
@@ -85,14 +94,16 @@ class Runner:
         split_prefill: bool,
         mesh: MeshStep | None = None,
         guided: bool = False,
+        cluster: Cluster | None = None,
     ):
         """The model is given as its `nnx.GraphDef`; slots and pages are those of a slice, of which a mesh has
         several. `split_prefill`: decodes and prefills of one plan run as two
         programs, so that a row's arithmetic does not depend on what else the step holds. `guided`: `allow` will be
-        called."""
+        called. `cluster`: the processes that a mesh spans; the first one's runner tells the others', which `follow`."""
         self.buckets = buckets
         self._graph, self._sizes, self._split_prefill = graph, sizes, split_prefill
         self._mesh, slices = mesh, 1 if mesh is None else mesh.shape.num_slices
+        self._cluster, self._run = cluster, _here if cluster is None else cluster.run
         self._new_state = partial(
             make_state,
             spec,
@@ -102,10 +113,12 @@ class Runner:
             page_size=sizes.page_size,
             kv_dtype=kv_dtype,
         )
+        self._slots = sampler.slots
         self._tables = [SlotTables.empty(sampler.slots, sizes.table_width) for _ in range(slices)]
         self._write_slot_shape = (jax.ShapeDtypeStruct((), jnp.int32), empty_row(sampler))
         self._programs: dict[Program, Future[Any]] = {}
         self._write_slot: Future[Any] | None = None
+        self._sampler_bytes = 0
         self._allowed_rows = (1, sampler.slots) if guided and sampler.slots > 1 else (1,) if guided else ()
         self._mask_words = sampler.mask_words
         self._write_allowed: dict[int, Future[Any]] = {}  # by rows
@@ -125,6 +138,7 @@ class Runner:
         state, mesh = jax.eval_shape(self._new_state), self._mesh
         if mesh is not None:
             state = mesh.abstract_state(state)
+        self._sampler_bytes = sum(_device_part(leaf) for leaf in jax.tree.leaves(state.sampler))
         pool = ThreadPoolExecutor(threads, "compile", initializer=COMPILATIONS.plan_this_thread)
 
         def build(program: Program) -> Any:
@@ -138,9 +152,10 @@ class Runner:
         def build_write() -> Any:
             if mesh is None:
                 return jax.jit(write_slot, donate_argnums=0).lower(state.sampler, *self._write_slot_shape).compile()
-            slot, row = self._write_slot_shape
-            write = mesh.slot_writer(state.sampler, row)
-            return jax.jit(write, donate_argnums=0).lower(state.sampler, slot, slot, row).compile()
+            _, row = self._write_slot_shape
+            write, number = mesh.slot_writer(state.sampler, row), mesh.abstract_number()
+            row = mesh.abstract_row(row, state.sampler)
+            return jax.jit(write, donate_argnums=0).lower(state.sampler, number, number, row).compile()
 
         def build_allowed(rows: int) -> Any:
             slots, bits = (rows,), (rows, self._mask_words)
@@ -161,24 +176,76 @@ class Runner:
         self._state = self._new_state() if self._mesh is None else self._mesh.new_state(self._new_state)
         for future in (*self._programs.values(), self._write_slot, *self._write_allowed.values()):
             assert future is not None
-            future.result()
+            self._wait_for(future)
+
+    def _wait_for(self, future: Future[Any]) -> Any:
+        """A compiled program. Raises EngineDeadError if another process is lost meanwhile."""
+        while self._cluster is not None and not future.done():
+            self._cluster.check()
+            wait([future], timeout=_LOOK)
+        return future.result()
 
     def warm_up(self) -> None:
         """Runs the smallest program once with no work, so that the first request does not pay for lazy set-up."""
         program = self.buckets.smallest
         words = np.zeros(len(self._tables) * batch_size(program, self._sizes.table_width), np.int32)
-        self._state, _ = self._programs[program].result()(self._weights, self._state, words)
-        jax.block_until_ready(self._state)
+
+        def run() -> None:
+            self._execute(program, words)
+            jax.block_until_ready(self._state)
+
+        self._run(run)
+
+    def follow(self) -> None:
+        """Does what process 0's runner does, until that one ends.
+
+        Raises:
+            EngineDeadError: a process is lost.
+        """
+        cluster = self._cluster
+        assert cluster is not None
+        while (frame := cluster.next()) is not None:
+            if frame.kind == Order.STEP:
+                program = self.buckets.programs[frame.index]
+                words = np.frombuffer(frame.payload, np.int32)
+                cluster.run(partial(self._execute, program, words))
+            elif frame.kind == Order.ALLOWED:
+                count = len(self._tables) * frame.index
+                numbers = np.frombuffer(frame.payload, np.int32)
+                bits = numbers[count:].reshape(count, self._mask_words)
+                cluster.run(partial(self._write_bits, frame.index, numbers[:count], bits))
+            else:
+                assert frame.kind == Order.SLOT, frame.kind
+                row = _row_of(frame.payload, self._write_slot_shape[1])
+                cluster.run(partial(self._write, *divmod(frame.index, self._slots), row))
+
+    def check(self) -> None:
+        """Raises EngineDeadError if a process that a step needs is lost."""
+        if self._cluster is not None:
+            self._cluster.check()
+
+    def when_lost(self, call: Callable[[], None]) -> None:
+        """Has `call` called, from another thread, once such a process is lost."""
+        if self._cluster is not None:
+            self._cluster.when_lost(call)
 
     def device_bytes(self, part: Literal["weights", "pages"]) -> int:
         """Bytes that weights or the KV cache hold on the device that has most of them."""
         assert self._state is not None
         return max(allocated_bytes(self._weights if part == "weights" else self._state.pages).values())
 
+    def workspace_bytes(self) -> int:
+        """Bytes that a device needs beside weights and pages: of the program that needs most, for temporaries and
+        results, and of the sampler's state. Waits until everything is compiled."""
+        needs = [_needs_of(self._wait_for(future)) for future in self._programs.values()]
+        return max(needs) + self._sampler_bytes
+
     def close(self) -> None:
         """Gives the device's memory back; the runner is of no use afterwards."""
         self._weights = self._state = None
         self._programs.clear()
+        if self._cluster is not None:
+            self._cluster.close()
 
     def take_slot(
         self,
@@ -201,12 +268,10 @@ class Runner:
         """
         self._tables[home].take(slot, settings)
         if rules is not None:
-            assert self._state is not None
-            assert self._write_slot is not None
-            write = self._write_slot.result()
-            where = (np.int32(slot),) if self._mesh is None else (np.int32(home), np.int32(slot))
-            sampler = write(self._state.sampler, *where, rules.slot_row(prompt, outputs))
-            self._state = EngineState(pages=self._state.pages, sampler=sampler)
+            row = rules.slot_row(prompt, outputs)
+            if self._cluster is not None:
+                self._cluster.tell(Order.SLOT, home * self._slots + slot, map(np.ndarray.tobytes, jax.tree.leaves(row)))
+            self._run(partial(self._write, home, slot, row))
 
     def allow(self, rows: list[tuple[int, int]], bits: Int32[np.ndarray, "B M"]) -> None:
         """Says which tokens the next step may draw in some slots whose settings have the flag MASK.
@@ -215,7 +280,6 @@ class Runner:
             rows: slice and slot of each.
             bits: theirs, bit i of word w for token 32·w + i.
         """
-        assert self._state is not None
         places = [[at for at, (home, _) in enumerate(rows) if home == own] for own in range(len(self._tables))]
         most = max(map(len, places))
         size = next(size for size in self._allowed_rows if size >= most)
@@ -225,9 +289,9 @@ class Runner:
         for home, own in enumerate(places):
             slots[home, : len(own)] = [rows[at][1] for at in own]
             words[home, : len(own)] = bits[own]
-        write = self._write_allowed[size].result()
-        sampler = write(self._state.sampler, slots.reshape(-1), words.reshape(-1, self._mask_words))
-        self._state = EngineState(pages=self._state.pages, sampler=sampler)
+        if self._cluster is not None:
+            self._cluster.tell(Order.ALLOWED, size, [slots.tobytes(), words.tobytes()])
+        self._run(partial(self._write_bits, size, slots.reshape(-1), words.reshape(-1, self._mask_words)))
 
     def launch(self, plan: StepPlan | SlicedPlan) -> PendingOutput:
         """Dispatches a step. Its results are read later, while the next one runs."""
@@ -243,13 +307,66 @@ class Runner:
             part.is_scoring or any(work.samples and work.seq.params.logprobs is not None for work in part.works)
             for part in plan.slices
         )
-        return PendingOutput(outputs, rows, wants)
+        return PendingOutput(outputs, rows, wants, self._run)
 
     def _call(self, plans: tuple[StepPlan, ...], program: Program) -> StepOutput:
         parts = [pack(plan, program, tables) for plan, tables in zip(plans, self._tables, strict=True)]
         words = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        self._state, output = self._programs[program].result()(self._weights, self._state, words)
+        if self._cluster is not None:
+            self._cluster.tell(Order.STEP, self.buckets.programs.index(program), [words.tobytes()])
+        return self._run(partial(self._execute, program, words))
+
+    def _execute(self, program: Program, words: np.ndarray) -> StepOutput:
+        placed = words if self._mesh is None else self._mesh.words_on_devices(words)
+        self._state, output = self._programs[program].result()(self._weights, self._state, placed)
         return output
+
+    def _write(self, home: int, slot: int, row: SlotRow) -> None:
+        assert self._state is not None
+        assert self._write_slot is not None
+        write, sampler, mesh = self._write_slot.result(), self._state.sampler, self._mesh
+        if mesh is None:
+            sampler = write(sampler, np.int32(slot), row)
+        else:
+            where = [mesh.number_on_devices(number) for number in (home, slot)]
+            sampler = write(sampler, *where, mesh.row_on_devices(row, sampler))
+        self._state = EngineState(pages=self._state.pages, sampler=sampler)
+
+    def _write_bits(self, size: int, slots: np.ndarray, bits: np.ndarray) -> None:
+        assert self._state is not None
+        places = (slots, bits) if self._mesh is None else self._mesh.allowed_on_devices(slots, bits)
+        sampler = self._write_allowed[size].result()(self._state.sampler, *places)
+        self._state = EngineState(pages=self._state.pages, sampler=sampler)
+
+
+def _here(call: Callable[[], Any]) -> Any:
+    return call()
+
+
+def _device_part(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array that one device holds."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def _needs_of(compiled: Any) -> int:
+    """Bytes that a program takes while it runs and that are not its arguments."""
+    found = compiled.memory_analysis()
+    if found is None:  # a backend that does not say
+        return 0
+    return found.temp_size_in_bytes + max(0, found.output_size_in_bytes - found.alias_size_in_bytes)
+
+
+def _row_of(payload: bytes, like: SlotRow) -> SlotRow:
+    """A slot's row from the bytes of its arrays, behind each other."""
+    leaves, tree = jax.tree.flatten(like)
+    sizes = [leaf.nbytes for leaf in leaves]
+    ends = itertools.accumulate(sizes)
+    arrays = [
+        np.frombuffer(payload[end - size : end], leaf.dtype).reshape(leaf.shape)
+        for leaf, size, end in zip(leaves, sizes, ends, strict=True)
+    ]
+    return jax.tree.unflatten(tree, arrays)
 
 
 def _calls(plans: tuple[StepPlan, ...], *, split_prefill: bool) -> list[tuple[StepPlan, ...]]:

@@ -14,17 +14,26 @@ import jax
 from atoma_jax.config import EngineConfig
 from atoma_jax.cores import usable_cores
 from atoma_jax.engine.admission import SchedulerLimits
+from atoma_jax.engine.agreement import facts_of
 from atoma_jax.engine.buckets import Buckets, make_buckets
+from atoma_jax.engine.cluster import Cluster, join
 from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.compile_cache import use_compile_cache
 from atoma_jax.engine.engine import Engine
 from atoma_jax.engine.grammars import has_llguidance
 from atoma_jax.engine.host import free_host_bytes, keep_freed_memory
 from atoma_jax.engine.limits import EngineLimits
-from atoma_jax.engine.memory import DeviceMemory, addressable_pages, kv_cache_dtype, plan_pages
+from atoma_jax.engine.memory import (
+    DeviceMemory,
+    addressable_pages,
+    kv_cache_dtype,
+    pages_beside,
+    plan_pages,
+    reserved_workspace,
+)
 from atoma_jax.engine.mesh_config import resolved_mesh
 from atoma_jax.engine.mesh_step import MeshStep
-from atoma_jax.engine.model_setup import ModelSetup, served_length, set_up_model
+from atoma_jax.engine.model_setup import ModelSetup, served_length, set_up_model, unchecked
 from atoma_jax.engine.model_tokenizer import tokenizer_of
 from atoma_jax.engine.pages import PagePool
 from atoma_jax.engine.prefix_cache import PrefixCache
@@ -37,8 +46,11 @@ from atoma_jax.engine.step import StepSizes
 from atoma_jax.errors import ConfigError
 from atoma_jax.loading.content_mark import content_mark
 from atoma_jax.loading.fetch.hub import resolve
-from atoma_jax.loading.model_files import open_model
+from atoma_jax.loading.model_files import ModelFiles, open_model
+from atoma_jax.loading.orbax.checkpoint import OrbaxModel
 from atoma_jax.model_spec import KVDtype
+from atoma_jax.sampling_params import SamplingParams
+from atoma_jax.tokenizer import Tokenizer
 
 CPU_SEQS, CPU_TOKENS, CPU_GROWTH = 16, 512, 16  # few programs: each takes a CPU seconds to compile
 GPU_SEQS, GPU_TOKENS, GPU_GROWTH = 64, 2048, 2
@@ -85,7 +97,8 @@ class _Phases:
 def start_engine(
     config: EngineConfig, *, on_phase: OnPhase | None = None, progress: bool = True
 ) -> tuple[Engine, StartupReport]:
-    """Builds an engine that is ready: nothing compiles afterwards.
+    """Builds an engine that is ready: nothing compiles afterwards. Of several processes the first one calls this, the
+    others `follow`.
 
     Args:
         config: checked settings.
@@ -95,56 +108,143 @@ def start_engine(
     Raises:
         UserError: the model or a setting cannot be used; see the subclasses.
         DownloadError: the model could not be fetched.
+        EngineDeadError: another process of this engine is lost.
     """
     phases = _Phases(on_phase)
-    hits, misses = COMPILATIONS.cache_hits, COMPILATIONS.cache_misses
-    use_compile_cache(config.compile.compile_cache_dir)
-    with phases.phase("resolve"):
-        found = resolve(config.model.model, revision=config.model.revision, progress=progress)
-    with ExitStack() as stack:
-        with phases.phase("header"):
-            files = stack.enter_context(open_model(found, max_model_len=config.model.max_model_len))
-            mesh = resolved_mesh(config.parallel.mesh, len(jax.devices()))
-            setup = set_up_model(config.model, files, mesh=mesh)
-            if mesh is not None:
-                setup = replace(setup, devices=mesh.build(jax.devices()))
-            phases.report.kernels = setup.backend.kernels
-            phases.report.content = content_mark(found.path)
-            plan = _plan(config, setup)
-            limits = _limits(config, plan, setup)
-        with phases.phase("tokenizer"):
-            runner = _runner(config, plan, setup, limits)
-            pool = runner.compile(setup.abstract(), threads=plan.threads)
-            stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error nothing more compiles
-            tokenizer = tokenizer_of(files)
-            default_params = recommended_params(files.generation_defaults)
-        with phases.phase("restore" if found.kind == "orbax" else "weights"):
-            weights = setup.load(threads=plan.threads, progress=progress)
-            jax.block_until_ready(weights)
-        with phases.phase("compile"):
-            runner.start(weights)
-    if setup.backend.platform == "cpu":
-        keep_freed_memory()  # not before: what loading and compiling free is given back
-    with phases.phase("warm_up"):
-        runner.warm_up()
+    ready = _get_ready(config, phases, progress=progress)
+    mesh, limits, runner = ready.setup.backend.mesh, ready.limits, ready.runner
     engine = Engine(
-        tokenizer,
-        _scheduler(config, plan, limits, slices=1 if mesh is None else mesh.num_slices),
+        ready.tokenizer,
+        _scheduler(config, ready.plan, limits, slices=1 if mesh is None else mesh.num_slices),
         runner,
-        plan.sampler,
+        ready.plan.sampler,
         limits,
         pipelined=config.scheduler.async_scheduling,
         seed=config.model.seed,
-        default_params=default_params,
+        default_params=ready.default_params,
     )
     phases.report.mesh = None if mesh is None else mesh.text
     phases.report.device_bytes = {
         "weights": (limits.weight_bytes, runner.device_bytes("weights")),
         "KV cache": (limits.kv_cache_bytes, runner.device_bytes("pages")),
+        "workspace": (max(ready.workspace, ready.reserved), ready.workspace),
     }
+    return engine, phases.report
+
+
+def follow(config: EngineConfig, *, on_phase: OnPhase | None = None, progress: bool = True) -> bool:
+    """Serves the first of several processes until that one ends. Every process calls this before it starts an engine.
+
+    Args:
+        config: checked settings, the same in all processes but for `process_id`.
+        on_phase: as in `start_engine`.
+        progress: as in `start_engine`.
+
+    Returns:
+        False, at once, where this process is the first one or the only one; True when it has served.
+
+    Raises:
+        EngineDeadError: another process is lost.
+        UserError: as `start_engine` does, like all others.
+    """
+    if config.mesh.process_id == 0 or join(config.mesh) == 0:
+        return False
+    ready = _get_ready(config, _Phases(on_phase), progress=progress)
+    cluster = ready.cluster
+    assert cluster is not None
+    try:
+        ready.runner.follow()
+    except Exception as error:
+        cluster.close(f"process {cluster.process} failed: {error}")
+        raise
+    ready.runner.close()
+    return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ready:
+    """What every process of an engine has."""
+
+    setup: ModelSetup
+    plan: "_Plan"
+    limits: EngineLimits
+    runner: Runner
+    workspace: int  # bytes that programs need of a device
+    reserved: int  # bytes that were left to them
+    cluster: Cluster | None
+    tokenizer: Tokenizer
+    default_params: SamplingParams
+
+
+def _get_ready(config: EngineConfig, phases: _Phases, *, progress: bool) -> _Ready:
+    """Finds the model, loads and compiles. Errors as of `start_engine`."""
+    hits, misses = COMPILATIONS.cache_hits, COMPILATIONS.cache_misses
+    use_compile_cache(config.compile.compile_cache_dir)
+    cluster = Cluster.of(config.mesh)
+    check = unchecked if cluster is None else cluster.check
+    try:
+        with phases.phase("resolve"):
+            found = resolve(config.model.model, revision=config.model.revision, progress=progress)
+        with ExitStack() as stack:
+            with phases.phase("header"):
+                files = stack.enter_context(open_model(found, max_model_len=config.model.max_model_len))
+                setup = _set_up(config, files, cluster)
+                phases.report.kernels = setup.backend.kernels
+                phases.report.content = content_mark(found.path)
+                plan = _plan(config, setup)
+                memory = _memory(config, plan, setup, cluster)
+                limits = _limits(config, plan, setup, memory)
+            with phases.phase("tokenizer"):
+                runner = _runner(config, plan, setup, limits, cluster)
+                pool = runner.compile(setup.abstract(), threads=plan.threads)
+                stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error nothing more compiles
+                tokenizer = tokenizer_of(files)
+                default_params = recommended_params(files.generation_defaults)
+            with phases.phase("restore" if found.kind == "orbax" else "weights"):
+                weights = setup.load(threads=plan.threads, progress=progress, check=check)
+                jax.block_until_ready(weights)
+            with phases.phase("compile"):
+                workspace = runner.workspace_bytes()
+                fewer = _beside(config, limits, memory, workspace)
+                if fewer is not limits:  # programs hold their arguments' shapes
+                    limits, runner = fewer, _runner(config, plan, setup, fewer, cluster)
+                    pool = runner.compile(setup.abstract(), threads=plan.threads)
+                    stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+                runner.start(weights)
+        if setup.backend.platform == "cpu":
+            keep_freed_memory()  # not before: what loading and compiling free is given back
+        with phases.phase("warm_up"):
+            if cluster is not None:
+                cluster.wait_for_all()
+            runner.warm_up()
+    except Exception as error:
+        if cluster is not None:
+            cluster.close(f"process {cluster.process} could not start: {error}")
+        raise
     phases.report.compile_cache_hits = COMPILATIONS.cache_hits - hits
     phases.report.compile_cache_misses = COMPILATIONS.cache_misses - misses
-    return engine, phases.report
+    return _Ready(
+        setup=setup,
+        plan=plan,
+        limits=limits,
+        runner=runner,
+        workspace=workspace,
+        reserved=reserved_workspace(memory.free, is_cpu=memory.is_cpu),
+        cluster=cluster,
+        tokenizer=tokenizer,
+        default_params=default_params,
+    )
+
+
+def _set_up(config: EngineConfig, files: ModelFiles | OrbaxModel, cluster: Cluster | None) -> ModelSetup:
+    """The model on its mesh."""
+    devices = jax.devices()
+    mesh = resolved_mesh(config.mesh.mesh, len(devices))
+    if cluster is not None and (mesh is None or mesh.num_devices != len(devices)):
+        problem = f"must use all {len(devices)} devices of the {cluster.count} processes"
+        raise ConfigError("mesh", config.mesh.mesh, problem)
+    setup = set_up_model(config.model, files, mesh=mesh)
+    return setup if mesh is None else replace(setup, devices=mesh.build(devices))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,17 +291,39 @@ def _plan(config: EngineConfig, setup: ModelSetup) -> _Plan:
     )
 
 
-def _limits(config: EngineConfig, plan: _Plan, setup: ModelSetup) -> EngineLimits:
+def _memory(config: EngineConfig, plan: _Plan, setup: ModelSetup, cluster: Cluster | None) -> DeviceMemory:
+    """Of each device, the least of all processes."""
+    is_cpu = setup.backend.platform == "cpu"
+    free = free_host_bytes() if is_cpu else jax.local_devices()[0].memory_stats()["bytes_limit"]
+    if is_cpu and setup.devices is not None:
+        free //= sum(
+            device.process_index == jax.process_index() for device in setup.devices.devices.flat
+        )  # one machine
+    if cluster is not None:
+        free = cluster.agree(facts_of(config, setup, plan.buckets.programs), free)
+    return DeviceMemory(is_cpu=is_cpu, free=free, weights=setup.weight_bytes)
+
+
+def _beside(config: EngineConfig, limits: EngineLimits, memory: DeviceMemory, workspace: int) -> EngineLimits:
+    """The same limits, or fewer pages where programs need more than was left to them."""
+    page_bytes = limits.kv_cache_bytes // limits.num_pages
+    pages = pages_beside(
+        config.cache,
+        memory,
+        limits.num_pages,
+        page_bytes=page_bytes,
+        workspace=workspace,
+        max_model_len=limits.max_model_len,
+    )
+    return limits if pages == limits.num_pages else replace(limits, num_pages=pages, kv_cache_bytes=pages * page_bytes)
+
+
+def _limits(config: EngineConfig, plan: _Plan, setup: ModelSetup, memory: DeviceMemory) -> EngineLimits:
     spec, weight_bytes = setup.spec, setup.weight_bytes
     mesh = setup.backend.mesh
     # Of one device: kv heads are cut over `tensor`, and each slice has pages of its own.
     token_bytes = spec.kv_bytes_per_token(plan.kv_dtype) // (1 if mesh is None else mesh.tensor)
     page_bytes = token_bytes * config.cache.block_size
-    is_cpu = setup.backend.platform == "cpu"
-    free = free_host_bytes() if is_cpu else jax.local_devices()[0].memory_stats()["bytes_limit"]
-    if is_cpu and mesh is not None:
-        free //= mesh.num_devices  # which are one machine
-    memory = DeviceMemory(is_cpu=is_cpu, free=free, weights=weight_bytes)
     pages = plan_pages(config.cache, memory, page_bytes=page_bytes, max_model_len=plan.max_model_len)
     if setup.backend.kernels == "pallas" and plan.kv_dtype in ("fp8_e4m3", "int8"):
         kv_heads = spec.num_kv_heads if mesh is None else spec.num_kv_heads // mesh.tensor
@@ -223,7 +345,9 @@ def _limits(config: EngineConfig, plan: _Plan, setup: ModelSetup) -> EngineLimit
     )
 
 
-def _runner(config: EngineConfig, plan: _Plan, setup: ModelSetup, limits: EngineLimits) -> Runner:
+def _runner(
+    config: EngineConfig, plan: _Plan, setup: ModelSetup, limits: EngineLimits, cluster: Cluster | None
+) -> Runner:
     sizes = StepSizes(
         table_width=-(-plan.max_model_len // limits.page_size),
         page_size=limits.page_size,
@@ -243,6 +367,7 @@ def _runner(config: EngineConfig, plan: _Plan, setup: ModelSetup, limits: Engine
         kv_dtype=plan.kv_dtype,
         split_prefill=config.compile.deterministic,
         mesh=None if mesh is None or setup.devices is None else MeshStep(mesh, setup.devices),
+        cluster=cluster,
         guided=has_llguidance() and limits.pooling is None,
     )
 

@@ -57,6 +57,21 @@ class HostParts:
         for part in self._parts:
             part.memory[...] = 0
 
+    def wants(self, block: int, rows: Rows) -> bool:
+        """Whether any part holds some of these rows, along the first axis of a block: devices of other processes hold
+        the rest. True of an array that is not cut, whose rows may lie in tiles."""
+        if self._place is None:
+            return True
+        at = np.unravel_index(block, self._shape[: self._lead]) if self._lead else ()
+        size = self._shape[self._lead]
+        low, high = rows.indices(size)[:2] if isinstance(rows, slice) else (int(rows.min()), int(rows.max()) + 1)
+        return any(
+            all(first <= place < last for place, (first, last) in zip(at, part.bounds[: self._lead], strict=True))
+            and low < part.bounds[self._lead][1]
+            and high > part.bounds[self._lead][0]
+            for part in self._parts
+        )
+
     def put(self, block: int, rows: Rows, values: _Array, *, axis: int = 0) -> None:
         """Stores rows of one block, each in the parts that hold some of it.
 

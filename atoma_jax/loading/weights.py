@@ -110,7 +110,7 @@ class _Reader:
             values = values.reshape(-1)[part.rows] if vector else values
             out.put(block, to, values + np.float32(part.plus) if part.plus else values)
 
-        self._each_chunk(put, None if vector else form.shape[-2])
+        self._each_chunk(put, out.wants, None if vector else form.shape[-2])
         return out.on_devices(form.dtype)
 
     def _quantized(self, form: QuantizedForm) -> QTensor:
@@ -124,7 +124,7 @@ class _Reader:
         put = ways[form.layout](form, blocks)
         if form.permuted:
             self._put_permutations(blocks["permutation"], form.shape[1])
-        self._each_chunk(put, form.shape[0])
+        self._each_chunk(put, blocks["codes"].wants, form.shape[0])
         return form.qtensor({name: array.on_devices() for name, array in blocks.items()})
 
     def _fill_up(self, num_rows: int, arrays: list[HostParts]) -> None:
@@ -196,16 +196,18 @@ class _Reader:
             order = self._tensors[parts[0].tensor].permutation
             out.put(block, slice(0, K), np.arange(K, dtype=np.int32) if order is None else order)
 
-    def _each_chunk(self, put: "_Put", num_rows: int | None) -> None:
+    def _each_chunk(self, put: "_Put", wants: "_Wants", num_rows: int | None) -> None:
         """Calls `put(block, part, rows of the tensor, rows of the weight)` for chunks of rows, on the pool.
 
         Args:
             put: stores what it reads.
+            wants: whether a device of this process holds any of a block's rows; the others are not decoded.
             num_rows: of one block of the weight; None for a vector, one row in the file whose elements `put` sorts.
         """
 
         def run(block: int, part: Part, rows: Rows, to: Rows, nbytes: int) -> None:
-            put(block, part, rows, to)
+            if wants(block, to):
+                put(block, part, rows, to)
             self._on_bytes(nbytes)
 
         jobs: list[Future[None]] = []
@@ -233,6 +235,7 @@ class _Reader:
 
 
 _Put: TypeAlias = Callable[[int, Part, Rows, Rows], None]
+_Wants: TypeAlias = Callable[[int, Rows], bool]
 
 
 def _put_factors(

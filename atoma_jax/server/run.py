@@ -18,7 +18,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from atoma_jax import AsyncLLM, EngineConfig, UserError
+from atoma_jax import AsyncLLM, EngineConfig, UserError, follow
 from atoma_jax.server.app import build_app
 from atoma_jax.server.logs import use_json_logs
 from atoma_jax.server.service import Service, cancel
@@ -42,6 +42,8 @@ def serve_forever(config: EngineConfig, settings: ServerConfig) -> int:
         UserError: the model, a setting, the address or the chat template cannot be used.
         DownloadError: the model could not be fetched.
     """
+    if _follow(config):
+        return 0
     template = _read_template(settings.chat_template)
     service = Service(config, settings, chat_template=template)
     listener = _listen(settings)
@@ -60,6 +62,25 @@ def serve_forever(config: EngineConfig, settings: ServerConfig) -> int:
         if process.is_loading:  # XLA's threads cannot be stopped, and must not meet a half-closed interpreter
             logging.shutdown()
             os._exit(EXIT_FAILED if process.error is not None else 0)
+
+
+def _follow(config: EngineConfig) -> bool:
+    """What a process does that is not the first of several. The first one is told by the same signals to let requests
+    finish, and then tells this one: so a first signal is left to it."""
+    if config.mesh.coordinator_address is None or config.mesh.process_id == 0:
+        return False
+    use_json_logs()
+
+    def first(number: int, _frame: object) -> None:
+        _log.info("signal", extra={"fields": {"left_to": "process 0"}})
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, first) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return follow(config, on_phase=_log_phase)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Process:

@@ -69,6 +69,9 @@ def test_flags_for_another_process_are_those_given() -> None:
         (("--model", "m", "--dtype", "int3"), "dtype: must be one of auto, float32, bfloat16, got 'int3'"),
         (("--model", "m", "--max-num-seqs", "0"), "max_num_seqs: must be between 1 and"),
         (("--model", "m", "--num-pages", "4", "--kv-cache-memory-bytes", "9"), "num_pages: contradicts"),
+        (("--model", "m", "--kv-cache-memory", "much"), "kv_cache_memory: must be a size above zero"),
+        (("--model", "m", "--kv-cache-memory", "1GB", "--kv-cache-memory-bytes", "9"), "kv_cache_memory: contradicts"),
+        (("--model", "m", "--kv-cache-memory", "0.5", "--num-pages", "9"), "kv_cache_memory_fraction: contradicts"),
         (("--model", "m", "--config", "absent.toml"), "config: cannot be read: No such file"),
     ],
 )
@@ -79,3 +82,17 @@ def test_settings_that_cannot_be_end_with_2_before_an_engine_is_built(
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
     assert not fake_llm.built
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("4GB", "kv_cache_memory_bytes", 4 * 10**9),
+        ("1.5 GiB", "kv_cache_memory_bytes", 3 << 29),
+        ("4096", "kv_cache_memory_bytes", 4096),
+        ("0.5", "kv_cache_memory_fraction", 0.5),
+    ],
+)
+def test_memory_of_the_cache_is_a_size_or_a_share(text: str, name: str, value: float) -> None:
+    config = EngineOptions(model="m", kv_cache_memory=text).engine_config()
+    assert getattr(config.cache, name) == value

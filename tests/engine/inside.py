@@ -1,6 +1,6 @@
 """Looks into an engine and meddles with it: KV pages on the device, runners that fail, preemption at will."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
@@ -71,6 +71,12 @@ class BorrowedRunner:
     def launch(self, plan: StepPlan) -> PendingOutput:
         return self._runner.launch(plan)
 
+    def check(self) -> None:
+        pass
+
+    def when_lost(self, call: Callable[[], None]) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -87,7 +93,7 @@ class FailingRunner(BorrowedRunner):
         if self._left == 0 and not self._at_read:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
         pending = super().launch(plan)
-        return _Lost([], [], False) if self._left == 0 else pending
+        return _Lost([], [], False, lambda call: call()) if self._left == 0 else pending
 
 
 class _Lost(PendingOutput):

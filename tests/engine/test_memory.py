@@ -15,7 +15,9 @@ from atoma_jax.engine.memory import (
     DeviceMemory,
     addressable_pages,
     kv_cache_dtype,
+    pages_beside,
     plan_pages,
+    reserved_workspace,
 )
 from atoma_jax.errors import ConfigError
 
@@ -48,6 +50,14 @@ def test_a_number_of_pages_is_taken_as_it_is() -> None:
 
 def test_bytes_become_whole_pages() -> None:
     assert pages(CacheConfig(kv_cache_memory_bytes=100 * PAGE + PAGE - 1), cpu()) == 100
+
+
+@pytest.mark.parametrize(("memory", "left"), [(cpu(64 * GIB, 4 * GIB), 60), (gpu(80 * GIB, 9 * GIB), 70)])
+def test_a_share_is_one_of_what_weights_and_workspace_leave(memory: DeviceMemory, left: int) -> None:
+    config = CacheConfig(kv_cache_memory_fraction=0.25)
+    assert pages(config, memory) == left * GIB // 4 // PAGE
+    with pytest.raises(ConfigError, match="kv_cache_memory_fraction"):
+        pages(config, cpu(2 * GIB, 2 * GIB))
 
 
 def test_a_cpu_gives_a_fixed_amount() -> None:
@@ -149,3 +159,40 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True)
     anew, kept = map(int, done.stdout.split())
     assert anew > 10 * max(kept, 1), (anew, kept)
+
+
+class TestBesidePrograms:
+    """Programs say what they need once they are compiled; the cache gets what is left."""
+
+    def beside(self, config: CacheConfig, memory: DeviceMemory, workspace: int, planned: int = 100) -> int:
+        return pages_beside(config, memory, planned, page_bytes=PAGE, workspace=workspace, max_model_len=160)
+
+    def test_nothing_changes_where_all_fits(self) -> None:
+        assert self.beside(CacheConfig(), gpu(free=200 * PAGE, weights=50 * PAGE), 50 * PAGE) == 100
+
+    def test_pages_make_room(self) -> None:
+        memory = gpu(free=200 * PAGE, weights=50 * PAGE)
+        assert self.beside(CacheConfig(), memory, 70 * PAGE + 1) == 79
+        assert self.beside(CacheConfig(gpu_memory_utilization=0.75), memory, 70 * PAGE) == 30
+        assert self.beside(CacheConfig(), cpu(free=200 * PAGE, weights=50 * PAGE), 80 * PAGE) == 70
+
+    def test_what_was_asked_for_is_refused_rather_than_cut(self) -> None:
+        memory = gpu(free=200 * PAGE, weights=50 * PAGE)
+        with pytest.raises(ConfigError, match=r"must be at most 80: weights take .* and programs .* of the") as caught:
+            self.beside(CacheConfig(num_pages=100), memory, 70 * PAGE)
+        assert caught.value.field == "num_pages"
+        with pytest.raises(ConfigError, match=f"must be at most {80 * PAGE}") as caught:
+            self.beside(CacheConfig(kv_cache_memory_bytes=100 * PAGE), memory, 70 * PAGE)
+        assert caught.value.field == "kv_cache_memory_bytes"
+
+    def test_one_sequence_must_fit(self) -> None:
+        memory = gpu(free=200 * PAGE, weights=50 * PAGE)
+        assert self.beside(CacheConfig(), memory, 139 * PAGE) == 11  # 160 tokens, and the scratch page
+        with pytest.raises(ConfigError, match=r"leaves no room for one sequence.*at most 144, or spread") as caught:
+            self.beside(CacheConfig(), memory, 140 * PAGE)
+        assert caught.value.field == "max_model_len"
+
+    def test_a_small_device_reserves_less(self) -> None:
+        assert reserved_workspace(80 * GIB, is_cpu=False) == WORKSPACE_BYTES
+        assert reserved_workspace(2 * GIB, is_cpu=False) == GIB // 4
+        assert reserved_workspace(80 * GIB, is_cpu=True) == 0

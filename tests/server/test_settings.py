@@ -147,7 +147,8 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("[server]\nport = true", "port: must be an integer"),
         ("[server]\napi_key = [5]", "api_key: must be"),
         ("server = 5", "server: must be a table"),
-        ("[mesh]\ntensor = 2", "mesh: is no section"),
+        ("[mesh]\ntensor = 2\nmesh = 'fsdp=2'", "mesh: contradicts tensor in [mesh]"),
+        ("[meshes]\ntensor = 2", "meshes: is no section"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path: Path, text: str, message: str) -> None:

@@ -116,6 +116,8 @@ def test_every_device_holds_what_was_planned(mesh: str, path: Path, engine_of: C
     assert len(weights) == len(pages) == len(runner._state.pages.k.sharding.device_set)
     assert set(weights.values()) == {planned.weight_bytes}
     assert set(pages.values()) == {planned.kv_bytes_per_token * SIZES["block_size"] * SIZES["num_pages"]}
+    workspace = llm.startup.device_bytes.pop("workspace")
+    assert workspace[0] == workspace[1] > 0  # a CPU reserves none: what its programs need is what is planned
     assert llm.startup.device_bytes == {
         "weights": (planned.weight_bytes, planned.weight_bytes),
         "KV cache": (llm.llm_engine.model_config.kv_cache_bytes, next(iter(pages.values()))),

@@ -51,3 +51,20 @@ def test_rows_that_nobody_puts_are_zeros() -> None:
     array.clear()
     array.put(0, slice(0, 5), np.ones((5, 3), np.float32))
     np.testing.assert_array_equal(array.on_devices(np.float16), [[1] * 3] * 5 + [[0] * 3] * 3)
+
+
+class _Elsewhere:
+    """A sharding of which this process has rows 6 to 8 of the second expert alone."""
+
+    def addressable_devices_indices_map(self, shape: tuple[int, ...]) -> dict[Any, Any]:
+        assert shape == SHAPE
+        return {"here": (slice(None), slice(1, 2), slice(6, 9), slice(None))}
+
+
+@pytest.mark.parametrize("rows", [slice(0, 6), slice(9, 12), np.asarray([11, 10])])
+def test_rows_of_other_processes_are_not_wanted(rows: Any) -> None:
+    array = HostParts(SHAPE, np.float32, 2, _Elsewhere())
+    assert not any(array.wants(block, rows) for block in range(4))
+    assert [array.wants(block, slice(0, 7)) for block in range(4)] == [False, True, False, True]
+    assert array.wants(3, np.asarray([2, 8]))
+    assert HostParts(SHAPE, np.float32, 2, None).wants(0, rows)
