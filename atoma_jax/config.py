@@ -213,7 +213,7 @@ class EngineConfig:
             for name, given in (
                 ("deterministic", self.compile.deterministic),
                 ("decode_rows", self.compile.decode_rows is not None),
-                ("mesh", self.parallel.mesh is not None),
+                ("mesh", self.mesh.mesh is not None),
             ):
                 if given:
                     raise ConfigError(name, True, "is for runner = generate: leave it out")
