@@ -97,7 +97,9 @@ def start_all(path: Path, request: pytest.FixtureRequest) -> Generator[StartAll]
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
 
 
 def free_port() -> int:
@@ -149,14 +151,13 @@ def test_the_others_end_when_process_0_is_killed(start_all: StartAll) -> None:
 @pytest.mark.slow
 def test_a_process_that_is_silent_is_lost(start_all: StartAll) -> None:
     """As of a machine that lost its power: no connection is closed."""
-    processes = start_all("fsdp=3", 3, 1, goes_on=True)
+    processes = start_all("fsdp=2", 2, 1, goes_on=True)
     assert processes.news("busy")
-    processes[2].send_signal(signal.SIGSTOP)
+    processes[1].send_signal(signal.SIGSTOP)
     assert "nothing was heard" in processes.news("error")
     assert processes[0].wait(PATIENCE) == 1
-    assert processes[1].wait(PATIENCE) == 1
-    processes[2].send_signal(signal.SIGCONT)
-    assert processes[2].wait(PATIENCE) != 0
+    processes[1].send_signal(signal.SIGCONT)
+    assert processes[1].wait(PATIENCE) != 0
 
 
 @pytest.mark.slow
