@@ -18,6 +18,7 @@ from jaxtyping import Array
 from atoma_jax import ops
 from atoma_jax.native.library import Library
 from pallas_kernels import kv_pages
+from pallas_kernels.attention_work import QueryBlocks
 from tests.kv_cache import KV_DTYPES, SCALED, numbers, poisoned_pages
 
 NO_WINDOW = 1 << 30
@@ -120,7 +121,7 @@ class Step:
         blocks = None
         if pieces:
             unused = np.full((3, 4), 99, np.int32)
-            blocks = ops.QueryBlocks(
+            blocks = QueryBlocks(
                 jnp.int32(len(pieces)), *jnp.asarray(np.concatenate([pieces, unused]), jnp.int32).T
             )
         return ops.AttentionBatch(
