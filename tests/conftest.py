@@ -61,6 +61,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     optimized = any(item.get_closest_marker(name) for name in ("optimized", "model"))
     jax.config.update("jax_disable_most_optimizations", not optimized)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not optimized))  # of processes that a test starts
 
 
 @pytest.fixture(scope="session")

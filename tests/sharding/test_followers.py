@@ -3,7 +3,6 @@
 import asyncio
 import socket
 import threading
-from pathlib import Path
 from random import Random
 
 import jax
@@ -25,12 +24,15 @@ def give(runner: Runner, cluster: Cluster) -> None:
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "m.gguf", embedding_scale=0.35, width=256, heads=(8, 2))
+def engines(tmp_path_factory: pytest.TempPathFactory) -> list[LLM]:
+    """Two of one model; the second one is lost with the last test."""
+    path = tmp_path_factory.mktemp("tiny") / "m.gguf"
+    write_tiny_llama(path, embedding_scale=0.35, width=256, heads=(8, 2))
+    return [LLM(str(path), mesh="fsdp=2,tensor=2", **SIZES) for _ in range(2)]
 
 
-def test_a_follower_holds_what_the_leader_holds(path: Path) -> None:
-    leader, follower = (LLM(str(path), mesh="fsdp=2,tensor=2", **SIZES) for _ in range(2))
+def test_a_follower_holds_what_the_leader_holds(engines: list[LLM]) -> None:
+    leader, follower = engines
     runners = [leader.llm_engine._runner, follower.llm_engine._runner]
     for process, (runner, sock) in enumerate(zip(runners, socket.socketpair(), strict=True)):
         give(runner, cluster_on(sock, process))
@@ -45,7 +47,7 @@ def test_a_follower_holds_what_the_leader_holds(path: Path) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-def test_an_idle_engine_notices_that_another_process_is_lost(path: Path) -> None:
+def test_an_idle_engine_notices_that_another_process_is_lost(engines: list[LLM]) -> None:
     async def wait_for_the_end() -> None:
         llm = AsyncLLM(engine, started.startup)
         await llm.check_health()
@@ -58,8 +60,8 @@ def test_an_idle_engine_notices_that_another_process_is_lost(path: Path) -> None
             async for _ in llm.generate("the cat", SamplingParams(), "r"):
                 pass
 
-    started = LLM(str(path), mesh="fsdp=2,tensor=2", **SIZES)
-    engine, ends = started.llm_engine, socket.socketpair()
+    started, ends = engines[1], socket.socketpair()
+    engine = started.llm_engine
     give(engine._runner, cluster_on(ends[0], 0))
     other = cluster_on(ends[1], 1)
     asyncio.run(asyncio.wait_for(wait_for_the_end(), PATIENCE))
