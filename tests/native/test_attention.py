@@ -121,9 +121,7 @@ class Step:
         blocks = None
         if pieces:
             unused = np.full((3, 4), 99, np.int32)
-            blocks = QueryBlocks(
-                jnp.int32(len(pieces)), *jnp.asarray(np.concatenate([pieces, unused]), jnp.int32).T
-            )
+            blocks = QueryBlocks(jnp.int32(len(pieces)), *jnp.asarray(np.concatenate([pieces, unused]), jnp.int32).T)
         return ops.AttentionBatch(
             page=jnp.asarray(self.tokens[3]),
             slot=jnp.asarray(self.tokens[4]),
