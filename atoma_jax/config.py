@@ -210,13 +210,13 @@ class EngineConfig:
                 "enable_chunked_prefill", False, "must be true where deterministic is set: chunks are fixed"
             )
         if self.model.runner == "pooling":
-            for name, given in (
-                ("deterministic", self.compile.deterministic),
-                ("decode_rows", self.compile.decode_rows is not None),
-                ("mesh", self.mesh.mesh is not None),
+            for name, value, default in (
+                ("deterministic", self.compile.deterministic, False),
+                ("decode_rows", self.compile.decode_rows, None),
+                ("mesh", self.mesh.mesh, None),
             ):
-                if given:
-                    raise ConfigError(name, True, "is for runner = generate: leave it out")
+                if value != default:
+                    raise ConfigError(name, value, "is for runner = generate: leave it out")
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> "EngineConfig":

@@ -14,7 +14,7 @@ from atoma_jax.engine.cluster import Cluster
 from atoma_jax.engine.runner import Runner
 from tests.engine.test_cluster import PATIENCE, cluster_on
 from tests.engine.traffic import random_asks, run_all
-from tests.sharding.test_hosts import SIZES
+from tests.sharding.test_engine import SIZES
 from tests.tiny_model import write_tiny_llama
 
 

@@ -16,22 +16,11 @@ import pytest
 from atoma_jax import LLM
 from tests.engine.traffic import brief, run_all
 from tests.sharding.host_process import asks
+from tests.sharding.test_engine import SIZES
 from tests.tiny_model import write_tiny_llama
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 20  # seconds in which everybody knows that a process is gone
-SIZES: dict[str, Any] = {
-    "dtype": "float32",
-    "kernels": "xla",
-    "max_model_len": 96,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 32,
-    "score_tokens": 16,
-    "block_size": 8,
-    "num_pages": 16,
-    "decode_rows": (4,),
-    "prefill_tokens": (32,),
-}
 
 
 @pytest.fixture(scope="module")
