@@ -172,6 +172,7 @@ def test_programs_that_need_more_than_was_left_get_it_from_the_cache(
         return compile_(self, abstract, threads=threads)
 
     monkeypatch.setattr(Runner, "compile", noted)
+    monkeypatch.setattr("atoma_jax.engine.startup.has_llguidance", lambda: False)  # programs that nobody needs here
     llm = LLM(str(tiny_path), **options)
     limits, bytes_of = llm.llm_engine.model_config, llm.startup.device_bytes
     assert len(compiled) == 2
