@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CASES = {
     "GGUF": ["--type", "Q4_K", "--layout", "planar", "--mesh", "fsdp=4"],
-    "HF layout": ["--type", "BF16", "--safetensors", "--layout", "rows", "--mesh", "fsdp=2,tensor=2"],
+    "HF layout": ["--type", "BF16", "--safetensors", "--layout", "rows", "--mesh", "fsdp=4"],
     "converted": ["--type", "Q4_0", "--converted", "--layout", "rows", "--mesh", "fsdp=4"],
 }
 
