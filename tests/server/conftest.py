@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from atoma_jax import LLM, AsyncLLM, EngineConfig
 from atoma_jax.engine.engine import Engine
 from atoma_jax.server.app import build_app
-from atoma_jax.server.run import Process, _listen
+from atoma_jax.server.run import Process, listen
 from atoma_jax.server.service import Service
 from atoma_jax.server.settings import ServerConfig
 from tests.engine import conftest as engine_fixtures
@@ -325,7 +325,7 @@ def here(llm: LLM, make_engine: Callable[..., Engine]) -> Iterator[Callable[...,
             return AsyncLLM(engine, llm.startup)
 
         chosen = ServerConfig(port=0, **settings)
-        listener = _listen(chosen)
+        listener = listen(chosen)
         sockets.append(listener)
         service = Service(EngineConfig.from_options({"model": "tiny"}), chosen)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

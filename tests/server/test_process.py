@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from atoma_jax import LLM, SamplingParams, UserError
-from atoma_jax.server.run import _listen
+from atoma_jax.server.run import listen
 from atoma_jax.server.settings import ServerConfig
 from tests.server.conftest import Here
 
@@ -120,11 +120,11 @@ def test_a_signal_while_it_loads_ends_it(here: Callable[..., Here]) -> None:
 
 
 def test_an_address_in_use_is_an_error_before_anything_is_loaded() -> None:
-    with closing(_listen(ServerConfig(port=0))) as taken:
+    with closing(listen(ServerConfig(port=0))) as taken:
         port = taken.getsockname()[1]
         assert taken.getsockname()[0] == "127.0.0.1"
         with pytest.raises(UserError, match=f"port: cannot be listened on .* got {port}"):
-            _listen(ServerConfig(port=port))
+            listen(ServerConfig(port=port))
 
 
 class TestOnTheWire:
