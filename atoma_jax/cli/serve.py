@@ -53,6 +53,9 @@ class ServerOptions:
         list[str] | None,
         typer.Option(envvar="ATOMA_JAX_API_KEY", help="Lets in who brings it; may be repeated."),
     ] = None
+    api_key_scope: Annotated[
+        str | None, typer.Option(help="What keys guard: api (/v1, and what changes the server), or all but the probes.")
+    ] = None
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What requests may call the model; may be repeated.")
     ] = None

@@ -19,6 +19,9 @@ class ServerConfig:
     port: int = 8000  # 0: any that is free
     uds: str | None = None  # a Unix socket instead of host and port
     api_key: tuple[str, ...] = field(default=(), repr=False)  # any of them is let in; none: everybody is
+    api_key_scope: Literal["api", "all"] = (
+        "api"  # what keys guard: /v1 and what changes the server; or all but the probes
+    )
     served_model_name: tuple[str, ...] = ()  # what requests may call the model; none: as the server was told to load it
     chat_template: str | None = None  # a file with a Jinja template, instead of the model's own
     enable_auto_tool_choice: bool = False  # requests with tools may leave it to the model whether to call one
@@ -63,6 +66,8 @@ class ServerConfig:
         for key in self.api_key:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError("api_key", "(hidden)", "must be of visible ASCII characters, without spaces")
+        if self.api_key_scope == "all" and not self.api_key:
+            raise ConfigError("api_key_scope", "all", "needs api_key: --api-key or ATOMA_JAX_API_KEY")
         for name in self.served_model_name:
             if not name.strip() or not name.isprintable() or len(name) > 256:
                 raise ConfigError("served_model_name", name, "must have 1 to 256 printable characters")

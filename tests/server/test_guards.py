@@ -196,6 +196,14 @@ class TestKeys:
             else:
                 assert response.status_code in (200, 400), path  # 400: a body is missing, no key
 
+    def test_all_but_the_probes_may_want_one(self, serve: Serve) -> None:
+        server = serve(api_key=("first-key",), api_key_scope="all")
+        routes = [(method, path) for path, operations in server.app.openapi()["paths"].items() for method in operations]
+        for method, path in [*routes, ("get", "/"), ("get", "/ui/main.js"), ("get", "/docs"), ("get", "/openapi.json")]:
+            status = server.call(method.upper(), path).status_code
+            assert status == (200 if path in ("/health", "/ping", "/ready") else 401), path
+        assert server.get("/metrics", headers={"Authorization": "Bearer first-key"}).status_code == 200
+
     @pytest.mark.parametrize(
         "path", ["/v1", "/v1/", "//v1/models", "/./v1/models", "/x/../v1/models", "/%761/models", "/V1/models"]
     )
