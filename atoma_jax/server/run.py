@@ -249,6 +249,7 @@ def _uvicorn_config(service: Service) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         h11_max_incomplete_event_size=settings.max_header_bytes,
+        timeout_keep_alive=settings.keep_alive_timeout,  # pyright: ignore[reportArgumentType]  # for `call_later`
         timeout_graceful_shutdown=5,
     )
 

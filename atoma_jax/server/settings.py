@@ -37,6 +37,7 @@ class ServerConfig:
     max_messages: int = 2048  # of one conversation
     max_choices: int = 256  # prompts × n of one request
     header_timeout: float = 20.0  # seconds until a connection must have sent its headers
+    keep_alive_timeout: float = 75.0  # seconds that an idle connection stays open: longer than proxies keep theirs, 60
     body_timeout: float = 30.0  # seconds for a request's body
     send_timeout: float = 30.0  # seconds that a client may leave its stream unread
     queue_timeout: float = 300.0  # seconds until a step must have held the request: 503

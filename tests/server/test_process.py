@@ -154,6 +154,10 @@ class TestOnTheWire:
     def test_headers_that_never_end(self, here: Callable[..., Here]) -> None:
         assert self.raw(here(header_timeout=0.2), b"GET /version HTTP/1.1\r\nHost: x\r\n").startswith(b"HTTP/1.1 400")
 
+    def test_an_idle_connection_is_closed_after_a_while(self, here: Callable[..., Here]) -> None:
+        answer = self.raw(here(keep_alive_timeout=0.2), b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200")
+
     def test_no_line_end_gets_into_a_header(self, here: Callable[..., Here]) -> None:
         sent = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Id: a\x0bb\r\n\r\n"
         assert self.raw(here(), sent).startswith(b"HTTP/1.1 400")

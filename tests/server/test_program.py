@@ -63,7 +63,7 @@ def test_killed_in_the_middle_of_answers_it_serves_again_after_a_restart(
         with httpx2.Client(base_url=first.address, timeout=30) as client:
             expected = client.post(COMPLETIONS, json=GREEDY).json()
         broken = asyncio.run(killed_by_the_first_token(first))
-        assert broken >= 4  # of eight answers, two at a time
+        assert broken >= 4  # of eight answers, four at a time
         assert first.process.wait(10) == -signal.SIGKILL
         with pytest.raises(ProcessLookupError):  # its group: no orphan
             os.killpg(first.process.pid, 0)
@@ -108,7 +108,7 @@ class TestUnderLoad:
             assert client.post(COMPLETIONS, json=GREEDY).status_code == 200
 
     def test_ten_times_overload_refuses_and_loses_nothing(self, running: Program) -> None:
-        """Two rows and a queue of eight, a hundred clients at once."""
+        """Four rows and a queue of eight, a hundred clients at once."""
 
         async def ask(client: httpx2.AsyncClient) -> httpx2.Response:
             return await client.post(COMPLETIONS, json={**GREEDY, "max_tokens": 40})
