@@ -60,6 +60,7 @@ class Records:
         try:
             fields["request_id"] = secrets.token_hex(8)
             asked = Headers(scope=scope).get("x-request-id")
+            _check_size(scope, self._service.settings.max_header_bytes)
             scope["state"] = {**scope.get("state", {}), "log": fields, "request_id": fields["request_id"], "key": None}
             if asked is not None:
                 if not _REQUEST_ID.fullmatch(asked):
@@ -88,6 +89,19 @@ class Records:
                 if isinstance(usage, Usage):
                     fields |= {"prompt_tokens": sum(usage.prompts.values()), "completion_tokens": usage.completion}
                 _log.info("request", extra={"fields": fields})
+
+
+def _check_size(scope: Scope, limit: int) -> None:
+    """Refuses headers that came at once and so were whole before the connection's own limit saw them.
+
+    Raises:
+        Problem: 431.
+    """
+    size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    for name, value in scope["headers"]:
+        size += len(name) + len(value) + 4  # a colon, a space and the line's end
+    if size > limit:
+        raise Problem(431, f"The headers are larger than {limit} bytes (--max-header-bytes).")
 
 
 class Keys:

@@ -150,6 +150,14 @@ class TestBodies:
 
         asyncio.run(main())
 
+    def test_headers_that_are_too_large_though_they_come_at_once(self, serve: Serve) -> None:
+        server = serve(max_header_bytes=2000)
+        assert server.get("/version", headers={"X-Large": "a" * 1000}).status_code == 200
+        for path, headers in (("/version", {"X-Large": "a" * 2000}), ("/version?" + "a" * 2000, {})):
+            response = server.get(path, headers=headers)
+            assert response.status_code == 431
+            assert "2000 bytes (--max-header-bytes)" in response.json()["error"]["message"]
+
     def test_one_in_many_pieces(self, server: Served) -> None:
         body = json.dumps({"prompt": "ab" * 20, "max_tokens": 1}).encode()
 

@@ -148,6 +148,8 @@ class TestOnTheWire:
         return asyncio.run(main())
 
     def test_headers_that_are_too_large(self, here: Callable[..., Here]) -> None:
+        ends = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Large: " + b"a" * 60_000 + b"\r\n\r\n"
+        assert self.raw(here(), ends).startswith(b"HTTP/1.1 431")
         request = b"GET /version HTTP/1.1\r\nHost: x\r\nX-Large: " + b"a" * 100_000
         assert self.raw(here(), request).startswith(b"HTTP/1.1 4")
 
