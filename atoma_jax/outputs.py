@@ -68,7 +68,9 @@ class RequestMetrics:
     last_token_time: float | None = None
     finished_time: float | None = None
     num_generation_tokens: int = 0
-    num_preemptions: int = 0  # known when it is finished
+    num_preemptions: int = 0  # known when it is finished, like what follows
+    num_steps: int = 0  # of the engine, from the first that held the request to its last
+    padding_ratio: float | None = None  # share of these steps' positions that held no token of anybody
 
     @property
     def queue_time(self) -> float | None:

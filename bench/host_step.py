@@ -60,7 +60,7 @@ class StubOutput:
 
     def __init__(self, tokens: np.ndarray):
         """`tokens` of the rows that sample."""
-        self._tokens = tokens
+        self._tokens, self.positions = tokens, len(tokens)
 
     def read(self) -> HostOutput:
         """Nothing to wait for."""

@@ -53,6 +53,9 @@ class ServerOptions:
         list[str] | None,
         typer.Option(envvar="ATOMA_JAX_API_KEY", help="Lets in who brings it; may be repeated."),
     ] = None
+    api_key_scope: Annotated[
+        str | None, typer.Option(help="What keys guard: api (/v1, and what changes the server), or all but the probes.")
+    ] = None
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What requests may call the model; may be repeated.")
     ] = None
@@ -86,6 +89,7 @@ class ServerOptions:
     max_messages: Annotated[int | None, typer.Option(help="Of a conversation.")] = None
     max_choices: Annotated[int | None, typer.Option(help="Prompts times n of a request.")] = None
     header_timeout: Annotated[float | None, typer.Option(help="Seconds for a request's headers.")] = None
+    keep_alive_timeout: Annotated[float | None, typer.Option(help="Seconds that an idle connection stays open.")] = None
     body_timeout: Annotated[float | None, typer.Option(help="Seconds for a request's body.")] = None
     send_timeout: Annotated[float | None, typer.Option(help="Seconds that a stream may stay unread.")] = None
     queue_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may wait for a step.")] = None

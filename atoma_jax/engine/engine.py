@@ -22,7 +22,7 @@ from atoma_jax.engine.sampling_rows import Column, RowFlag, encode, setting_flag
 from atoma_jax.engine.scheduler import Scheduler, SchedulerStats
 from atoma_jax.engine.sequence import Sequence
 from atoma_jax.engine.sliced_scheduler import SlicedScheduler
-from atoma_jax.engine.stats import EngineStats, StatsRecorder
+from atoma_jax.engine.stats import EngineStats, StatsRecorder, StepTotals
 from atoma_jax.engine.text_stream import TextStream
 from atoma_jax.errors import EngineDeadError, ParameterError
 from atoma_jax.outputs import RequestMetrics, RequestOutput
@@ -40,6 +40,7 @@ Prompt = str | Mapping[str, Any] | ListLike[int]  # text, {"prompt": text}, {"pr
 class _InFlight:
     plan: StepPlan | SlicedPlan
     output: PendingOutput
+    totals: StepTotals  # of steps, this one included
 
 
 class Engine:
@@ -66,6 +67,7 @@ class Engine:
         self._num_requests = 0
         self._requests: dict[str, Request] = {}
         self._in_flight: deque[_InFlight] = deque()
+        self._totals = StepTotals()
         self._dead: str | None = None
         self._recorder = StatsRecorder()
         self._compilations_at_start = COMPILATIONS.unplanned
@@ -199,7 +201,7 @@ class Engine:
             wait = time.perf_counter()
             output = done.output.read()
             read = time.perf_counter()
-            outputs = self._commit(done.plan, output, read)
+            outputs = self._commit(done, output, read)
         except EngineDeadError as error:  # another process is
             self._dead = str(error)
             raise self._lost() from error
@@ -226,22 +228,23 @@ class Engine:
         if guided:
             bits = self.grammars.bits([seq.guide for seq in guided if seq.guide is not None])
             self._runner.allow([(seq.home, seq.slot) for seq in guided if seq.slot is not None], bits)
-        self._in_flight.append(_InFlight(plan, self._runner.launch(plan)))
+        output = self._runner.launch(plan)
+        self._totals = self._totals.plus(plan.num_tokens, output.positions)
+        self._in_flight.append(_InFlight(plan, output, self._totals))
 
     def _begin(self, seq: Sequence, now: float) -> None:
         request = self._requests[seq.request_id]
-        if request.metrics.first_scheduled_time is None:
-            request.metrics.first_scheduled_time = now
+        request.begin(now, self._totals)
         assert seq.slot is not None
         settings = request.samples[seq.index].settings
         settings[Column.SLOT] = seq.slot
         prompt = seq.tokens[: seq.prompt_len]
         self._runner.take_slot(seq.slot, settings, request.rules, prompt, seq.output_tokens, seq.home)
 
-    def _commit(self, plan: StepPlan | SlicedPlan, output: HostOutput, now: float) -> list[RequestOutput]:
+    def _commit(self, done: _InFlight, output: HostOutput, now: float) -> list[RequestOutput]:
         changed: dict[str, Request] = {}
         gaps: dict[float, int] = {}  # requests with news, by when they had some before
-        for news in self._scheduler.commit(plan, output.tokens, output.ok):  # pyright: ignore[reportArgumentType]  # own plans
+        for news in self._scheduler.commit(done.plan, output.tokens, output.ok):  # pyright: ignore[reportArgumentType]  # own plans
             request = self._requests[news.work.seq.request_id]
             before = request.metrics.last_token_time
             if self._take(request, news, output, now):
@@ -253,7 +256,7 @@ class Engine:
         for request_id, request in changed.items():
             if request.params.output_kind is RequestOutputKind.FINAL_ONLY and not request.finished:
                 continue
-            outputs.append(request.output(now))
+            outputs.append(request.output(now, done.totals))
             if outputs[-1].finished:
                 del self._requests[request_id]
         return outputs

@@ -8,6 +8,7 @@ import numpy as np
 from atoma_jax.engine.runner import HostOutput
 from atoma_jax.engine.sampler_state import SlotRules
 from atoma_jax.engine.sequence import Sequence
+from atoma_jax.engine.stats import StepTotals
 from atoma_jax.engine.text_stream import TextStream
 from atoma_jax.outputs import (
     CompletionOutput,
@@ -49,10 +50,16 @@ class Request:
         self.samples = list(samples)
         self.rules = rules
         self.embedding: np.ndarray | None = None
+        self._before = StepTotals()  # its first step
         self.metrics = RequestMetrics(arrival_time=arrival)
         self._tokenizer = tokenizer
         self._prompt_ids = list(self.samples[0].seq.tokens)
         self._prompt_logprobs: list[PositionLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
+
+    def begin(self, now: float, before: StepTotals) -> None:
+        """A step will hold one of its samples; `before` it, there were so many. Only the first one counts."""
+        if self.metrics.first_scheduled_time is None:
+            self.metrics.first_scheduled_time, self._before = now, before
 
     @property
     def finished(self) -> bool:
@@ -94,13 +101,21 @@ class Request:
             if sample.stream is not None and sample.seq.is_finished:
                 sample.stream.finish()
 
-    def output(self, now: float) -> RequestOutput:
-        """The state to hand out: everything so far, or what is new, as the request's `output_kind` says."""
+    def output(self, now: float, totals: StepTotals | None = None) -> RequestOutput:
+        """The state to hand out: everything so far, or what is new, as the request's `output_kind` says.
+
+        Args:
+            now: of the engine's clock.
+            totals: of steps, up to the one whose results came last.
+        """
         metrics = self.metrics
         finished = self.finished
         if finished and metrics.finished_time is None:
             metrics.finished_time = now
             metrics.num_preemptions = sum(sample.seq.num_preemptions for sample in self.samples)
+            if totals is not None:
+                metrics.num_steps = totals.steps - self._before.steps
+                metrics.padding_ratio = totals.padding_since(self._before)
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,

@@ -49,8 +49,18 @@ class HostOutput:
 class PendingOutput:
     """The results of a step that is under way: of one program, or of two that make up a split step."""
 
-    def __init__(self, outputs: list[StepOutput], rows: list[tuple[int, np.ndarray]], wants_logprobs: bool, run: Run):
-        """`rows` are those that count, in order: which output they are in, and where. `run` does what may wait."""
+    def __init__(
+        self,
+        outputs: list[StepOutput],
+        rows: list[tuple[int, np.ndarray]],
+        wants_logprobs: bool,
+        run: Run,
+        *,
+        positions: int = 0,
+    ):
+        """`rows` are those that count, in order: which output they are in, and where. `run` does what may wait.
+        `positions` are computed, padding among them."""
+        self.positions = positions
         self._rows, self._run, self._pools = rows, run, any(out.pooled is not None for out in outputs)
         self._parts = [
             [out.tokens_ok, *((out.logprob, out.rank, out.top_ids, out.top_logprobs) if wants_logprobs else ())]
@@ -307,7 +317,8 @@ class Runner:
             part.is_scoring or any(work.samples and work.seq.params.logprobs is not None for work in part.works)
             for part in plan.slices
         )
-        return PendingOutput(outputs, rows, wants, self._run)
+        positions = len(self._tables) * sum(program.tokens for program in programs)
+        return PendingOutput(outputs, rows, wants, self._run, positions=positions)
 
     def _call(self, plans: tuple[StepPlan, ...], program: Program) -> StepOutput:
         parts = [pack(plan, program, tables) for plan, tables in zip(plans, self._tables, strict=True)]

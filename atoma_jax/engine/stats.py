@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from atoma_jax.engine.scheduler import SchedulerStats
 from atoma_jax.histogram import Distribution, Histogram
@@ -12,6 +13,23 @@ GAP_BOUNDS = (
 )  # seconds
 STEP_TOKEN_BOUNDS = (1.0, *(2.0**power for power in range(3, 15)))
 STEP_BOUNDS = (*(digit * 10.0**power for power in range(-4, 1) for digit in (1, 2, 5)), 10.0)  # seconds
+
+
+class StepTotals(NamedTuple):
+    """Steps since the start; what a span of them was like is the difference of two readings."""
+
+    steps: int = 0
+    tokens: int = 0  # positions that held one
+    positions: int = 0  # computed, padding among them
+
+    def plus(self, tokens: int, positions: int) -> "StepTotals":
+        """With one step more."""
+        return StepTotals(self.steps + 1, self.tokens + tokens, self.positions + positions)
+
+    def padding_since(self, before: "StepTotals") -> float | None:
+        """Share of the positions since then that were padding; None where there were none."""
+        positions = self.positions - before.positions
+        return 1.0 - (self.tokens - before.tokens) / positions if positions else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

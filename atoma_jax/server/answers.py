@@ -1,14 +1,15 @@
-"""What answers of both kinds have in common: ids, usage, and logprobs in OpenAI's two forms."""
+"""What answers of both kinds have in common: ids, usage, a request's own times, and logprobs in OpenAI's two forms."""
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from atoma_jax import AsyncLLM, Logprob, RequestOutput
 from atoma_jax.outputs import PositionLogprobs
 from atoma_jax.server.schemas import SamplingRequest
+from atoma_jax.server.stream import encode, event_of
 
 LOWEST_LOGPROB = -9999.0  # stands for -inf, which JSON cannot hold
 
@@ -43,6 +44,52 @@ class Usage:
         return usage
 
 
+class Report:
+    """The block `metrics` of a request that asks for it (`include_metrics`): vLLM's names, and some more."""
+
+    def __init__(self, request: SamplingRequest):
+        """Without `include_metrics` there is none."""
+        self.wanted = bool(request.include_metrics)
+        self._outputs: list[RequestOutput] = []
+
+    def see(self, output: RequestOutput) -> None:
+        """Takes in a prompt's last output."""
+        if self.wanted:
+            self._outputs.append(output)
+
+    def keys(self) -> dict[str, Any]:
+        """The block under its key, for an answer or the last chunk; empty where it is not wanted.
+
+        Of several prompts it holds the longest times and the sums of what is counted.
+        """
+        if not self._outputs:
+            return {}
+        times = [output.metrics for output in self._outputs if output.metrics is not None]
+        alone = len(times) == 1 and len(self._outputs[0].outputs) == 1  # else tokens come side by side
+        tokens, steps = sum(each.num_generation_tokens for each in times), sum(each.num_steps for each in times)
+        generation = max((each.decode_time or 0.0 for each in times), default=0.0)
+        padding = sum((each.padding_ratio or 0.0) * each.num_steps for each in times)
+        body = {
+            "time_to_first_token_ms": _longest_ms([each.time_to_first_token for each in times]),
+            "queue_time_ms": _longest_ms([each.queue_time for each in times]),
+            "prefill_time_ms": _longest_ms([each.prefill_time for each in times]),
+            "generation_time_ms": _longest_ms([each.decode_time for each in times]),
+            "e2e_time_ms": _longest_ms([each.e2e_time for each in times]),
+            "mean_itl_ms": _longest_ms([times[0].time_per_output_token]) if alone else None,
+            "tokens_per_second": round(tokens / generation, 2) if generation else None,
+            "cached_tokens": sum(output.num_cached_tokens for output in self._outputs),
+            "preemptions": sum(each.num_preemptions for each in times),
+            "steps": steps,
+            "padding_ratio": round(padding / steps, 4) if steps else None,
+        }
+        return {"metrics": body}
+
+
+def _longest_ms(seconds: Sequence[float | None]) -> float | None:
+    known = [value for value in seconds if value is not None]
+    return round(1e3 * max(known), 3) if known else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
     """What stands around every answer and chunk of one request."""
@@ -54,23 +101,38 @@ class Frame:
     suffix: str = ""  # of the id; empty: random
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = field(init=False)
+    _head: str = field(init=False)  # of every chunk, as JSON that goes on
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", f"{self.prefix}-{self.suffix or secrets.token_hex(8)}")
+        object.__setattr__(self, "_head", encode(self._keys())[:-1] + ",")
 
-    def around(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        """An answer or chunk. Without `usage` it has no such key."""
-        body: dict[str, Any] = {
+    def around(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        """A whole answer."""
+        return {**self._keys(), "choices": choices, "usage": usage}
+
+    def event(
+        self,
+        choices: list[dict[str, Any]],
+        usage: dict[str, Any] | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> bytes:
+        """A chunk of a stream, as an event. Without `usage` it has no such key; `more` stands beside it."""
+        body: dict[str, Any] = {"choices": choices}
+        if usage is not None:
+            body["usage"] = usage
+        if more:
+            body |= more
+        return event_of(self._head + encode(body)[1:])
+
+    def _keys(self) -> dict[str, Any]:
+        return {
             "id": self.id,
             "object": self.kind,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
-            "choices": choices,
         }
-        if usage is not None:
-            body["usage"] = usage
-        return body
 
 
 @dataclass(frozen=True, slots=True)

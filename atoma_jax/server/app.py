@@ -46,7 +46,7 @@ def build_app(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_problem)
     settings = service.settings
     app.add_middleware(Bodies, max_bytes=settings.max_body_bytes, timeout=settings.body_timeout)
-    app.add_middleware(Keys, keys=settings.api_key)
+    app.add_middleware(Keys, keys=settings.api_key, scope=settings.api_key_scope)
     app.add_middleware(Records, service=service)  # the last is the outermost
     return app
 

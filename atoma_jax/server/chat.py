@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from atoma_jax import AsyncLLM, CompletionOutput, RequestOutput
-from atoma_jax.server.answers import Frame, LogprobWriter, StreamUsage, Usage
+from atoma_jax.server.answers import Frame, LogprobWriter, Report, StreamUsage, Usage
 from atoma_jax.server.generation import Generation
 from atoma_jax.server.schemas import ChatRequest
 from atoma_jax.server.stream import Events
@@ -19,6 +19,7 @@ class ChatWriter:
     def __init__(self, llm: AsyncLLM, request: ChatRequest, frame: Frame, usage: Usage, tools: ToolUse | None = None):
         """`usage` is filled in as tokens come; `tools` says how answers call them."""
         self._request, self._frame, self.usage, self._tools = request, frame, usage, tools
+        self._report = Report(request)
         self._logprobs = LogprobWriter(
             llm, top=request.top_logprobs or 0, as_ids=bool(request.return_tokens_as_token_ids)
         )
@@ -34,10 +35,11 @@ class ChatWriter:
         async with generation:
             async for index, output in generation:
                 if output.finished:
+                    self._report.see(output)
                     for sample in output.outputs:
                         self.usage.see(index, output, new_tokens=len(sample.token_ids))
                     body = self._frame.around([self._choice(sample) for sample in output.outputs], self.usage.body())
-                    body |= self._of_prompt(output)
+                    body |= self._of_prompt(output) | self._report.keys()
         return body
 
     async def events(self, generation: Generation) -> Events:
@@ -45,6 +47,8 @@ class ChatWriter:
         reports = StreamUsage.of(self._request)
         async with generation:
             async for index, output in generation:
+                if output.finished:
+                    self._report.see(output)
                 for sample in output.outputs:
                     if sample.index in self._ended or not (sample.token_ids or sample.finished()):
                         continue
@@ -52,16 +56,16 @@ class ChatWriter:
                         self._begun.add(sample.index)
                         role = self._chunk(sample.index, {"role": "assistant", "content": self._echo})
                         self.usage.see(index, output, new_tokens=0)
-                        yield self._around(role, reports) | self._of_prompt(output)
+                        yield self._event(role, reports, self._of_prompt(output))
                     self.usage.see(index, output, new_tokens=len(sample.token_ids))
                     if sample.finished():
                         self._ended.add(sample.index)
-                    yield self._around(self._delta(sample), reports)
-        if reports.at_end:
-            yield self._frame.around([], self.usage.body())
+                    yield self._event(self._delta(sample), reports)
+        if reports.at_end or self._report.wanted:
+            yield self._frame.event([], self.usage.body() if reports.at_end else None, self._report.keys())
 
-    def _around(self, choice: dict[str, Any], reports: StreamUsage) -> dict[str, Any]:
-        return self._frame.around([choice], self.usage.body() if reports.always else None)
+    def _event(self, choice: dict[str, Any], reports: StreamUsage, more: dict[str, Any] | None = None) -> bytes:
+        return self._frame.event([choice], self.usage.body() if reports.always else None, more)
 
     def _choice(self, sample: CompletionOutput) -> dict[str, Any]:
         message = {"role": "assistant", "content": self._echo + sample.text, "tool_calls": [], "refusal": None}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from atoma_jax import AsyncLLM, CompletionOutput, RequestOutput
-from atoma_jax.server.answers import Frame, LogprobWriter, StreamUsage, Usage
+from atoma_jax.server.answers import Frame, LogprobWriter, Report, StreamUsage, Usage
 from atoma_jax.server.generation import Generation
 from atoma_jax.server.params import drops_output
 from atoma_jax.server.prompts import Prompt
@@ -20,6 +20,7 @@ class CompletionWriter:
     ):
         """`usage` is filled in as tokens come."""
         self._request, self._frame, self.usage = request, frame, usage
+        self._report = Report(request)
         self._n = 1 if request.n is None else request.n
         self._drops = drops_output(request)
         self._logprobs = LogprobWriter(llm, top=request.logprobs or 0, as_ids=bool(request.return_tokens_as_token_ids))
@@ -39,19 +40,22 @@ class CompletionWriter:
         async with generation:
             async for index, output in generation:
                 if output.finished:
+                    self._report.see(output)
                     choices += self._news(index, output)
         choices.sort(key=lambda choice: choice["index"])
-        return self._frame.around(choices, self.usage.body())
+        return self._frame.around(choices, self.usage.body()) | self._report.keys()
 
     async def events(self, generation: Generation) -> Events:
         """The chunks, one a token."""
         reports = StreamUsage.of(self._request)
         async with generation:
             async for index, output in generation:
+                if output.finished:
+                    self._report.see(output)
                 for choice in self._news(index, output):
-                    yield self._frame.around([choice], self.usage.body() if reports.always else None)
-        if reports.at_end:
-            yield self._frame.around([], self.usage.body())
+                    yield self._frame.event([choice], self.usage.body() if reports.always else None)
+        if reports.at_end or self._report.wanted:
+            yield self._frame.event([], self.usage.body() if reports.at_end else None, self._report.keys())
 
     def _news(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
         """A choice for each sample that has something new."""

@@ -17,6 +17,7 @@ _KINDS = {
     413: "RequestTooLargeError",
     415: "UnsupportedMediaTypeError",
     429: "RateLimitError",
+    431: "RequestTooLargeError",
     503: "ServiceUnavailableError",
     504: "DeadlineExceededError",
 }

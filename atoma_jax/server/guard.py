@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,8 +23,9 @@ from atoma_jax.server.errors import ClientGone, Problem, problem_of
 from atoma_jax.server.service import Service
 
 QUIET_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics"})  # asked for all the time: no line in the log
-# What only a key opens, where there are any: the API, and what changes the server. Probes, metrics, the tokenizer and
-# the page are open.
+# What only a key opens, where there are any: the API, and what changes the server; or all but the probes. Why it is a
+# setting: docs/server.md.
+_PROBES = frozenset({"/health", "/ping", "/ready"})
 _KEPT_PATHS = frozenset({"/start_profile", "/stop_profile", "/reset_prefix_cache"})
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CLIENT_CLOSED = 499  # nginx's word for it, in logs alone
@@ -59,6 +60,7 @@ class Records:
         try:
             fields["request_id"] = secrets.token_hex(8)
             asked = Headers(scope=scope).get("x-request-id")
+            _check_size(scope, self._service.settings.max_header_bytes)
             scope["state"] = {**scope.get("state", {}), "log": fields, "request_id": fields["request_id"], "key": None}
             if asked is not None:
                 if not _REQUEST_ID.fullmatch(asked):
@@ -89,31 +91,45 @@ class Records:
                 _log.info("request", extra={"fields": fields})
 
 
+def _check_size(scope: Scope, limit: int) -> None:
+    """Refuses headers that came at once and so were whole before the connection's own limit saw them.
+
+    Raises:
+        Problem: 431.
+    """
+    size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    for name, value in scope["headers"]:
+        size += len(name) + len(value) + 4  # a colon, a space and the line's end
+    if size > limit:
+        raise Problem(431, f"The headers are larger than {limit} bytes (--max-header-bytes).")
+
+
 class Keys:
     """Opens what is kept to who brings one of the keys, where there are any."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]):
-        """No keys: everybody is let in."""
-        self._app = app
+    def __init__(self, app: ASGIApp, keys: Sequence[str], scope: Literal["api", "all"]):
+        """No keys: everybody is let in. `scope` says what they open: the API, or all but the probes."""
+        self._app, self._guards_all = app, scope == "all"
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request, or answers 401."""
-        if scope["type"] == "http" and self._digests and _is_kept(scope["path"]):
+        if scope["type"] == "http" and self._digests and self._is_kept(scope["path"]):
             kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not self._known(key.strip()):
                 raise Problem(401, "Authorization: must be Bearer and a valid API key.", param="Authorization")
             scope["state"]["key"] = key.strip()
         await self._app(scope, receive, send)
 
+    def _is_kept(self, path: str) -> bool:
+        if self._guards_all:
+            return path not in _PROBES
+        return path == "/v1" or path.startswith("/v1/") or path in _KEPT_PATHS
+
     def _known(self, key: str) -> bool:
         """Takes the same time whichever key it is or nearly is: digests are compared, with every key."""
         digest = hashlib.sha256(key.encode("latin-1", "replace")).digest()
         return any([hmac.compare_digest(digest, known) for known in self._digests])  # noqa: C419  all of them
-
-
-def _is_kept(path: str) -> bool:
-    return path == "/v1" or path.startswith("/v1/") or path in _KEPT_PATHS
 
 
 class Bodies:

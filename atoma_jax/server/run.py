@@ -46,7 +46,7 @@ def serve_forever(config: EngineConfig, settings: ServerConfig) -> int:
         return 0
     template = _read_template(settings.chat_template)
     service = Service(config, settings, chat_template=template)
-    listener = _listen(settings)
+    listener = listen(settings)
     use_json_logs()
 
     def start() -> AsyncLLM:
@@ -249,11 +249,12 @@ def _uvicorn_config(service: Service) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         h11_max_incomplete_event_size=settings.max_header_bytes,
+        timeout_keep_alive=settings.keep_alive_timeout,  # pyright: ignore[reportArgumentType]  # for `call_later`
         timeout_graceful_shutdown=5,
     )
 
 
-def _listen(settings: ServerConfig) -> socket.socket:
+def listen(settings: ServerConfig) -> socket.socket:
     """The one socket, bound before anything is loaded. Raises `UserError` where that cannot be."""
     if settings.uds is not None:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

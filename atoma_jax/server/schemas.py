@@ -78,6 +78,7 @@ class SamplingRequest(_Request):
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = Field(default=None, max_length=1024)
+    include_metrics: bool | None = None
     user: str | None = None
 
 

@@ -19,6 +19,9 @@ class ServerConfig:
     port: int = 8000  # 0: any that is free
     uds: str | None = None  # a Unix socket instead of host and port
     api_key: tuple[str, ...] = field(default=(), repr=False)  # any of them is let in; none: everybody is
+    api_key_scope: Literal["api", "all"] = (
+        "api"  # what keys guard: /v1 and what changes the server; or all but the probes
+    )
     served_model_name: tuple[str, ...] = ()  # what requests may call the model; none: as the server was told to load it
     chat_template: str | None = None  # a file with a Jinja template, instead of the model's own
     enable_auto_tool_choice: bool = False  # requests with tools may leave it to the model whether to call one
@@ -34,6 +37,7 @@ class ServerConfig:
     max_messages: int = 2048  # of one conversation
     max_choices: int = 256  # prompts × n of one request
     header_timeout: float = 20.0  # seconds until a connection must have sent its headers
+    keep_alive_timeout: float = 75.0  # seconds that an idle connection stays open: longer than proxies keep theirs, 60
     body_timeout: float = 30.0  # seconds for a request's body
     send_timeout: float = 30.0  # seconds that a client may leave its stream unread
     queue_timeout: float = 300.0  # seconds until a step must have held the request: 503
@@ -63,6 +67,8 @@ class ServerConfig:
         for key in self.api_key:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError("api_key", "(hidden)", "must be of visible ASCII characters, without spaces")
+        if self.api_key_scope == "all" and not self.api_key:
+            raise ConfigError("api_key_scope", "all", "needs api_key: --api-key or ATOMA_JAX_API_KEY")
         for name in self.served_model_name:
             if not name.strip() or not name.isprintable() or len(name) > 256:
                 raise ConfigError("served_model_name", name, "must have 1 to 256 printable characters")

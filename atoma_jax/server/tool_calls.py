@@ -32,7 +32,7 @@ STYLES = {
     "hermes": ToolStyle("hermes", "arguments", "<tool_call>", "</tool_call>", "\n"),  # Hermes, Qwen
     "llama3_json": ToolStyle("llama3_json", "parameters", "", "", "; "),  # Llama 3.1 and later
 }
-_PYTHON_TAG = "<|python_tag|>"  # before a call of Llama 3, where special tokens are shown
+PYTHON_TAG = "<|python_tag|>"  # before a call of Llama 3, where special tokens are shown
 
 
 class Piece(NamedTuple):
@@ -110,11 +110,11 @@ class ToolCallParser:
         self._skip_space()
         self._leading.append(self._text[before : self._at])
         self._mark = self._at
-        rest = self._text[self._at : self._at + len(_PYTHON_TAG)]
-        if not rest or (rest != _PYTHON_TAG and _PYTHON_TAG.startswith(rest)):
+        rest = self._text[self._at : self._at + len(PYTHON_TAG)]
+        if not rest or (rest != PYTHON_TAG and PYTHON_TAG.startswith(rest)):
             return False
-        if rest == _PYTHON_TAG:
-            self._at += len(_PYTHON_TAG)
+        if rest == PYTHON_TAG:
+            self._at += len(PYTHON_TAG)
         self._state = self._opening
         return True
 

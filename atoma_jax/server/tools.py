@@ -1,7 +1,8 @@
 """Tools of a chat request: what may be asked for, what an answer is held to, and how past calls go into the template.
 
-Which text is a call is `tool_calls.py`'s. A call that must be made (`tool_choice` required, or a function by name) is
-written under a grammar, in the same style in which calls are read.
+Which text is a call is `tool_calls.py`'s. A call that must be made (`tool_choice` required, or a function by name), and
+one that a model begins by itself where a function is `strict`, is written under a grammar (`tool_grammars.py`), in the
+same style in which calls are read.
 """
 
 import json
@@ -15,6 +16,7 @@ from atoma_jax.server.errors import Problem
 from atoma_jax.server.schemas import ChatRequest
 from atoma_jax.server.settings import ServerConfig
 from atoma_jax.server.tool_calls import STYLES, ToolCallParser, ToolStyle
+from atoma_jax.server.tool_grammars import forced_grammar, held_grammar
 
 MAX_TOOLS = 128  # OpenAI's limit
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -29,18 +31,24 @@ class ToolUse:
         style: how calls are written.
         limit: calls of an answer; None: any number.
         forced: the functions of which one or more must be called; empty: the model decides.
+        held: where it does, the functions that calls are held to; empty: it writes what it wants.
         named: the request names the function.
     """
 
     style: ToolStyle
     limit: int | None
-    forced: tuple[dict[str, Any], ...]
-    named: bool
+    forced: tuple[dict[str, Any], ...] = ()
+    held: tuple[dict[str, Any], ...] = ()
+    named: bool = False
 
     @property
     def constraint(self) -> StructuredOutputsParams | None:
         """What the answer's text must look like; None: anything."""
-        return StructuredOutputsParams(grammar=self._grammar(), named="tools") if self.forced else None
+        if not self.forced and not self.held:
+            return None
+        written = forced_grammar if self.forced else held_grammar
+        grammar = written(self.style, self.forced or self.held, single=self.limit == 1)
+        return StructuredOutputsParams(grammar=grammar, named="tools")
 
     def parser(self) -> ToolCallParser:
         """For one answer."""
@@ -49,19 +57,6 @@ class ToolUse:
     def finish_reason(self, reason: str | None, parser: ToolCallParser) -> str | None:
         """What an answer ended with; who named the function gets "stop", as from OpenAI."""
         return "tool_calls" if reason == "stop" and parser.num_calls and not self.named else reason
-
-    def _grammar(self) -> str:
-        """In llguidance's dialect of Lark: one call, or several."""
-        style = self.style
-        opens, closes = (style.opens and style.opens + "\n"), (style.closes and "\n" + style.closes)
-        many = "" if self.limit == 1 else f" ({json.dumps(style.between)} call)*"
-        names = " | ".join(f"call_{index}" for index in range(len(self.forced)))
-        lines = [f"start: call{many}", f"call: {names}"]
-        for index, function in enumerate(self.forced):
-            head = f'{opens}{{"name": {json.dumps(function["name"])}, "{style.key}": '
-            lines.append(f"call_{index}: {json.dumps(head)} arguments_{index} {json.dumps('}' + closes)}")
-            lines.append(f"arguments_{index}: %json {json.dumps(_parameters(function))}")
-        return "\n".join(lines)
 
 
 def tool_use(request: ChatRequest, settings: ServerConfig) -> ToolUse | None:
@@ -86,17 +81,22 @@ def tool_use(request: ChatRequest, settings: ServerConfig) -> ToolUse | None:
     if not functions:
         raise _problem("tool_choice", "needs tools, and there are none")
     limit = 1 if request.parallel_tool_calls is False else None
+    constrained = request.response_format not in (None, {"type": "text"}) or bool(request.structured_outputs)
     if choice == "auto":
         if not settings.enable_auto_tool_choice or settings.tool_call_parser is None:
             problem = '"auto" needs a server with --enable-auto-tool-choice and --tool-call-parser; or ask for "none"'
             raise _problem("tool_choice", problem)
-        return ToolUse(STYLES[settings.tool_call_parser], limit, (), False)
-    if request.response_format not in (None, {"type": "text"}) or request.structured_outputs:
+        strict = [index for index, function in enumerate(functions) if function.get("strict")]
+        if strict and constrained:
+            problem = 'holds calls to a schema, which response_format and structured_outputs contradict under "auto"'
+            raise _problem(f"tools[{strict[0]}].function.strict", problem)
+        return ToolUse(STYLES[settings.tool_call_parser], limit, held=tuple(functions) if strict else ())
+    if constrained:
         raise _problem("tool_choice", "asks for a call, which response_format and structured_outputs contradict")
     style = STYLES[settings.tool_call_parser or "hermes"]
     if choice == "required":
-        return ToolUse(style, limit, tuple(functions), False)
-    return ToolUse(style, 1, (_chosen(choice, functions),), True)
+        return ToolUse(style, limit, forced=tuple(functions))
+    return ToolUse(style, 1, forced=(_chosen(choice, functions),), named=True)
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -146,6 +146,8 @@ def _function(index: int, tool: Any) -> dict[str, Any]:
         raise _problem(f"{where}.function.name", "must be 1 to 64 letters, digits, underscores, dots or dashes")
     if not isinstance(function.get("parameters", {}), dict | None):
         raise _problem(f"{where}.function.parameters", "must be a JSON schema, an object")
+    if not isinstance(function.get("strict"), bool | None):
+        raise _problem(f"{where}.function.strict", "must be true or false")
     return function
 
 
@@ -159,11 +161,6 @@ def _chosen(choice: Any, functions: list[dict[str, Any]]) -> dict[str, Any]:
             return known
     listed = ", ".join(known["name"] for known in functions)[:200]
     raise _problem("tool_choice.function.name", f"must be one of the tools, {listed}, got {name[:64]!r}")
-
-
-def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a function's arguments, which are an object in any case."""
-    return {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
 
 
 def _problem(field: str, problem: str) -> Problem:

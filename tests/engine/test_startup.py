@@ -79,6 +79,16 @@ class TestSettingsAgainstTheModel:
         assert error.field == "compile_cache_dir"
         assert "cannot be made: Not a directory" in str(error)
 
+    @pytest.mark.parametrize(("level", "mode"), [("a/cache", 0o777), ("a/cache", 0o1777), ("a", 0o777)])
+    def test_a_compile_cache_that_everybody_may_write_to(
+        self, refused: Refused, tmp_path: Path, level: str, mode: int
+    ) -> None:
+        (tmp_path / "a" / "cache").mkdir(parents=True)
+        (tmp_path / level).chmod(mode)
+        error = refused(compile_cache_dir=str(tmp_path / "a" / "cache"))
+        assert (error.field, error.value) == ("compile_cache_dir", str(tmp_path / level))
+        assert "chmod o-w" in str(error)
+
     def test_another_platform(self, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
         assert "must be cpu or cuda" in str(refused())

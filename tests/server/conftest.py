@@ -21,12 +21,11 @@ from fastapi import FastAPI
 from atoma_jax import LLM, AsyncLLM, EngineConfig
 from atoma_jax.engine.engine import Engine
 from atoma_jax.server.app import build_app
-from atoma_jax.server.run import Process, _listen
+from atoma_jax.server.run import Process, listen
 from atoma_jax.server.service import Service
 from atoma_jax.server.settings import ServerConfig
 from tests.engine import conftest as engine_fixtures
 from tests.engine.inside import BorrowedRunner, FailingRunner, drained
-from tests.tiny_model import SMALL_ENGINE
 
 BUCKETS, SIZES = engine_fixtures.BUCKETS, engine_fixtures.SIZES
 tiny_path = engine_fixtures.tiny_path
@@ -35,6 +34,28 @@ llm = engine_fixtures.llm
 make_engine = engine_fixtures.make_engine
 
 Message = dict[str, Any]
+
+# The shapes of `shared_llm` and JAX's own settings of this suite: what a program compiles is in the cache by then.
+PROGRAM_SETTINGS = f"""
+[model]
+max_model_len = {SIZES["max_model_len"]}
+[cache]
+block_size = {SIZES["block_size"]}
+num_pages = {SIZES["num_pages"]}
+[scheduler]
+max_num_seqs = {SIZES["max_num_seqs"]}
+max_num_batched_tokens = {SIZES["max_num_batched_tokens"]}
+[compile]
+decode_rows = {[*BUCKETS["decode_rows"]]}
+prefill_tokens = {[*BUCKETS["prefill_tokens"]]}
+score_tokens = {SIZES["score_tokens"]}
+"""
+JAX_AS_HERE = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "8",
+    # A limit, like that of the suite: without one JAX neither locks the folder nor writes what limits go by.
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 << 30),
+}
 
 
 @dataclass
@@ -238,8 +259,8 @@ class Program:
 
 @contextmanager
 def program(model: Path, folder: Path, cache: Path, *flags: str) -> Iterator[Program]:
-    """`atoma-jax serve` with a tiny engine. Killed at the end if it still runs."""
-    (folder / "serve.toml").write_text(SMALL_ENGINE)
+    """`atoma-jax serve` with the engine of the tests within the process. Killed at the end if it still runs."""
+    (folder / "serve.toml").write_text(PROGRAM_SETTINGS)
     log = folder / "log"
     with log.open("wb") as stderr:
         process = subprocess.Popen(
@@ -252,8 +273,7 @@ def program(model: Path, folder: Path, cache: Path, *flags: str) -> Iterator[Pro
             ],
             stderr=stderr,
             start_new_session=True,
-            # A limit, like that of the suite: without one JAX neither locks the folder nor writes what limits go by.
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 << 30)},
+            env={**os.environ, **JAX_AS_HERE},
         )
     try:
         yield Program(process, log)
@@ -325,7 +345,7 @@ def here(llm: LLM, make_engine: Callable[..., Engine]) -> Iterator[Callable[...,
             return AsyncLLM(engine, llm.startup)
 
         chosen = ServerConfig(port=0, **settings)
-        listener = _listen(chosen)
+        listener = listen(chosen)
         sockets.append(listener)
         service = Service(EngineConfig.from_options({"model": "tiny"}), chosen)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

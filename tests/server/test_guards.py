@@ -150,6 +150,14 @@ class TestBodies:
 
         asyncio.run(main())
 
+    def test_headers_that_are_too_large_though_they_come_at_once(self, serve: Serve) -> None:
+        server = serve(max_header_bytes=2000)
+        assert server.get("/version", headers={"X-Large": "a" * 1000}).status_code == 200
+        for path, headers in (("/version", {"X-Large": "a" * 2000}), ("/version?" + "a" * 2000, {})):
+            response = server.get(path, headers=headers)
+            assert response.status_code == 431
+            assert "2000 bytes (--max-header-bytes)" in response.json()["error"]["message"]
+
     def test_one_in_many_pieces(self, server: Served) -> None:
         body = json.dumps({"prompt": "ab" * 20, "max_tokens": 1}).encode()
 
@@ -195,6 +203,14 @@ class TestKeys:
                 assert response.json()["error"]["type"] == "AuthenticationError"
             else:
                 assert response.status_code in (200, 400), path  # 400: a body is missing, no key
+
+    def test_all_but_the_probes_may_want_one(self, serve: Serve) -> None:
+        server = serve(api_key=("first-key",), api_key_scope="all")
+        routes = [(method, path) for path, operations in server.app.openapi()["paths"].items() for method in operations]
+        for method, path in [*routes, ("get", "/"), ("get", "/ui/main.js"), ("get", "/docs"), ("get", "/openapi.json")]:
+            status = server.call(method.upper(), path).status_code
+            assert status == (200 if path in ("/health", "/ping", "/ready") else 401), path
+        assert server.get("/metrics", headers={"Authorization": "Bearer first-key"}).status_code == 200
 
     @pytest.mark.parametrize(
         "path", ["/v1", "/v1/", "//v1/models", "/./v1/models", "/x/../v1/models", "/%761/models", "/V1/models"]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -180,8 +181,6 @@ class TestDeadlines:
         step = server.engine.step
 
         def slow() -> Any:
-            import time
-
             time.sleep(0.01)
             return step()
 

@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from atoma_jax import LLM, SamplingParams, UserError
-from atoma_jax.server.run import _listen
+from atoma_jax.server.run import listen
 from atoma_jax.server.settings import ServerConfig
 from tests.server.conftest import Here
 
@@ -120,11 +120,11 @@ def test_a_signal_while_it_loads_ends_it(here: Callable[..., Here]) -> None:
 
 
 def test_an_address_in_use_is_an_error_before_anything_is_loaded() -> None:
-    with closing(_listen(ServerConfig(port=0))) as taken:
+    with closing(listen(ServerConfig(port=0))) as taken:
         port = taken.getsockname()[1]
         assert taken.getsockname()[0] == "127.0.0.1"
         with pytest.raises(UserError, match=f"port: cannot be listened on .* got {port}"):
-            _listen(ServerConfig(port=port))
+            listen(ServerConfig(port=port))
 
 
 class TestOnTheWire:
@@ -148,11 +148,17 @@ class TestOnTheWire:
         return asyncio.run(main())
 
     def test_headers_that_are_too_large(self, here: Callable[..., Here]) -> None:
+        ends = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Large: " + b"a" * 60_000 + b"\r\n\r\n"
+        assert self.raw(here(), ends).startswith(b"HTTP/1.1 431")
         request = b"GET /version HTTP/1.1\r\nHost: x\r\nX-Large: " + b"a" * 100_000
         assert self.raw(here(), request).startswith(b"HTTP/1.1 4")
 
     def test_headers_that_never_end(self, here: Callable[..., Here]) -> None:
         assert self.raw(here(header_timeout=0.2), b"GET /version HTTP/1.1\r\nHost: x\r\n").startswith(b"HTTP/1.1 400")
+
+    def test_an_idle_connection_is_closed_after_a_while(self, here: Callable[..., Here]) -> None:
+        answer = self.raw(here(keep_alive_timeout=0.2), b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200")
 
     def test_no_line_end_gets_into_a_header(self, here: Callable[..., Here]) -> None:
         sent = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Id: a\x0bb\r\n\r\n"

@@ -63,7 +63,7 @@ def test_killed_in_the_middle_of_answers_it_serves_again_after_a_restart(
         with httpx2.Client(base_url=first.address, timeout=30) as client:
             expected = client.post(COMPLETIONS, json=GREEDY).json()
         broken = asyncio.run(killed_by_the_first_token(first))
-        assert broken >= 4  # of eight answers, two at a time
+        assert broken >= 4  # of eight answers, four at a time
         assert first.process.wait(10) == -signal.SIGKILL
         with pytest.raises(ProcessLookupError):  # its group: no orphan
             os.killpg(first.process.pid, 0)
@@ -108,7 +108,7 @@ class TestUnderLoad:
             assert client.post(COMPLETIONS, json=GREEDY).status_code == 200
 
     def test_ten_times_overload_refuses_and_loses_nothing(self, running: Program) -> None:
-        """Two rows and a queue of eight, a hundred clients at once."""
+        """Four rows and a queue of eight, a hundred clients at once."""
 
         async def ask(client: httpx2.AsyncClient) -> httpx2.Response:
             return await client.post(COMPLETIONS, json={**GREEDY, "max_tokens": 40})
@@ -129,3 +129,43 @@ class TestUnderLoad:
         with httpx2.Client(base_url=running.address, timeout=30) as client:
             assert metric(client, "vllm:admission_rejections_total") == by_status[429]
             until_idle(client)
+
+    def test_ten_thousand_requests_under_overload_are_all_answered_and_memory_stays_flat(
+        self, running: Program
+    ) -> None:
+        """160 clients at once, each of which comes again when a refusal says. `-s` shows what it came to."""
+        count, clients, points = 10_000, 160, 10
+        left, statuses, texts, memory = count, Counter[int](), set[str](), list[int]()
+
+        async def ask(client: httpx2.AsyncClient) -> None:
+            nonlocal left
+            while left > 0:
+                left -= 1
+                while (answer := await client.post(COMPLETIONS, json={**GREEDY, "max_tokens": 2})).status_code == 429:
+                    statuses[429] += 1
+                    await asyncio.sleep(int(answer.headers["retry-after"]))
+                statuses[answer.status_code] += 1
+                texts.add(answer.json()["choices"][0]["text"])
+                if statuses[200] % (count // points) == 0:
+                    memory.append(resident_mib(running))
+
+        async def flood() -> None:
+            limits = httpx2.Limits(max_connections=clients)
+            async with httpx2.AsyncClient(base_url=running.address, timeout=120, limits=limits) as client:
+                await asyncio.gather(*(ask(client) for _ in range(clients)))
+
+        asyncio.run(flood())
+        print(f"\nanswers {statuses}, resident MiB at every {count // points}: {memory}")  # to be quoted
+        assert statuses[200] == count
+        assert set(statuses) == {200, 429}
+        assert len(texts) == 1
+        assert max(memory[points // 2 :]) - max(memory[: points // 2]) < 16
+        with httpx2.Client(base_url=running.address, timeout=30) as client:
+            until_idle(client)
+            assert metric(client, "vllm:admission_rejections_total") == statuses[429]
+
+
+def resident_mib(running: Program) -> int:
+    """Memory of the process that is resident now."""
+    pages = int(Path(f"/proc/{running.process.pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") >> 20

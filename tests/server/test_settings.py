@@ -99,6 +99,8 @@ def test_by_default_it_listens_to_this_machine_alone_and_its_queue_is_bounded(
         (("--port", "70000"), "port: must be between 0 and 65535"),
         (("--uds", "/tmp/x", "--port", "9"), "uds: contradicts host and port"),
         (("--api-key", "a b"), "api_key: must be of visible ASCII"),
+        (("--api-key-scope", "all"), "api_key_scope: needs api_key"),
+        (("--api-key-scope", "some", "--api-key", "a"), "api_key_scope: must be"),
         (("--queue-timeout", "0"), "queue_timeout: must be above 0"),
         (("--queue-timeout", "nan"), "queue_timeout: must be above 0"),
         (("--max-header-bytes", "1"), "max_header_bytes: must be between"),

@@ -107,6 +107,23 @@ def test_a_call_that_the_model_makes(serve: Serve) -> None:
     assert reason == "tool_calls"
 
 
+def test_a_call_of_a_strict_function_is_held_to_its_schema_once_it_begins(serve: Serve) -> None:
+    """The model is made to begin with an object, which is a call in Llama's style; all the rest is its own."""
+    server = serve(template=TEMPLATE, tool_call_parser="llama3_json", enable_auto_tool_choice=True)
+    (opening,) = server.post("/tokenize", {"prompt": "{", "add_special_tokens": False}).json()["tokens"]
+    strict = [{**TOOLS[0], "function": {**TOOLS[0]["function"], "strict": True}}, TOOLS[1]]
+    begins: dict[str, Any] = {"logit_bias": {str(opening): 100}, "parallel_tool_calls": False}
+    message, _ = message_of(server, tools=TOOLS, **begins, max_tokens=5)
+    assert (message["content"], message["tool_calls"]) == ("{" * 5, [])
+    message, reason = message_of(server, tools=[strict[0]], **begins)
+    (call,) = message["tool_calls"]
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])["n"] in (1, 2)) == ("go", True)
+    assert (message["content"], reason) == (None, "tool_calls")
+    message, _ = message_of(server, tools=strict, logit_bias={str(opening): -100}, max_tokens=5)
+    assert message["content"]
+    assert message["tool_calls"] == []
+
+
 def test_an_answer_without_a_call(able: Served) -> None:
     message, reason = message_of(able, structured_outputs={"choice": ["No need."]}, tool_choice="auto")
     assert (message["content"], message["tool_calls"], reason) == ("No need.", [], "stop")
@@ -163,6 +180,19 @@ def test_what_the_template_sees(able: Served) -> None:
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]},
             "messages[0].tool_calls[0].function.arguments",
             "JSON object",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "strict": 1}}]},
+            "tools[0].function.strict",
+            "true or false",
+        ),
+        (
+            {
+                "tools": [TOOLS[1], {"type": "function", "function": {"name": "f", "strict": True}}],
+                "response_format": {"type": "json_object"},
+            },
+            "tools[1].function.strict",
+            "response_format and structured_outputs contradict",
         ),
         ({"messages": [{"role": "assistant", "tool_calls": 7}]}, "messages[0].tool_calls", "must be a list"),
     ],

@@ -10,6 +10,7 @@ import httpx
 from tqdm import tqdm
 
 from atoma_jax.benchmarks.serve.client import Ask, Outcome, Target, send
+from atoma_jax.benchmarks.serve.lanes import Lanes
 from atoma_jax.benchmarks.serve.lengths import Length, sharegpt_like_lengths
 from atoma_jax.benchmarks.serve.load import run_load
 from atoma_jax.benchmarks.serve.prompts import random_asks, read_lexicon, sharegpt_asks
@@ -38,9 +39,8 @@ def measure_serve(work: ServeWorkload, sweep: SweepPlan | None, on_run: Callable
 
 async def _measure(work: ServeWorkload, sweep: SweepPlan | None, on_run: Callable[[dict[str, Any]], None]) -> Any:
     headers = {} if work.api_key is None else {"Authorization": f"Bearer {work.api_key}"}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     timeout = httpx.Timeout(work.timeout, pool=None)
-    async with httpx.AsyncClient(headers=headers, limits=limits, timeout=timeout, trust_env=False) as client:
+    async with httpx.AsyncClient(headers=headers, transport=Lanes(), timeout=timeout, trust_env=False) as client:
         url = work.base_url.rstrip("/").removesuffix("/v1")
         model, longest = await _find_model(client, url, work.model)
         target = Target(url=url, model=model, chat=work.chat, body=work.body)

@@ -67,8 +67,10 @@ def test_lm_eval_generates_as_the_engine_does(evaluated: Any, llm: LLM) -> None:
 
 
 @pytest.mark.skipif(shutil.which("guidellm") is None, reason="guidellm is not installed")
-def test_guidellm_measures_and_nothing_fails(live: str, tmp_path: Path) -> None:
-    """It asks for usage on every chunk, and counts its tokens by that."""
+@pytest.mark.parametrize(("profile", "runs"), [("concurrent,streams=4", 1), ("sweep,sweep_size=4", 4)])
+def test_guidellm_measures_and_nothing_fails(live: str, tmp_path: Path, profile: str, runs: int) -> None:
+    """It asks for usage on every chunk, and counts its tokens by that. A sweep: one after the other, all at once, and
+    rates between these."""
     items = [{"prompt": f"fact {number}", "output_tokens_count": 7} for number in range(12)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, items)))
     command = [
@@ -77,16 +79,18 @@ def test_guidellm_measures_and_nothing_fails(live: str, tmp_path: Path) -> None:
         "--backend",
         f"kind=openai_http,target={live},api_key=secret",
         "--profile",
-        "kind=concurrent,streams=4",
+        f"kind={profile}",
     ]
     command += ["--data", f"kind=json_file,path={tmp_path}/prompts.jsonl", "--constraint", "kind=max_requests,count=8"]
     command += ["--output", f"kind=json,path={tmp_path}/result.json", "--disable-console"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    (result,) = json.loads((tmp_path / "result.json").read_text())["benchmarks"]
-    requests = result["requests"]
-    assert (len(requests["successful"]), len(requests["errored"])) == (8, 0)
-    assert {request["output_tokens"] for request in requests["successful"]} == {7}
+    results = json.loads((tmp_path / "result.json").read_text())["benchmarks"]
+    assert len(results) == runs
+    for result in results:
+        requests = result["requests"]
+        assert (len(requests["successful"]), len(requests["errored"])) == (8, 0)
+        assert {request["output_tokens"] for request in requests["successful"]} == {7}
 
 
 def test_langchain(live: str) -> None:
