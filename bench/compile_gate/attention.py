@@ -72,6 +72,7 @@ def _attention(
     prefills: bool,
     scale: float,
     softcap: float | None,
+    device: str,  # attention is the same on all
 ) -> Any:
     batch = ops.attention_batch(
         pages,
