@@ -77,8 +77,8 @@ def default_tiles(operation: str, *, M: int, N: int, K: int, bits: int, group: i
 
 
 _SHARED_MEMORY = 160 << 10  # bytes that the loads under way may take: an A100 has 163 KiB
-# Where sums lie in a memory of the matrix units, Triton gives each plane of a word columns of its own. Of 512, half: the
-# weights themselves take some, and the limit is a refusal to compile.
+# Where sums lie in a memory of the matrix units, Triton gives each plane of a word columns of its own. Half of the 512,
+# as weights take some too, and what does not fit does not compile.
 _HAS_TENSOR_MEMORY = re.compile(r"\bG?B[123]00\b")
 _TENSOR_MEMORY = 256
 _BLOCKS = 2 * 132  # two for each multiprocessor of an H200

@@ -28,6 +28,8 @@ KINDS = {
     "ternary": (PlanarFormat(2, 32, 512, 1, None), False, None),
 }
 K = 512
+QUICK = ("Q4_K", "IQ4_NL", "Q8_0", "ternary")
+RARE = tuple(name for name in KINDS if name not in QUICK)
 
 
 @partial(jax.jit, static_argnums=(3, 4))
@@ -99,13 +101,7 @@ def test_groups_are_whole_blocks_or_blocks_whole_groups(plane, group, aligned):
     assert PlanarFormat(4, plane, group, 8, None).is_aligned == aligned
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in ("Q4_K", "IQ4_NL", "Q8_0", "ternary") else pytest.param(name, marks=pytest.mark.slow)
-        for name in KINDS
-    ],
-)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in RARE)])
 def test_groups_of_rows_have_weights_of_their_own(name):
     """Blocks of one row to more than a tile's, each with its expert's weight; work behind the last is not done."""
     w = weight(name, 40)
