@@ -3,6 +3,9 @@
 Sections (`gpu_sections/`) run one after the other, each in a process of its own that may fail without harm to the
 others. No network, no model files: weights are random, at real shapes. Results go to `bench/results/gpu.json`, which a
 later run with `--only` completes, and beside it as a Markdown table. `--small` runs tiny shapes anywhere.
+
+A section ends when its share of the time is over; what it leaves is the next ones'. Programs are kept beside the
+results, so that a section which is run again does not compile again.
 """
 
 import importlib
@@ -11,16 +14,18 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from bench.gpu_sections import SECTIONS, report
+from bench.gpu_sections import SECTIONS, SHARES, report
 from bench.gpu_sections.protocol import Section
 
 RESULTS = Path(__file__).parent / "results"
-BUDGET_S = 530.0  # of all sections together: a machine may be lent for nine minutes; `--small` has no limit
+BUDGET_S = 530.0  # of all sections together: a machine may be lent for nine minutes
+SMALL_S = 3600.0
 
 
 def main(
@@ -39,15 +44,22 @@ def main(
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    for name in only or SECTIONS:
-        left = 3600.0 if small else BUDGET_S - (time.monotonic() - began)
+    for name, due in due_times(only or list(SECTIONS), SMALL_S if small else BUDGET_S):
         print(f"== {name}", flush=True)
-        problem = _in_a_process(name, path, small=small, seconds=max(left, 5.0))
+        problem = _in_a_process(name, path, small=small, seconds=max(due - (time.monotonic() - began), 5.0))
         found = report.read(path)
         found["small"] = small
         found["sections"].setdefault(name, {"measurements": []})["problem"] = problem
         _write(path, found)
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
+
+
+def due_times(names: Sequence[str], seconds: float) -> Iterator[tuple[str, float]]:
+    """By when each section has to end, in seconds from the start: what one leaves is the next ones'."""
+    whole, ends = sum(SHARES[name] for name in names), 0.0
+    for name in names:
+        ends += seconds * SHARES[name] / whole
+        yield name, ends
 
 
 def _in_a_process(name: str, path: Path, *, small: bool, seconds: float) -> str | None:
@@ -62,12 +74,16 @@ def _in_a_process(name: str, path: Path, *, small: bool, seconds: float) -> str 
         str(path),
         *(["--small"] if small else []),
     ]
-    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+    environment = {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "JAX_COMPILATION_CACHE_DIR": str(path.parent / "xla.local.cache"),
+        **os.environ,
+    }
     environment |= {"JAX_PLATFORMS": "cpu"} if small else {}
     try:
         done = subprocess.run(command, timeout=seconds, env=environment, check=False, stderr=subprocess.PIPE, text=True)
     except subprocess.TimeoutExpired:
-        return f"took longer than the {seconds:.0f} s that were left"
+        return f"took longer than the {seconds:.0f} s that it had; --only {name} measures it alone"
     if done.returncode == 0:
         return None
     lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -83,6 +99,7 @@ def _run(name: str, path: Path, *, small: bool) -> None:
     rows: list[dict[str, Any]] = []
     found["sections"][name] = {"measurements": rows}
     found["machine"] = _machine()
+    _write(path, found)  # also where nothing gets measured: what an older run found is gone
     for measurement in measured.measure(context):
         rows.append(report.as_row(measurement, context))
         print(f"{measurement.name:<56}{1e6 * measurement.seconds:12,.1f} µs", flush=True)

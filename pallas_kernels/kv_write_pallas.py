@@ -1,5 +1,8 @@
 """Writes a step's K and V into their pages as a Pallas kernel (Triton), in place. What it writes is `kv_pages.py`'s to
 say: this is `write_kv` in one launch, quantization included, where XLA takes a scatter for each array of the cache.
+
+K and V come in one array behind the step's queries, as the attention kernels take them: XLA then makes all three in one
+launch, the one that adds up the parts of the projection and rotates.
 """
 
 from functools import partial
@@ -18,20 +21,29 @@ TOKENS = 16  # of a program, all of one kv head
 
 def write_kv(
     pages: KVPages,
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    qkv: Float[Array, "T heads H"],
     *,
     layer: Int32[Array, ""],
     page: Int32[Array, " T"],
     slot: Int32[Array, " T"],
     interpret: bool = False,
 ) -> KVPages:
-    """`kv_pages.write_kv`; `pages` is donated. Which of several tokens stays at one place in page 0 is left open."""
-    T, K, H = k.shape
-    operands = (layer.reshape(1), page, slot, k, v)
+    """`kv_pages.write_kv`; `pages` is donated. Which of several tokens stays at one place in page 0 is left open.
+
+    Args:
+        pages: as there, like `layer`, `page` and `slot`.
+        qkv: the heads of K, then those of V, behind any others.
+        layer: likewise.
+        page: likewise.
+        slot: likewise.
+        interpret: run the kernel's steps as plain JAX, on any device.
+    """
+    T, heads, H = qkv.shape
+    K = pages.k.shape[2]
+    operands = (layer.reshape(1), page, slot, qkv)
     kept, tree = jax.tree.flatten(pages)
     written = pl.pallas_call(
-        partial(_write_kernel, T=T, H=H, form=format_of(pages)),
+        partial(_write_kernel, T=T, H=H, first=heads - 2 * K, form=format_of(pages)),
         grid=(pl.cdiv(T, TOKENS), K),
         out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in kept],
         input_output_aliases={len(operands) + i: i for i in range(len(kept))},
@@ -43,9 +55,10 @@ def write_kv(
 
 
 def _write_kernel(
-    layer: Any, page: Any, slot: Any, k: Any, v: Any, *pages: Any, T: int, H: int, form: KVFormat
+    layer: Any, page: Any, slot: Any, qkv: Any, *pages: Any, T: int, H: int, first: int, form: KVFormat
 ) -> None:
-    """K and V of some tokens, for one kv head. `pages` are the arrays of the cache, once as given and once to write."""
+    """K and V of some tokens, for one kv head; `first` is K's first. `pages` are the arrays of the cache, once as given
+    and once to write."""
     cache = KVPages(*pages[len(pages) // 2 :])
     head = pl.program_id(1)
     token = pl.program_id(0) * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
@@ -54,15 +67,15 @@ def _write_kernel(
     to_page = plt.load(page.at[token], mask=exists, other=0)
     to_slot = plt.load(slot.at[token], mask=exists, other=0)
 
-    def put(x: Any, to: Any, scales: Any) -> None:
-        vectors = plt.load(x.at[token[:, None], head, dims[None]], mask=inside, other=0.0)
+    def put(place: Any, to: Any, scales: Any) -> None:
+        vectors = plt.load(qkv.at[token[:, None], place, dims[None]], mask=inside, other=0.0)
         stored, scale = encode(vectors, form, to_integers=_round)
         plt.store(to.at[layer[0], to_page[:, None], head, to_slot[:, None], dims[None]], stored, mask=inside)
         if scale is not None:
             plt.store(scales.at[layer[0], to_page, head, to_slot], scale, mask=exists)
 
-    put(k, cache.k, cache.k_scale)
-    put(v, cache.v, cache.v_scale)
+    put(first + head, cache.k, cache.k_scale)
+    put(first + cache.k.shape[2] + head, cache.v, cache.v_scale)
 
 
 def _round(x: Array) -> Array:

@@ -3,7 +3,8 @@
 A sequence that decodes has one query: the query heads of a kv head are the rows of a small tile, and the parts of its
 context go to different programs, whose partial sums a second kernel combines. A block of a prefill's queries fills a
 large tile, rows being (token, query head of the group), and walks its context alone. The cache of all layers is passed
-whole, so that no layer's pages are copied.
+whole, so that no layer's pages are copied. Queries come in one array in front of the step's K and V, which are not read
+here: see `kv_write_pallas.py`.
 
 Products take their operands in the type of the cache, bfloat16 for int8 and float16 for fp8, and sum in float32. Logits
 are kept in units of ln 2, as exp2 is what the hardware has.
@@ -103,7 +104,7 @@ def context_block(pages: KVPages) -> int:
 
 
 def decode_attention(
-    q: Float[Array, "T N H"],
+    qkv: Float[Array, "T heads H"],
     pages: KVPages,
     parts: DecodeParts,
     *,
@@ -117,12 +118,13 @@ def decode_attention(
 ) -> Float32[Array, "T N H"]:
     """Attention of one query a sequence: token i is the query of row i, for the rows that `parts` covers.
 
-    Arguments as in `paged_attention.decode_attention`; `parts` counts contexts in blocks of `context_block`. Tokens of
-    other rows, and those behind the B-th, are left as they happen to be.
+    Arguments as in `paged_attention.decode_attention`, but that the queries are the first heads of `qkv`; `parts`
+    counts contexts in blocks of `context_block`. Tokens of other rows, and those behind the B-th, are left as they
+    happen to be.
     """
-    T, N, H = q.shape
+    N, (T, _, H) = _query_heads(qkv, pages), qkv.shape
     K, W, B = pages.k.shape[2], parts.items.shape[0], lengths.shape[0]
-    shape = _shape(q, pages, scale, softcap, interpret)
+    shape = _shape(N, pages, scale, softcap, interpret)
     cache = _cache(pages, layer, window, page_table)
     out, acc, largest, total = pl.pallas_call(
         partial(_decode_kernel, shape=shape),
@@ -136,7 +138,7 @@ def decode_attention(
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="paged_attention_decode",
-    )(parts.items, lengths, q, cache)
+    )(parts.items, lengths, qkv, cache)
     return pl.pallas_call(
         partial(_combine_kernel, H=H, width=shape.width),
         grid=(B, N),
@@ -149,7 +151,7 @@ def decode_attention(
 
 
 def ragged_attention(
-    q: Float[Array, "T N H"],
+    qkv: Float[Array, "T heads H"],
     pages: KVPages,
     blocks: QueryBlocks,
     out: Float32[Array, "T N H"],
@@ -163,13 +165,13 @@ def ragged_attention(
 ) -> Float32[Array, "T N H"]:
     """Causal attention of the tokens that `blocks` cover, written into `out`, which is donated.
 
-    Arguments as in `paged_attention.ragged_attention`; blocks are of `prefill_block` tokens. Those without a context,
-    which `padded_query_blocks` adds, get zeros.
+    Arguments as in `paged_attention.ragged_attention`, but that the queries are the first heads of `qkv`; blocks are of
+    `prefill_block` tokens. Those without a context, which `padded_query_blocks` adds, get zeros.
     """
-    T, N, H = q.shape
+    N, (T, _, H) = _query_heads(qkv, pages), qkv.shape
     K = pages.k.shape[2]
-    shape = _shape(q, pages, scale, softcap, interpret)
-    operands = (blocks.row, blocks.token, blocks.size, blocks.position, q, _cache(pages, layer, window, page_table))
+    shape = _shape(N, pages, scale, softcap, interpret)
+    operands = (blocks.row, blocks.token, blocks.size, blocks.position, qkv, _cache(pages, layer, window, page_table))
     return pl.pallas_call(
         partial(_prefill_kernel, shape=shape),
         grid=(blocks.row.shape[0], K),
@@ -181,9 +183,14 @@ def ragged_attention(
     )(*operands, out)
 
 
-def _shape(q: Array, pages: KVPages, scale: float, softcap: float | None, interpret: bool) -> _Shape:
+def _query_heads(qkv: Float[Array, "T heads H"], pages: KVPages) -> int:
+    """How many of a step's heads are queries: those in front of K and V."""
+    return qkv.shape[1] - 2 * pages.k.shape[2]
+
+
+def _shape(num_heads: int, pages: KVPages, scale: float, softcap: float | None, interpret: bool) -> _Shape:
     K, S, H = pages.k.shape[2:]
-    G, form = q.shape[1] // K, format_of(pages)
+    G, form = num_heads // K, format_of(pages)
     # Three products of TF32 make one of float32. A CPU knows no TF32.
     exact = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     return _Shape(

@@ -115,30 +115,34 @@ def planar_grouped_matmul(
     kind: PlanarFormat,
     tiles: MatmulTiles,
     *,
+    most: int,
     interpret: bool = False,
 ) -> Float32[Array, "padded N"]:
     """Rows `start` to `stop` of each block times its own weight `stack[index]`, for the first `used` blocks.
 
-    `tiles.block_m` is the most rows that a block has. Rows of no block may hold anything.
+    `most` is how many rows a block has at most. Rows of no block may hold anything.
     """
+    pieces = -(-most // tiles.block_m)
     N = stack.words.shape[1]
     x, sums = _operands(x, stack, kind, tiles)
     splits, turns = _splits(x.shape[1], kind, tiles)
 
     def kernel(used_ref: Any, start_ref: Any, stop_ref: Any, *refs: Any) -> None:
         index_ref, x_ref, out_ref, stack_refs, sums_ref = _named(refs, stack, sums)
-        block, at = pl.program_id(0), (pl.program_id(1), pl.program_id(2))  # not inside of a condition: JAX refuses it
+        piece, at = pl.program_id(0), (pl.program_id(1), pl.program_id(2))  # not inside of a condition: JAX refuses it
+        block = lax.div(piece, pieces)
+        start = start_ref[block] + lax.rem(piece, pieces) * tiles.block_m
 
-        @pl.when(block < used_ref[0])
+        @pl.when((block < used_ref[0]) & (start < stop_ref[block]))
         def _() -> None:
-            rows = _some_rows(start_ref[block], tiles.block_m, stop_ref[block])
+            rows = _some_rows(start, tiles.block_m, stop_ref[block])
             place = index_ref[block]
             tile = _tile(x_ref, stack_refs, sums_ref, place, rows, at, kind, tiles, turns, not interpret)
             _store(out_ref, tile, rows, at, tiles.block_n)
 
     parts = pl.pallas_call(
         kernel,
-        grid=(index.shape[0], -(-N // tiles.block_n), splits),
+        grid=(index.shape[0] * pieces, -(-N // tiles.block_n), splits),
         out_shape=jax.ShapeDtypeStruct((splits, x.shape[0], N), jnp.float32),
         compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,

@@ -45,10 +45,12 @@ def matmul_tiles(device: str, operation: str, *, M: int, N: int, K: int, bits: i
     """
     key = matmul_key(M=M, N=N, K=K, bits=bits, group=group)
     found = _tuned(device).get(operation, {}).get(key)
-    return default_tiles(operation, M=M, N=N, K=K, bits=bits, group=group) if found is None else MatmulTiles(**found)
+    if found is not None:
+        return MatmulTiles(**found)
+    return default_tiles(operation, M=M, N=N, K=K, bits=bits, group=group, device=device)
 
 
-def default_tiles(operation: str, *, M: int, N: int, K: int, bits: int, group: int) -> MatmulTiles:
+def default_tiles(operation: str, *, M: int, N: int, K: int, bits: int, group: int, device: str = "") -> MatmulTiles:
     """Tiles of shapes that nobody measured. Few rows: small tiles, and K cut until all of a large GPU has work.
 
     From what compiles without spills and keeps two blocks on a multiprocessor; many rows take wider tiles, as each
@@ -60,6 +62,8 @@ def default_tiles(operation: str, *, M: int, N: int, K: int, bits: int, group: i
         block_n, block_m, warps = 64, 16, 4
     else:
         widest = 64 if block_k > 256 else 128
+        if bits < 16 and _HAS_TENSOR_MEMORY.search(device):
+            widest = min(widest, _TENSOR_MEMORY * bits // 16)  # sums of each plane, as many rows wide
         block_n, block_m, warps = 128, min(widest, 32 if M <= 32 else 64 if M <= 64 else 128), 8
     of_x, of_weight = block_m * block_k * (1 if operation == "ternary_matmul" else 2), block_n * block_k * bits // 8
     stages = max(2, min(4, _SHARED_MEMORY // (of_x + of_weight)))
@@ -73,6 +77,10 @@ def default_tiles(operation: str, *, M: int, N: int, K: int, bits: int, group: i
 
 
 _SHARED_MEMORY = 160 << 10  # bytes that the loads under way may take: an A100 has 163 KiB
+# Where sums lie in a memory of the matrix units, Triton gives each plane of a word columns of its own. Half of the 512,
+# as weights take some too, and what does not fit does not compile.
+_HAS_TENSOR_MEMORY = re.compile(r"\bG?B[123]00\b")
+_TENSOR_MEMORY = 256
 _BLOCKS = 2 * 132  # two for each multiprocessor of an H200
 _SHORTEST_SPLIT = 1024  # inputs: a shorter loop would not fill its pipeline
 

@@ -153,12 +153,14 @@ def attend(
         pages = kv_pages.write_kv(pages, k, v, **place)
         return _attend_by_xla(q, pages, batch, what), pages
     interpret = backend.kernels == "interpret"
-    pages = kv_write_pallas.write_kv(pages, k, v, **place, interpret=interpret)
+    # One array, so that XLA makes it in one launch: sums of the projection's parts, norms and rotation included.
+    qkv = jnp.concatenate([q, k, v], axis=1)
+    pages = kv_write_pallas.write_kv(pages, qkv, **place, interpret=interpret)
     out = paged_attention_pallas.decode_attention(
-        q, pages, batch.parts, lengths=batch.decode_lengths, **what, interpret=interpret
+        qkv, pages, batch.parts, lengths=batch.decode_lengths, **what, interpret=interpret
     )
     if batch.blocks is not None:
-        out = paged_attention_pallas.ragged_attention(q, pages, batch.blocks, out, **what, interpret=interpret)
+        out = paged_attention_pallas.ragged_attention(qkv, pages, batch.blocks, out, **what, interpret=interpret)
     return out, pages
 
 

@@ -115,6 +115,7 @@ def _kernel_grouped(
         blocks.stop,
         kind,
         tiles,
+        most=M,
         interpret=backend.kernels == "interpret",
     )
     return y if factor is None else y * factor

@@ -6,6 +6,7 @@ Ends with 1 where a kernel spills, does not fit, or takes more than the committe
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Any, get_args
 
 import typer
@@ -57,7 +58,7 @@ def all_cases() -> list[KernelCase]:
 
 def measure(case: KernelCase, target: Target) -> dict[str, Any]:
     """Compiles one case; of several kernels, each number is the largest."""
-    aot.compiled(case.function, case.arguments, target)
+    aot.compiled(partial(case.function, device=aot.NAMES[target]), case.arguments, target)
     kernels = kernel_resources(aot.DUMP, case.kernel)
     operations = max(kernel.loop_operations for kernel in kernels)
     return {

@@ -37,7 +37,7 @@ from jax.sharding import (  # noqa: E402
 
 from bench.compile_gate.cases import Target  # noqa: E402
 
-_NAMES = {"h200": "NVIDIA H200", "a100": "NVIDIA A100-SXM4-80GB", "b200": "NVIDIA B200"}
+NAMES: dict[Target, str] = {"h200": "NVIDIA H200", "a100": "NVIDIA A100-SXM4-80GB", "b200": "NVIDIA B200"}
 
 
 def compiled(function: Any, arguments: tuple[Any, ...], target: Target, **jit: Any) -> jax.stages.Compiled:
@@ -52,7 +52,7 @@ def compiled(function: Any, arguments: tuple[Any, ...], target: Target, **jit: A
     mesh = _mesh(target)
     sharding = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
-    device = AbstractDevice(_NAMES[target], 1, "cuda")
+    device = AbstractDevice(NAMES[target], 1, "cuda")
     abstract = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
     with use_abstract_mesh(abstract):  # from JAX 0.11 on, Pallas asks it for the GPU that it lowers for
         lowered = jax.jit(function, **jit).trace(*placed).lower()

@@ -1,5 +1,6 @@
 """The compile gate's cases of attention over a paged cache and of writing into it, at the shapes of real models."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -72,11 +73,13 @@ def _attention(
     prefills: bool,
     scale: float,
     softcap: float | None,
+    device: str,
 ) -> Any:
+    backend = replace(BACKEND, device=device)
     batch = ops.attention_batch(
         pages,
         q.shape[1],
-        BACKEND,
+        backend,
         page=page,
         slot=slot,
         page_table=table,
@@ -84,7 +87,7 @@ def _attention(
         chunks=ops.Chunks(chunks[0], chunks[1], chunks[2]) if prefills else None,
         fixed_parts=False,
     )
-    return ops.attend(q, k, v, pages, batch, BACKEND, layer=layer, window=window, scale=scale, softcap=softcap)
+    return ops.attend(q, k, v, pages, batch, backend, layer=layer, window=window, scale=scale, softcap=softcap)
 
 
 def write_case(kv_dtype: str, *, quick: bool = False, targets: tuple[Target, ...] = ("h200", "a100", "b200")) -> Any:

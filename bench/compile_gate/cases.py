@@ -14,7 +14,7 @@ class KernelCase:
     Attributes:
         name: its row in the table; unique.
         kernel: regular expression of the `name=` that its `pallas_call`s have. All that match are recorded.
-        function: what is jitted.
+        function: what is jitted, but for `device=`, the GPU's name as JAX calls it.
         arguments: `jax.ShapeDtypeStruct`s, or trees of them.
         weights: weights that a thread unpacks in one turn of the main loop, for operations a weight; None: not counted.
         quick: part of the run without `--all`.

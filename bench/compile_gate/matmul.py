@@ -1,5 +1,6 @@
 """The compile gate's cases of products with packed weights, as `ops` chooses them, at the shapes of real models."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -69,8 +70,8 @@ def _experts(type_name: str, count: int, N: int, K: int) -> QTensor:
     )
 
 
-def _linear(x: jax.Array, weight: QTensor, layer: jax.Array, *, int8: bool) -> jax.Array:
-    return ops.linear(x, weight, BACKEND, layer=layer, int8_activations=int8)
+def _linear(x: jax.Array, weight: QTensor, layer: jax.Array, *, int8: bool, device: str) -> jax.Array:
+    return ops.linear(x, weight, replace(BACKEND, device=device), layer=layer, int8_activations=int8)
 
 
 def _mixture(
@@ -80,12 +81,22 @@ def _mixture(
     gate_up: QTensor,
     down: QTensor,
     layer: jax.Array,
+    *,
+    device: str,
 ) -> jax.Array:
     def activate(h: jax.Array) -> jax.Array:
         return jax.nn.silu(h[:, : h.shape[1] // 2]) * h[:, h.shape[1] // 2 :]
 
     return ops.grouped_feed_forward(
-        x, experts, weights, gate_up, down, activate, BACKEND, layer=layer, int8_activations=False
+        x,
+        experts,
+        weights,
+        gate_up,
+        down,
+        activate,
+        replace(BACKEND, device=device),
+        layer=layer,
+        int8_activations=False,
     )
 
 

@@ -63,8 +63,9 @@ class AttentionCase:
 
 
 LLAMA, GEMMA = (32, 8, 128), (8, 4, 256)
-CASES = [
+CASES = [  # those that have pass marks first
     AttentionCase(heads=LLAMA, rows=64, context=4096),
+    AttentionCase(heads=LLAMA, rows=1, context=4096, chunk=4096),
     AttentionCase(heads=LLAMA, rows=1, context=4096, layers=32),
     AttentionCase(heads=LLAMA, rows=1, context=32768),
     AttentionCase(heads=LLAMA, rows=8, context=4096, layers=16),
@@ -72,12 +73,11 @@ CASES = [
     AttentionCase(heads=LLAMA, rows=64, context=4096, kv_dtype="fp8_e4m3"),
     AttentionCase(heads=LLAMA, rows=64, context=4096, kv_dtype="int8"),
     AttentionCase(heads=GEMMA, rows=64, context=4096, window=1024),
-    AttentionCase(heads=LLAMA, rows=1, context=4096, chunk=4096),
     AttentionCase(heads=LLAMA, rows=4, context=2048, chunk=512),
     AttentionCase(heads=LLAMA, rows=1, context=16384, chunk=2048),
     AttentionCase(heads=GEMMA, rows=1, context=4096, chunk=4096, window=1024),
 ]
-TARGETS = {CASES[0].name: 0.80, CASES[8].name: 0.55}
+TARGETS = {CASES[0].name: 0.80, CASES[1].name: 0.55}
 _TINY = [
     AttentionCase(heads=(4, 2, 64), rows=2, context=100, layers=2),
     AttentionCase(heads=(4, 2, 64), rows=2, context=100, chunk=40, kv_dtype="int8", window=30, layers=2),

@@ -40,7 +40,7 @@ def test_activations_of_eight_bits_are_exact_in_any_operands(layout, operands):
     weight, values = ternary(32, 512, layout)
     x = np.random.default_rng(1).standard_normal((5, 512)).astype(np.float32)
     backend = ops.Backend(platform="cpu", operands=operands, weight_layout=layout)
-    got = ops.linear(jnp.asarray(x), weight, backend, int8_activations=True)
+    got = jax.jit(lambda x, weight: ops.linear(x, weight, backend, int8_activations=True))(x, weight)
     scale = np.float32(127) / np.abs(x).max(axis=1, keepdims=True)
     want = (np.rint(x * scale).astype(np.float64) @ values.T) / scale
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
@@ -70,5 +70,5 @@ def test_a_layer_of_a_stack_is_multiplied(kernels):
     x = np.random.default_rng(1).integers(-8, 9, (3, 512)).astype(np.float32)
     backend = ops.Backend(platform="cpu", operands="bfloat16", weight_layout="planar", kernels=kernels)
     for one in (stack, dense):
-        got = ops.linear(jnp.asarray(x), one, backend, layer=jnp.int32(1))
+        got = jax.jit(lambda x, one: ops.linear(x, one, backend, layer=jnp.int32(1)))(x, one)
         np.testing.assert_allclose(got, x @ values.T, rtol=1e-6)

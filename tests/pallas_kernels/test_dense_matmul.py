@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels.dense_matmul import dense_matmul
-from pallas_kernels.tuning import MatmulTiles
+from pallas_kernels.tuning import MatmulTiles, default_tiles
 from tests.pallas_kernels.packed_weights import activations, index
 
 
@@ -20,3 +21,13 @@ def test_at_and_off_the_borders_of_tiles():
     want = x.astype(np.float64) @ np.asarray(stack[1].astype(jnp.float32), np.float64).T
     np.testing.assert_allclose(got[:16], want[:16], rtol=1e-5, atol=1e-4)
     assert np.isnan(got[16]).all()
+
+
+@pytest.mark.parametrize("M", [1, 4096])
+def test_any_number_of_rows_in_the_tiles_that_are_the_default_for_it(M):
+    tiles = default_tiles("dense_matmul", M=M, N=24, K=128, bits=16, group=1)
+    stack = jnp.asarray(np.random.default_rng(0).standard_normal((2, 24, 128)), jnp.bfloat16)
+    x = activations(M, 128)
+    got = jax.jit(lambda x, stack, place: dense_matmul(x, stack, place, tiles, interpret=True))(x, stack, index(1))
+    want = x.astype(np.float64) @ np.asarray(stack[1].astype(jnp.float32), np.float64).T
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)

@@ -1,7 +1,5 @@
 """The kernel that writes K and V, interpreted, leaves the cache bit for bit as its twin does."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +13,12 @@ T, K, H = 19, 2, 80  # tokens: a whole program's and some; H is no power of two
 SHAPE = (2, 9, K, 8, H)
 
 
+def by_the_kernel(pages: KVPages, k: jax.Array, v: jax.Array, **place: jax.Array) -> KVPages:
+    """Behind three heads of queries, which are not to be written."""
+    q = jnp.full((k.shape[0], 3, k.shape[2]), 1e9)
+    return kv_write_pallas.write_kv(pages, jnp.concatenate([q, k, v], axis=1), **place, interpret=True)
+
+
 def tokens() -> np.ndarray:
     """K and V of many magnitudes, with halves to round, what is not finite, and zeros."""
     rng = np.random.default_rng(0)
@@ -24,6 +28,18 @@ def tokens() -> np.ndarray:
     x[:, 7, :, :10] = [127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, 0.49999997, -0.49999997]
     x[:, 7, :, 10:] = 0.0
     return x.astype(np.float32)
+
+
+@pytest.mark.parametrize(("T", "K", "H"), [(16, 1, 64), (1, 3, 96), (17, 2, 256)])
+def test_it_writes_any_number_of_tokens_and_heads_of_any_size(T: int, K: int, H: int) -> None:
+    pages = kv_pages.empty_pages((2, 4, K, 8, H), "int8", as_bits=True)
+    k, v = np.random.default_rng(T).standard_normal((2, T, K, H)).astype(np.float32)
+    at = np.arange(5, 5 + T, dtype=np.int32)  # over the borders of pages
+    place = {"layer": np.int32(1), "page": 1 + at // 8, "slot": at % 8}
+    want = jax.jit(kv_pages.write_kv)(pages, k, v, **place)
+    got = jax.jit(by_the_kernel)(pages, k, v, **place)
+    for left, right in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +56,7 @@ def test_it_writes_what_its_twin_writes_and_nothing_else(kv_dtype: str, as_bits:
         pages = jax.tree.map(jnp.asarray, poisoned)
         return jax.jit(write)(pages, k, v, layer=np.int32(1), page=page, slot=slot)
 
-    want, got = written(kv_pages.write_kv), written(partial(kv_write_pallas.write_kv, interpret=True))
+    want, got = written(kv_pages.write_kv), written(by_the_kernel)
     for left, right in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         # Page 0 is scratch: tokens that are none may write there too.
         assert np.asarray(left)[:, 1:].tobytes() == np.asarray(right)[:, 1:].tobytes()

@@ -28,6 +28,7 @@ def weight(N: int, K: int, g: int, *, mins: bool, low: int = -8, high: int = 8):
 
 
 unpack = jax.jit(kernel.unpack_planar, static_argnums=(1, 2))
+integer_product = jax.jit(kernel.matmul_int8)
 
 
 @hypothesis.given(data=st.data())
@@ -142,7 +143,7 @@ def test_integer_products_are_exact_sums(groups, mins):
     tokens, factor = (np.asarray(part) for part in kernel.quantize_tokens(jnp.asarray(x)))
     largest = np.abs(x).max(axis=1, keepdims=True)
     np.testing.assert_array_equal(tokens, np.clip(np.rint(x * (np.float32(127) / largest)), -128, 127))
-    got = jax.jit(kernel.matmul_int8)(x, codes, scales, offsets)
+    got = integer_product(x, codes, scales, offsets)
     want = (tokens.astype(np.float64) @ exact.T) * factor
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
 
@@ -151,12 +152,12 @@ def test_a_token_that_holds_nan_or_infinity_shows_it_in_its_own_row_alone():
     codes, scales, offsets, _ = weight(8, 256, 256, mins=False)
     x = np.random.default_rng(9).standard_normal((4, 256)).astype(np.float32)
     x[1, 3], x[2, 7] = np.nan, np.inf
-    got = np.asarray(kernel.matmul_int8(jnp.asarray(x), jnp.asarray(codes), jnp.asarray(scales), offsets))
+    got = np.asarray(integer_product(x, codes, scales, offsets))
     assert np.isnan(got[[1, 2]]).all()
     assert np.isfinite(got[[0, 3]]).all()
 
 
 def test_a_token_of_zeros_gives_zeros():
     codes, scales, offsets, _ = weight(8, 256, 256, mins=False)
-    got = kernel.matmul_int8(jnp.zeros((1, 256)), jnp.asarray(codes), jnp.asarray(scales), offsets)
-    np.testing.assert_array_equal(got, np.zeros((1, 8)))
+    got = integer_product(jnp.zeros((4, 256)), codes, scales, offsets)
+    np.testing.assert_array_equal(got, np.zeros((4, 8)))

@@ -48,3 +48,13 @@ def test_few_out_features_are_spread_by_cutting_k():
     few = default_tiles("planar_matmul", M=1, N=1024, K=8192, bits=4, group=32)
     many = default_tiles("planar_matmul", M=1, N=65536, K=8192, bits=4, group=32)
     assert few.splits > many.splits == 1
+
+
+@pytest.mark.parametrize(("bits", "rows"), [(2, 32), (4, 64), (8, 128), (16, 128)])
+def test_a_gpu_whose_sums_lie_in_tensor_memory_gets_tiles_that_fit(bits, rows):
+    """512 columns: as many as a tile has rows, for each number of a word."""
+    operation = "dense_matmul" if bits == 16 else "planar_matmul"
+    shape = {"M": 512, "N": 4096, "K": 4096, "bits": bits, "group": 32}
+    for device in ("NVIDIA B200", "NVIDIA GB200", "NVIDIA GB300"):
+        assert matmul_tiles(device, operation, **shape).block_m == rows
+    assert {matmul_tiles(device, operation, **shape).block_m for device in ("", "NVIDIA H200")} == {128}
