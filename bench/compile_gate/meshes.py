@@ -1,9 +1,7 @@
 """Whole steps of Llama-3.1-8B compiled for four and eight GPUs. What they exchange is held to a committed list; their
 HLO must not copy weights or the cache, and weights along `fsdp` must come while a layer computes."""
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,14 +9,13 @@ import jax
 from atoma_jax.engine.buckets import Program
 from atoma_jax.ops import Backend
 from bench.collectives import Collective, collectives, differences, listed
-from bench.compile_gate import aot
+from bench.compile_gate import aot, table
 from bench.compile_gate.cases import Target
 from bench.compile_gate.steps import hlo_problems
 from bench.mesh_steps import MeshModel, StepShape, abstract_state, device_part, lowered_step, mesh_model
 from bench.real_models import LLAMA_8B
 from sharding.mesh import parse_mesh
 
-LIST = Path(__file__).with_name("collectives.json")
 MESHES = ("tensor=4", "fsdp=4", "fsdp=2,tensor=2", "tensor=8", "fsdp=8", "fsdp=2,tensor=4")
 DECODE, MIXED = Program("decode", 8, 8), Program("mixed", 512, 8)
 Case = tuple[str, str, Program]  # mesh, type of weights, what each slice computes
@@ -29,11 +26,6 @@ CASES: tuple[Case, ...] = (
     *((mesh, "Q4_K", DECODE) for mesh in ("fsdp=8", "fsdp=2,tensor=2")),
 )
 PAGES, TABLE_WIDTH = 512, 64  # of each slice
-
-
-def read() -> dict[str, Any]:
-    """The committed list: `jax`, and `cases` by name."""
-    return json.loads(LIST.read_text(encoding="utf-8")) if LIST.exists() else {"jax": "", "cases": {}}
 
 
 def check(case: Case, target: Target, *, write: bool) -> list[str]:
@@ -52,17 +44,15 @@ def check(case: Case, target: Target, *, write: bool) -> list[str]:
     compiled = aot.compiled_lowered(lowered_step(model, sizes))
     hlo = compiled.as_text() or ""
     found = collectives(hlo, shape)
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     row = {"argument_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes}
     row |= {"collectives": listed(found)}
-    known = read()
+    known = table.read_steps()
     problems = list(_problems(hlo, model, sizes, found, packed=type_name != "bf16"))
     if write:
-        known["cases"][name] = row
-        text = json.dumps({"jax": jax.__version__, "cases": dict(sorted(known["cases"].items()))}, indent=1)
-        LIST.write_text(text + "\n", encoding="utf-8")
+        table.write_step(jax.__version__, name, row)
     elif name not in known["cases"]:
-        problems.append(f"is not in {LIST.name}: run with --write")
+        problems.append(f"is not in {table.STEPS.name}: run with --write")
     elif known["jax"] == jax.__version__:  # another XLA may send other arrays together, or none for what is constant
         problems += differences(row["collectives"], known["cases"][name]["collectives"])
     return [f"{name} on {target}: {problem}" for problem in problems]
@@ -75,6 +65,6 @@ def _problems(
     state, weights = device_part(abstract_state(model, sizes)), device_part(model.weights)
     yield from hlo_problems(hlo, model.part, state, weights, packed=packed, gathers=model.backend.gathers)
     for one in found:
-        if one.axes == ("fsdp",) and one.kind == "all-gather" and one.times >= model.part.num_layers:
-            if not one.asynchronous:
-                yield f"waits for {', '.join(map(str, one.pieces))} of the next layer, along fsdp"
+        is_weights = one.axes == ("fsdp",) and one.kind == "all-gather" and one.times >= model.part.num_layers
+        if is_weights and not one.asynchronous:
+            yield f"waits for {', '.join(map(str, one.pieces))} of the next layer, along fsdp"
