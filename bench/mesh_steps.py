@@ -99,9 +99,7 @@ def new_state(model: MeshModel, shape: StepShape) -> EngineState:
         slots=slots, vocab_size=spec.vocab_size, max_model_len=min(shape.table_width * PAGE_SIZE, spec.context_length)
     )
     pages = slices * shape.num_pages
-    return make_state(
-        spec, sampler, model.backend, num_pages=pages, page_size=PAGE_SIZE, kv_dtype=shape.kv_dtype
-    )
+    return make_state(spec, sampler, model.backend, num_pages=pages, page_size=PAGE_SIZE, kv_dtype=shape.kv_dtype)
 
 
 def abstract_state(model: MeshModel, shape: StepShape) -> EngineState:
@@ -122,9 +120,7 @@ def lowered_step(model: MeshModel, shape: StepShape) -> jax.stages.Lowered:
 
 def device_part(tree: Any) -> Any:
     """Arrays that say where they lie, in the shapes that one device has."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype), tree
-    )
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype), tree)
 
 
 def device_bytes(tree: Any) -> int:

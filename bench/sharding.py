@@ -23,13 +23,14 @@ def main(
     matrix: Annotated[float, typer.Option(help="TFLOP/s of one GPU in bfloat16.")] = 990,
     latency: Annotated[float, typer.Option(help="Microseconds of an exchange of nothing.")] = 10,
     only: Annotated[str | None, typer.Option(help="compile, run or render: the rest stays as it was.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="To compile; may be repeated. Default: all.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = DOCS,
 ) -> None:
     """Bytes, exchanges and modelled times of meshes."""
     if only not in (None, "compile", "run", "render"):
         raise typer.BadParameter(f"must be compile, run or render, got {only!r}", param_hint="--only")
-    # Read once, when JAX is imported. A CPU has no arithmetic in bfloat16: what XLA computes in float32 for it, it would
-    # exchange in float32, too, which no GPU does.
+    # Read once, when JAX is imported. A CPU has no arithmetic in bfloat16: what XLA computes in float32 for it, it
+    # would exchange in float32, too, which no GPU does.
     flags = f"--xla_force_host_platform_device_count={DEVICES} --xla_disable_hlo_passes=float-normalization-bf16"
     os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
     from atoma_jax.benchmarks.machine import describe_machine
@@ -39,7 +40,12 @@ def main(
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     results["inputs"] = {"nvlink": nvlink * 1e9, "hbm": hbm * 1e9, "matrix": matrix * 1e12, "latency": latency * 1e-6}
     if only in (None, "compile"):
-        results["models"] = {name: sharding_steps.compiled(name) for name in sharding_steps.MODELS}
+        unknown = [name for name in model or [] if name not in sharding_steps.MODELS]
+        if unknown:
+            problem = f"must be one of {', '.join(sharding_steps.MODELS)}, got {unknown[0]!r}"
+            raise typer.BadParameter(problem, param_hint="--model")
+        for name in model or sharding_steps.MODELS:
+            results.setdefault("models", {})[name] = sharding_steps.compiled(name)
     if only in (None, "run"):
         results["steps"] = sharding_steps.run()
     if only != "render":

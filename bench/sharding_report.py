@@ -11,8 +11,16 @@ from typing import Any
 
 from atoma_jax.engine.cutting import device_spec, served_spec
 from bench.compile_gate import table
-from bench.sharding_steps import MODELS
-from bench.step_model import Exchange, Load, Machine, StepTime, decode_load, prefill_load, step_time
+from bench.sharding_steps import MODELS, PROGRAMS
+from bench.step_model import (
+    Exchange,
+    Machine,
+    StepTime,
+    decode_load,
+    exchange_at,
+    prefill_load,
+    step_time,
+)
 from sharding.mesh import MeshShape, parse_mesh
 
 ROWS, TOKENS, CONTEXT = (1, 8, 64, 256), (512, 2048, 8192, 32768), 1024
@@ -36,16 +44,17 @@ Rows and tokens are those of all slices together; a slice (of `data` × `fsdp`) 
 _BYTES = """
 ## Bytes of a device
 
-Weights; KV of {sequences} sequences of {context} tokens; temporaries of a step of {small} and of {large} tokens of
-prefill in each slice, as simulated devices need them: a CPU's way of attention, and two whole layers under `fsdp`.
+Weights; KV of {sequences} sequences of {context} tokens; temporaries of a step of eight rows of decode and of one with
+512 tokens of prefill in each slice, as simulated devices need them, which attend in another way than GPUs do. Under
+`fsdp` two whole layers are among them.
 """
 
 _EXCHANGES = """
 ## What a device sends in a step of decode
 
-{model}, eight rows in each slice: everything that XLA put into the step, in bytes that a device sends (and receives as
-many). What is only there where a request asks for it (sampling, logprobs) is in the JSON file. "ahead" is sent while the
-layer before computes.
+{model}, eight rows in each slice: everything that XLA put into the step, in bytes that a device sends, and it receives
+as many. What is only there where a request asks for it (sampling, logprobs) is in the JSON file. "ahead" is sent while
+the layer before computes.
 """
 
 _TIMES = """
@@ -81,11 +90,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     models: Mapping[str, Any] = results["models"]
     lines += ["", "![Modelled time of a step over its tokens, by mesh](sharding.png)"]
     first = next(iter(models))
-    mixed = [name for name in next(iter(models[first].values()))["programs"] if name.startswith("mixed")]
-    sizes = [int(name.split("-")[1].split("x")[0]) for name in mixed]
-    lines += ["", _BYTES.format(sequences=KV_SEQUENCES, context=CONTEXT, small=sizes[0], large=sizes[1]).strip()]
+    lines += ["", _BYTES.format(sequences=KV_SEQUENCES, context=CONTEXT).strip()]
     for name, meshes in models.items():
-        lines += ["", f"{name}:", "", *_byte_table(meshes, mixed)]
+        lines += ["", f"{name}:", "", *_byte_table(meshes)]
     lines += _gate_table()
     lines += ["", _EXCHANGES.format(model=first).strip(), "", *_exchange_table(models[first])]
     lines += ["", _TIMES.format(context=CONTEXT).strip()]
@@ -123,13 +130,10 @@ def modelled(name: str, mesh: str, programs: Mapping[str, Any], machine: Machine
     """
     shape = parse_mesh(mesh)
     own = max(1, -(-tokens // shape.num_slices))
-    load: Load = decode_load(own, CONTEXT) if kind == "decode" else prefill_load(own, CONTEXT)
-    (low, first), (high, second) = sorted(
-        (int(program.split("-")[1].split("x")[0]), Exchange(**row["exchange"]))
-        for program, row in programs.items()
-        if program.startswith(kind)
-    )
-    exchange = first.between(second, (own - low) / (high - low))
+    load = decode_load(own, CONTEXT) if kind == "decode" else prefill_load(own, CONTEXT)
+    decode, prefill = (Exchange(**programs[str(program)]["exchange"]) for program in PROGRAMS)
+    sizes = PROGRAMS[0].tokens, PROGRAMS[1].tokens
+    exchange = exchange_at(decode, prefill, sizes, PROGRAMS[0].rows, load)
     part, vocab_size = _part(name, shape)
     return step_time(part, shape, vocab_size, load, exchange, machine)
 
@@ -141,14 +145,15 @@ def _part(name: str, mesh: MeshShape) -> tuple[Any, int]:
     return device_spec(served, mesh, spec.vocab_size), served.vocab_size
 
 
-def _byte_table(meshes: Mapping[str, Any], mixed: Sequence[str]) -> list[str]:
+def _byte_table(meshes: Mapping[str, Any]) -> list[str]:
     def cells(mesh: str, row: Mapping[str, Any]) -> list[str]:
         tokens = KV_SEQUENCES * CONTEXT / parse_mesh(mesh).num_slices
         kv = row["kv_bytes_per_token"] * tokens
-        temporaries = [f"{row['programs'][program]['temporary_bytes'] / 1e6:,.0f} MB" for program in mixed]
+        programs = [row["programs"][str(program)] for program in PROGRAMS]
+        temporaries = [f"{program['temporary_bytes'] / 1e6:,.0f} MB" for program in programs]
         return [mesh_name(mesh), _gb(row["weight_bytes"]), _gb(kv), *temporaries]
 
-    head = ("mesh", "weights", "KV", *(f"temporaries, {name.split('-')[1].split('x')[0]}" for name in mixed))
+    head = ("mesh", "weights", "KV", *(f"temporaries, {program}" for program in PROGRAMS))
     return _table(head, (cells(mesh, row) for mesh, row in meshes.items()))
 
 
@@ -166,8 +171,8 @@ def _gate_table() -> list[str]:
     )
     return [
         "",
-        "Llama-3.1-8B compiled in full for H200s, with Pallas kernels (`python -m bench.compile_gate --meshes`); arguments "
-        "are weights, a cache of 512 pages and the sampler's state:",
+        "Llama-3.1-8B compiled in full for H200s, with Pallas kernels (`python -m bench.compile_gate --meshes`); "
+        "arguments are weights, a cache of 512 pages and the sampler's state:",
         "",
         *_table(("mesh, weights, step of a slice", "arguments", "temporaries", "sent in a step"), rows),
     ]
@@ -176,8 +181,7 @@ def _gate_table() -> list[str]:
 def _exchange_table(meshes: Mapping[str, Any]) -> list[str]:
     rows: list[Sequence[str]] = []
     for mesh, row in meshes.items():
-        program = next(name for name in row["programs"] if name.startswith("decode"))
-        for line in row["programs"][program]["collectives"]:
+        for line in row["programs"][str(PROGRAMS[0])]["collectives"]:
             if "where asked for" in line:
                 continue
             what, times, sent = line.rsplit(", ", 2)

@@ -1,4 +1,4 @@
-"""Steps over meshes of simulated devices: compiled at real shapes without allocating anything, and run at a small one."""
+"""Steps over meshes of simulated devices: compiled at real shapes without allocating anything, run at small ones."""
 
 import sys
 import time
@@ -32,9 +32,7 @@ from sharding.mesh import parse_mesh
 MESHES = ("data=1", "tensor=2", "tensor=4", "tensor=8", "fsdp=2", "fsdp=4", "fsdp=8", "fsdp=2,tensor=2", "data=2")
 MODELS = {"Llama-3.1-8B": LLAMA_8B, "Llama-3.2-1B": LLAMA_1B}
 SMALL = replace(TINY, dim=512, num_layers=4, num_heads=8, num_kv_heads=8, ffn_dim=2048, vocab_size=8192)
-# Of each slice. What is exchanged lies on a line through two programs of a kind.
-DECODE = Program("decode", 8, 8), Program("decode", 64, 64)
-PREFILL = Program("mixed", 512, 8), Program("mixed", 2048, 8)
+PROGRAMS = Program("decode", 8, 8), Program("mixed", 512, 8)  # of each slice; those of the compile gate
 TABLE_WIDTH = 64  # pages of a sequence
 ROWS, CONTEXT = 16, 128  # that the small model decodes, in all slices together
 WARM, STEPS = 3, 40
@@ -46,7 +44,7 @@ def compiled(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for mesh in MESHES:
         model = mesh_model(MODELS[name], "bf16", backend, parse_mesh(mesh), jax.devices())
-        shapes = [StepShape(program=one, num_pages=512, table_width=TABLE_WIDTH) for one in (*DECODE, *PREFILL)]
+        shapes = [StepShape(program=one, num_pages=512, table_width=TABLE_WIDTH) for one in PROGRAMS]
         pages = abstract_state(model, shapes[0]).pages
         found[mesh] = {
             "weight_bytes": device_bytes(model.weights),
@@ -94,9 +92,7 @@ class _Running:
         backend = Backend(platform="cpu", operands="float32", weight_layout="rows", kernels="xla")
         model = mesh_model(SMALL, "bf16", backend, shape, jax.devices())
         self._step = lowered_step(model, sizes).compile()
-        self._weights = jax.tree.map(
-            lambda leaf: jax.device_put(random_value(leaf), leaf.sharding), model.weights
-        )
+        self._weights = jax.tree.map(lambda leaf: jax.device_put(random_value(leaf), leaf.sharding), model.weights)
         devices = MeshStep(shape, model.devices)
         self._state = devices.new_state(partial(new_state, model, sizes))
         self._words = devices.words_on_devices(np.tile(_decode(sizes), shape.num_slices))

@@ -6,7 +6,7 @@ Times are lower bounds: a kernel that reaches its rate, no host, no gaps. Meshes
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from atoma_jax.model_spec import ModelSpec
 from bench.collectives import Collective
@@ -70,12 +70,6 @@ class Exchange:
             sums[f"{name}_calls"] += one.times / turns
         return cls(**sums)
 
-    def between(self, other: "Exchange", share: float) -> "Exchange":
-        """On the line through two programs of different size: at 0 this one, at 1 the other. Bytes of weights do not
-        depend on the size, those of activations are proportional to it: so the line is exact."""
-        ends = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
-        return Exchange(**{name: (1 - share) * low + share * high for name, (low, high) in ends.items()})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTime:
@@ -111,6 +105,27 @@ def prefill_load(tokens: int, context: int) -> Load:
     """Prompts of `context` tokens, of which each attends to half on average; K and V are at hand."""
     rows = math.ceil(tokens / context)
     return Load(tokens=tokens, rows=rows, context=min(tokens, context) / 2, read_context=tokens)
+
+
+def exchange_at(decode: Exchange, prefill: Exchange, tokens: tuple[int, int], rows: int, load: Load) -> Exchange:
+    """What a slice of another load exchanges, from two compiled steps that differ in tokens alone. Weights are the same
+    whatever a step holds; activations in front of the layers and in them grow with tokens, those behind with rows.
+
+    Args:
+        decode: of the step with fewer tokens.
+        prefill: of the one with more.
+        tokens: of these two.
+        rows: of logits, of both.
+        load: the other one.
+    """
+    few, many = tokens
+    of_token = (prefill.once - decode.once) / (many - few)
+    of_row = (decode.once - decode.ahead - few * of_token) / rows  # the first layer is gathered in front of the others
+    return replace(
+        decode,
+        waited=decode.waited / few * load.tokens,
+        once=decode.ahead + of_token * load.tokens + of_row * load.rows,
+    )
 
 
 def step_time(

@@ -1,4 +1,5 @@
-"""`python -m bench.compile_gate [--all] [--only REGEX] [--target h200] [--steps|--meshes] [--write]`: compiles kernels, compares, reports.
+"""`python -m bench.compile_gate [--all] [--only REGEX] [--target h200] [--steps] [--meshes] [--write]`: compiles kernels
+and steps, compares, reports.
 
 Ends with 1 where a kernel spills, does not fit, or takes more than the committed table says.
 """
@@ -21,7 +22,9 @@ def main(
     target: Annotated[str | None, typer.Option(help="h200, a100 or b200.")] = None,
     write: Annotated[bool, typer.Option(help="Keep what is found in docs/kernels.json and docs/kernels.md.")] = False,
     steps: Annotated[bool, typer.Option(help="Check whole steps of Llama-3.1-8B instead; --all does both.")] = False,
-    meshes: Annotated[bool, typer.Option(help="Those over four and eight GPUs instead; by default two of them.")] = False,
+    meshes: Annotated[
+        bool, typer.Option(help="Those over four and eight GPUs instead; by default two of them.")
+    ] = False,
 ) -> None:
     """Compile kernels for GPUs that are not here."""
     import jax
