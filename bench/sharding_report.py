@@ -99,17 +99,19 @@ def markdown(results: Mapping[str, Any]) -> str:
     for name, meshes in models.items():
         lines += ["", f"{name}:", "", *_time_table(name, meshes, machine)]
     lines += ["", _CROSSOVER.strip(), "", *_crossovers(models, machine)]
-    steps: Mapping[str, float] = results["steps"]["seconds"]
-    alone = steps["data=1"]
-    lines += ["", _SIMULATED.format(rows=results["steps"]["rows"], steps=results["steps"]["steps"]).strip(), ""]
-    lines += _table(
-        ("mesh", "ms", "× one device"),
-        ((mesh_name(mesh), f"{1e3 * time:.1f}", f"{time / alone:.2f}") for mesh, time in steps.items()),
-    )
+    if "steps" in results:
+        lines += _simulated(results["steps"])
     computer = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in computer["versions"].items())
     lines += ["", f"{computer['cpu_cores']} cores of {computer['cpu']}; {versions}; {computer['date'][:10]}."]
     return "\n".join(lines) + "\n"
+
+
+def _simulated(steps: Mapping[str, Any]) -> list[str]:
+    seconds: Mapping[str, float] = steps["seconds"]
+    rows = ((mesh_name(mesh), f"{1e3 * time:.1f}", f"{time / seconds['data=1']:.2f}") for mesh, time in seconds.items())
+    text = _SIMULATED.format(rows=steps["rows"], steps=steps["steps"]).strip()
+    return ["", text, "", *_table(("mesh", "ms", "× one device"), rows)]
 
 
 def mesh_name(mesh: str) -> str:
@@ -228,6 +230,7 @@ def _crossovers(models: Mapping[str, Any], machine: Machine) -> list[str]:
         (name, str(devices), cell(name, "decode", devices), cell(name, "mixed", devices))
         for name in models
         for devices in (2, 4, 8)
+        if {f"fsdp={devices}", f"tensor={devices}"} <= models[name].keys()
     )
     return _table(("model", "devices", "`fsdp` is faster: rows of decode", "tokens of prefill"), rows)
 

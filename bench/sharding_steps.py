@@ -56,8 +56,8 @@ def compiled(name: str) -> dict[str, Any]:
 
 
 def _compiled(model: MeshModel, shape: StepShape) -> dict[str, Any]:
-    # LLVM's work has no part in what is read here.
-    program = lowered_step(model, shape).compile({"xla_backend_optimization_level": 0})
+    quickly: Any = {"xla_backend_optimization_level": 0}  # LLVM has no part in what is read here
+    program = lowered_step(model, shape).compile(quickly)
     exchanged = collectives(program.as_text() or "", model.mesh)
     memory: Any = program.memory_analysis()
     return {

@@ -1,5 +1,5 @@
-"""`python -m bench.compile_gate [--all] [--only REGEX] [--target h200] [--steps] [--meshes] [--write]`: compiles kernels
-and steps, compares, reports.
+"""`python -m bench.compile_gate [--all] [--only REGEX] [--target h200] [--steps] [--meshes] [--write]`: compiles
+kernels and steps, compares, reports.
 
 Ends with 1 where a kernel spills, does not fit, or takes more than the committed table says.
 """

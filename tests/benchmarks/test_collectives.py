@@ -108,7 +108,7 @@ def test_a_loop_and_a_condition_of_a_real_program() -> None:
     devices = mesh.build(jax.devices())
     cut = PartitionSpec("fsdp", "tensor")
     program = jax.jit(jax.shard_map(step, mesh=devices, in_specs=cut, out_specs=cut, check_vma=False))
-    hlo = program.lower(jax.ShapeDtypeStruct((4, 6), jnp.float32)).compile().as_text()
+    hlo = program.lower(jax.ShapeDtypeStruct((4, 6), jnp.float32)).compile().as_text() or ""
     assert listed(collectives(hlo, mesh)) == [
         "all-gather over fsdp: f32[2,2,3], 5 times, 120 bytes",
         "all-reduce over fsdp+tensor: f32[2,3], once where asked for, 36 bytes",
