@@ -117,7 +117,9 @@ def main(
                 print(error, file=sys.stderr, flush=True)
                 failed.append(error)
                 continue
-            results["rows"][row.name] = {**results["rows"].get(row.name, {}), **measured}
+            before = results["rows"].get(row.name, {})
+            kept = {key: value for key, value in before.items() if not key.endswith("_bits")}  # every run has those
+            results["rows"][row.name] = {**kept, **measured}
             print(f"{row.name}: {json.dumps(measured)}", flush=True)
             if accuracy:
                 results["machine"] = describe_machine()
@@ -186,9 +188,9 @@ def measure(row: Row, path: Path, meter: "Meter | None", *, dtype: str, speed: b
 
 
 def bits(options: Mapping[str, Any]) -> dict[str, float]:
-    """Bits a weight: in the file, and on this platform's device in either layout of quantized weights."""
+    """Bits a weight: in the file, and on this platform's device in either layout of quantized weights that there is."""
     found: dict[str, float] = {}
-    for layout in ("planar", "rows"):
+    for layout in ("rows",) if options.get("quantization") == "w8a8" else ("planar", "rows"):
         plan = plan_model(EngineConfig.from_options({**options, "weight_layout": layout}))
         found["file_bits"] = 8 * plan.file_bytes / plan.parameters
         found[f"{layout}_bits"] = 8 * plan.weight_bytes / plan.parameters

@@ -29,7 +29,7 @@ so. {about}
 
 - file, packed, rows: bits a parameter, norms and embedding included: in the file, on the device in the packed layout
   (the default on GPUs) and in the layout for CPUs (a byte a code), both as on a CPU, where dense weights take 32 bits;
-  on a GPU they take 16. Packed, layers of different types are stacked apart, but
+  on a GPU they take 16. w8a8 has rows only. Packed, layers of different types are stacked apart, but
   projections that are fused (q, k, v; gate, up) share the widest of their types.
 - perplexity, with standard error; its logarithm less the base's, with the standard error of the paired difference.
 - KLD: mean KL divergence D(base‖row) of the next token's distribution in nats, and its 99 % quantile. RMS Δp: of the
@@ -96,7 +96,7 @@ def _line(cells: Sequence[str]) -> str:
 def _cells(name: str, row: Mapping[str, Any]) -> list[str]:
     return [
         name,
-        *(f"{row[f'{where}_bits']:.2f}" for where in ("file", "planar", "rows")),
+        *(_bits(row.get(f"{where}_bits")) for where in ("file", "planar", "rows")),
         _estimate(row, "perplexity"),
         _estimate(row, "log_perplexity_ratio"),
         _number(row.get("mean_kld")),
@@ -119,6 +119,10 @@ def _peer_cells(name: str, row: Mapping[str, Any], peer: Mapping[str, float], ba
         _percent(row["same_top"]),
         _percent(peer["same_top"]),
     ]
+
+
+def _bits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _estimate(row: Mapping[str, Any], name: str) -> str:
@@ -162,6 +166,8 @@ def plot(results: Mapping[str, Any], order: Sequence[str], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 6), sharey=True, layout="constrained")
     for axes, where, title in ((left, "file", "in the file"), (right, "planar", "packed on the device")):
         for name in shown:
+            if f"{where}_bits" not in rows[name]:
+                continue
             x, y = rows[name][f"{where}_bits"], rows[name]["mean_kld"]
             axes.plot(x, y, "s" if name.startswith("load:") else "o", color="C1" if ":" in name else "C0")
             axes.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)

@@ -3,8 +3,8 @@
 A weight is `[N, K]`, out-features first as in the files, and equals `scale[n, k // g] * number[n, k] - min[n, k // g]`,
 where a number is a code less a zero point, or what a table says for the code. Codes come in one of two layouts:
 
-- rows: int8 or float8 `[N, K/g, g]`, a byte a number. What XLA:CPU is quick with: unpacking fields costs it three to
-  eight times as much as the product itself.
+- rows: int8 `[N, K/g, g]`, a byte a number, or the bits of a float8_e4m3fn as uint8. What XLA:CPU is quick with:
+  unpacking fields costs it three to eight times as much as the product itself.
 - planar: uint16 words `[N, K·bits/16]`. K is cut into blocks of KB = P·planes, planes = 16/bits. Word j of block b
   holds in bit field i the element b·KB + i·P + j, so that a plane is contiguous in K and a word is as wide as the
   bfloat16 it becomes. What the GPU kernels read.
@@ -15,7 +15,7 @@ Which layout and which route a product takes is decided in `atoma_jax/ops`, not 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int8, Num, UInt16
+from jaxtyping import Array, Float, Float32, Int8, Num, UInt8, UInt16
 
 TILE_ELEMENTS = 1 << 20  # dequantized at once where a weight is larger: 4 MB of float32 stay in a CPU's second cache
 
@@ -50,9 +50,25 @@ def flat_factors(values: Num[Array, "G *rest"], supers: Float32[Array, "S *rest"
 
 def numbers(codes: Array, *, zero: int, table: tuple[int, ...] | None) -> Float32[Array, "..."]:
     """What codes stand for."""
+    if codes.dtype == jnp.uint8:
+        return from_e4m3(codes)
     if table is not None:
         return jnp.asarray(table, jnp.float32)[codes]
     return codes.astype(jnp.float32) - zero if zero else codes.astype(jnp.float32)
+
+
+def from_e4m3(bits: UInt8[Array, "*n"]) -> Float32[Array, "*n"]:
+    """Numbers from the bits of float8_e4m3fn.
+
+    XLA:CPU converts its own float8 one by one; integers of the same bits go through vectors, ten times as fast.
+    """
+    wide = bits.astype(jnp.int32)
+    magnitude, sign = wide & 127, (wide & 128) << 24
+    # Four bits of exponent with a bias of 7 go where eight with one of 127 are. Below them are multiples of 2^-9.
+    normal = lax.bitcast_convert_type((magnitude << 20) + ((127 - 7) << 23), jnp.float32)
+    value = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * 2.0**-9, normal)
+    value = jnp.where(magnitude == 127, jnp.nan, value)
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(value, jnp.int32) | sign, jnp.float32)
 
 
 def dequantize(

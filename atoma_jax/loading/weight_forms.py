@@ -20,7 +20,7 @@ from atoma_jax.loading.checkpoint import Checkpoint, StoredTensor
 from atoma_jax.loading.weight_sources import WeightSource, layer_source, stacked_source
 from atoma_jax.models.params import ParamSpec
 from atoma_jax.ops import Backend
-from atoma_jax.quant.groups import FLOAT8, GroupFormat
+from atoma_jax.quant.groups import GroupFormat
 from atoma_jax.quant.merging import merged_format, widened
 from atoma_jax.quant.qtensor import TILE, TILE_BLOCK, LayerVariants, Layout, QTensor, planar_plane, tile_groups
 
@@ -66,7 +66,7 @@ class QuantizedForm:
         """The codes without their values."""
         N, K = self.shape
         if self.layout == "rows":
-            dtype = FLOAT8 if self.format.float_codes else np.int8
+            dtype = np.uint8 if self.format.float_codes else np.int8
             return jax.ShapeDtypeStruct((*self.lead, N, K // self.format.group, self.format.group), dtype)
         if self.layout == "tiles":
             tiles, blocks = -(-N // TILE), -(-K // TILE_BLOCK)

@@ -115,10 +115,10 @@ class GroupCodes:
         return values
 
     def signed(self) -> _Array:
-        """The numbers less the zero, as int8 `[N, K]`; float8 where codes are floats."""
+        """The numbers less the zero, as int8 `[N, K]`; codes that are floats stay bits, uint8."""
         kind = self.format
         if kind.float_codes:
-            return self.codes.view(FLOAT8)
+            return self.codes
         if kind.table is not None:
             return np.asarray(kind.table, np.int8)[self.codes]
         return (self.codes - np.uint8(kind.zero)).view(np.int8)  # wraps around to the two's complement that is wanted

@@ -23,7 +23,7 @@ class QTensor:
     experts, come before all of a child's own. In the rows layout a code is its own number and `zero` is 0.
     """
 
-    codes: Array  # rows: int8 or float8 [*lead, N, K/g, g]; planar: uint16 [*lead, N, K·bits/16]
+    codes: Array  # rows: int8, or e4m3's bits as uint8 [*lead, N, K/g, g]; planar: uint16 [*lead, N, K·bits/16]
     scales: Array  # rows: f32 [*lead, N, K/g]; planar: float or int8 [*lead, K/g, N]
     mins: Array | None  # as scales, in a type of their own
     scale_supers: Array | None  # planar: f32 [*lead, K/supergroup, N], where scales are int8

@@ -83,6 +83,13 @@ def test_bits_of_a_dense_model_that_is_quantized_while_it_loads(base: Path) -> N
     assert found["planar_bits"] < found["rows_bits"] < 32
 
 
+@pytest.mark.parametrize("row", [row for row in ROWS.values() if row.maker == "base"], ids=lambda row: row.name)
+def test_the_engine_takes_every_rows_settings(base: Path, row: accuracy.Row) -> None:
+    found = bits({"model": str(base), **row.settings})
+    layouts = {"rows"} if row.name == "load:w8a8" else {"rows", "planar"}
+    assert set(found) == {"file_bits", *(f"{layout}_bits" for layout in layouts)}
+
+
 def test_a_row_holds_what_the_engine_finds(workshop: Workshop, meter: Meter) -> None:
     row = ROWS["load:int8"]
     found = measure(row, workshop.path(row), meter, dtype="float32", speed=False)

@@ -5,6 +5,7 @@ from functools import partial
 import hypothesis
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -39,6 +40,15 @@ def test_unpacking_undoes_packing(data):
     words = kernel.pack_planar(codes, bits, plane)
     assert words.shape == (N, K * bits // 16)
     np.testing.assert_array_equal(unpack(jnp.asarray(words), bits, plane), codes)
+
+
+@pytest.mark.optimized  # what flushes subnormals to zero is a matter of how it is compiled
+def test_every_e4m3_is_read_from_its_bits():
+    bits = np.arange(256, dtype=np.uint8)
+    want = bits.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    found = np.asarray(jax.jit(kernel.from_e4m3)(bits))
+    np.testing.assert_array_equal(found, want)
+    np.testing.assert_array_equal(np.signbit(found), np.signbit(want))
 
 
 def test_planes_are_contiguous_along_k():
