@@ -40,9 +40,9 @@ def write_model(folder: Path) -> Path:
     return write_tiny_llama(folder / "m.gguf", embedding_scale=0.35, width=256, heads=(8, 2))
 
 
-def exchanged(path: Path, mesh: str) -> dict[str, list[str]]:
+def exchanged(path: Path, mesh: str, programs: tuple[Program, ...]) -> dict[str, list[str]]:
     """What the devices of a mesh exchange, by program."""
-    shape, programs = parse_mesh(mesh), PROGRAMS[mesh]
+    shape = parse_mesh(mesh)
     config = ModelConfig(model=str(path), dtype="float32", kernels="xla")
     with open_model(resolve(str(path), progress=False)) as files:
         setup = replace(set_up_model(config, files, mesh=shape), devices=shape.build(jax.devices()))
@@ -69,7 +69,7 @@ def _write() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     with tempfile.TemporaryDirectory() as folder:
         path = write_model(Path(folder))
-        found = {mesh: exchanged(path, mesh) for mesh in PROGRAMS}
+        found = {mesh: exchanged(path, mesh, programs) for mesh, programs in PROGRAMS.items()}
     LIST.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from atoma_jax.engine.buckets import Program
 from bench.collectives import differences
-from tests.sharding.programs import LIST, PROGRAMS, exchanged, write_model
+from tests.sharding.programs import DECODE, LIST, PROGRAMS, exchanged, write_model
 
-QUICK = ("fsdp=2,tensor=2", "data=2")  # what exchanges all of it, and nothing; the others take a compiler long
 LISTED = json.loads(LIST.read_text(encoding="utf-8"))
+QUICK = ("fsdp=2,tensor=2", DECODE), ("data=2", DECODE)  # what exchanges all of it, and nothing
+EVERY = [(mesh, program) for mesh, programs in PROGRAMS.items() for program in programs]
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +21,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "mesh", [mesh if mesh in QUICK else pytest.param(mesh, marks=pytest.mark.slow) for mesh in PROGRAMS]
+    ("mesh", "program"),
+    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in EVERY],
+    ids=str,
 )
-def test_a_step_exchanges_what_is_listed(mesh: str, path: Path) -> None:
-    found = exchanged(path, mesh)
-    assert found.keys() == LISTED[mesh].keys()
-    for name, lines in found.items():
-        assert differences(lines, LISTED[mesh][name]) == []
-        assert (lines == []) == (mesh == "data=2"), "slices of data have nothing to say to each other"
+def test_a_step_exchanges_what_is_listed(mesh: str, program: Program, path: Path) -> None:
+    (found,) = exchanged(path, mesh, (program,)).values()
+    assert differences(found, LISTED[mesh][str(program)]) == []
+    assert (found == []) == (mesh == "data=2"), "slices of data have nothing to say to each other"
