@@ -316,10 +316,10 @@ class AsyncLLM:
             self._wake.wait_for(lambda: self._closing or self._calls or self._engine.has_work)
             if self._closing:
                 return False
-            calls, self._calls = self._calls, deque()
+            count = len(self._calls)
         self._busy_since = time.perf_counter()
-        for call in calls:
-            call()
+        for _ in range(count):  # one that raises leaves those behind it to `_die`
+            self._calls.popleft()()
         self._hand_out(self._engine.step())
         return True
 
@@ -340,7 +340,8 @@ class AsyncLLM:
             self._error = error
             calls, self._calls = self._calls, deque()
         for call in calls:  # additions come back with the engine's own error
-            call()
+            with suppress(EngineDeadError):  # a loss that is noticed a second time
+                call()
         for stream in self._streams.values():
             _post(stream.loop, partial(stream.deliver, error))
         self._streams.clear()

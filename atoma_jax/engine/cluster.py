@@ -21,7 +21,11 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 import jax
-from jax._src.distributed import global_state  # of it JAX shows no more than `initialize`
+
+# The one private name of JAX that is used. `jax.distributed` can start the cluster and say that there is one, and
+# `jax.process_count` starts devices to say how many. Before those are there, a process has to know which one it is, and
+# the others have to find process 0: by the store and the address that JAX's coordinator has anyway.
+from jax._src.distributed import global_state
 
 from atoma_jax.config import MeshConfig
 from atoma_jax.engine.channel import TOKEN_BYTES, Connection, Frame, OnLost, accept, connect, listen
@@ -60,6 +64,8 @@ def join(config: MeshConfig) -> int:
         return 0
     if global_state.client is None:
         address = None if config.coordinator_address == "auto" else config.coordinator_address
+        # It would take SIGTERM for itself, and say nothing: a server would never hear that it is to end.
+        jax.config.update("jax_enable_preemption_service", False)
         try:
             jax.distributed.initialize(
                 address,

@@ -35,7 +35,7 @@ class HostParts:
 
         Args:
             shape: of the whole array.
-            dtype: that values are put in.
+            dtype: of the array; values that are put become it.
             lead: how many axes count as blocks.
             place: its sharding; None: one part, for this process's first device.
         """
@@ -93,18 +93,11 @@ class HostParts:
             place = tuple(int(index) - low for index, (low, _) in zip(at, lead, strict=True))
             part.memory[place][target] = values[source]
 
-    def on_devices(self, dtype: Any = None) -> jax.Array:
-        """The array on its devices, which may take the host's memory over; in another type where one is named."""
-
-        def ready(part: _Part) -> _Array:
-            return part.memory if dtype is None else part.memory.astype(dtype, copy=False)
-
+    def on_devices(self) -> jax.Array:
+        """The array on its devices, which may take the host's memory over."""
         if self._place is None:
-            return jax.device_put(ready(self._parts[0]))
-        shards: list[jax.Array] = []
-        for part in self._parts:
-            memory = ready(part)
-            shards += [jax.device_put(memory, device) for device in part.devices]
+            return jax.device_put(self._parts[0].memory)
+        shards = [jax.device_put(part.memory, device) for part in self._parts for device in part.devices]
         return jax.make_array_from_single_device_arrays(self._shape, self._place, shards)
 
 

@@ -101,7 +101,7 @@ class _Reader:
 
     def _dense(self, form: DenseForm) -> jax.Array:
         lead = len(self._source.lead)
-        out = HostParts(form.shape, np.float32, lead, self._place)
+        out = HostParts(form.shape, form.dtype, lead, self._place)
         self._fill_up(form.shape[lead], [out])
         vector = len(form.shape) == lead + 1
 
@@ -111,7 +111,7 @@ class _Reader:
             out.put(block, to, values + np.float32(part.plus) if part.plus else values)
 
         self._each_chunk(put, out.wants, None if vector else form.shape[-2])
-        return out.on_devices(form.dtype)
+        return out.on_devices()
 
     def _quantized(self, form: QuantizedForm) -> QTensor:
         lead = len(self._source.lead)

@@ -243,6 +243,42 @@ class TestTheEnd:
 
         asyncio.run(main())
 
+    @pytest.mark.parametrize("noticed", ["in a step", "between steps"])
+    def test_a_lost_process_is_heard_of_by_everyone(
+        self, serve: Serve, monkeypatch: pytest.MonkeyPatch, noticed: str
+    ) -> None:
+        """Another thread tells of it, too, while a step fails, or in front of a request that comes in."""
+        held, go = threading.Event(), threading.Event()
+        served = serve()
+
+        def fail() -> None:
+            raise EngineDeadError("process 1 is lost")
+
+        def hold() -> None:
+            held.set()
+            go.wait(20)
+
+        async def main() -> None:
+            asked = finish(served.generate(prompt_of(5), GREEDY, "r"))
+            monkeypatch.setattr(served._engine, "check", fail)
+            if noticed == "in a step":
+                monkeypatch.setattr(served._engine, "step", lambda: (hold(), fail()))
+                task = asyncio.create_task(asked)
+                await asyncio.to_thread(held.wait, 20)
+                served._on_lost()
+            else:
+                served._call(hold)
+                await asyncio.to_thread(held.wait, 20)
+                served._on_lost()
+                task = asyncio.create_task(asked)
+                while len(served._calls) < 2:
+                    await asyncio.sleep(0.001)
+            go.set()
+            with pytest.raises(EngineDeadError, match="process 1 is lost"):
+                await asyncio.wait_for(task, 20)
+
+        asyncio.run(main())
+
     def test_cancelling_while_the_engine_dies_stays_a_cancellation(self, serve: Serve) -> None:
         served = serve(fails_at=1)
 

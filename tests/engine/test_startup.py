@@ -154,6 +154,42 @@ class TestReport:
         assert limits.weight_bytes == sum(leaf.nbytes for leaf in weights)
 
 
+def test_programs_that_need_more_than_was_left_get_it_from_the_cache(
+    tiny_path: Path, shared_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they need is known once they are compiled, and they are compiled for a number of pages: so twice."""
+    options: dict[str, Any] = {**SIZES, "decode_rows": (4,), "prefill_tokens": (32,)}
+    del options["num_pages"]
+    needed = shared_llm.startup.device_bytes["workspace"][1]
+    weights = shared_llm.llm_engine.model_config.weight_bytes
+    free = weights + 3 * needed // 2  # the cache would take half of what weights leave
+    monkeypatch.setattr("atoma_jax.engine.startup.free_host_bytes", lambda: free)
+    compiled: list[Runner] = []
+    compile_ = Runner.compile
+
+    def noted(self: Runner, abstract: Any, *, threads: int) -> Any:
+        compiled.append(self)
+        return compile_(self, abstract, threads=threads)
+
+    monkeypatch.setattr(Runner, "compile", noted)
+    monkeypatch.setattr("atoma_jax.engine.startup.has_llguidance", lambda: False)  # programs that nobody needs here
+    llm = LLM(str(tiny_path), **options)
+    limits, bytes_of = llm.llm_engine.model_config, llm.startup.device_bytes
+    assert len(compiled) == 2
+    assert llm.llm_engine._runner is compiled[1]
+    page_bytes = limits.kv_cache_bytes // limits.num_pages
+    assert limits.num_pages < (free - weights) // 2 // page_bytes
+    assert limits.num_pages == (free - weights - bytes_of["workspace"][1]) // page_bytes
+    assert bytes_of["KV cache"] == (limits.kv_cache_bytes, limits.kv_cache_bytes)
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    prompts: list[list[int]] = [list(range(3 + 5 * row, 40 + 5 * row)) for row in range(6)]
+    mine, want = (one.generate(prompts, params, use_tqdm=False) for one in (llm, shared_llm))
+    assert [output.outputs[0].token_ids for output in mine] == [output.outputs[0].token_ids for output in want]
+    assert llm.stats().recompilations == 0
+    llm.llm_engine.check_integrity()
+    llm.shutdown()
+
+
 @pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.Q4_0])
 @pytest.mark.slow
 def test_other_tensor_types_and_arithmetic_run(tmp_path: Path, kind: gguf.GGMLQuantizationType) -> None:

@@ -1,5 +1,6 @@
 """Tiny models of every kind that a mesh cuts in another way. Those that need PyTorch say so when they are skipped."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import gguf
 import jax
 import pytest
 
+from atoma_jax.errors import DownloadError
+from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.gguf.mixtures import TypeOptions
 from atoma_jax.loading.gguf.requantize import requantize
 from tests.tiny_model import write_tiny_llama
@@ -59,21 +62,35 @@ def _hf(name: str) -> Callable[[Path], Path]:
     return make
 
 
+def _pulled(name: str) -> Callable[[Path], Path]:
+    def fetch(folder: Path) -> Path:
+        try:
+            return resolve(name, progress=False).path
+        except DownloadError as error:
+            pytest.skip(str(error))
+
+    return fetch
+
+
 MODELS: dict[str, Callable[[Path], Path]] = {
     "Q4_1": _tiny("Q4_1", width=256, heads=(8, 2)),
     "Q4_K": _mixture,  # two supergroups of inputs, and layers of several types
     "F32": _tiny("F32", heads=(8, 8)),
     "ternary": lambda folder: TERNARY / "hf",
     **{name: _hf(name) for name in ("gemma", "mixtral", "biases", "GPTQ", "AWQ")},
+    "smollm2": _pulled("smollm2-135m-instruct"),  # in Q4_1
+    "gemma3": _pulled("gemma3-270m"),  # in Q4_K_M
 }
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_compiler() -> Iterator[None]:
-    """LLVM does not optimize programs that run a few steps; what XLA makes of them, collectives too, is the same."""
+    """LLVM does not optimize programs of tiny models, which run a few steps; what XLA makes of them is the same."""
     compiled = jax.stages.Lowered.compile
 
     def quickly(lowered: Any) -> Any:
+        if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "0":  # a real model's, which run many
+            return compiled(lowered)
         return compiled(lowered, {"xla_backend_optimization_level": 0})
 
     with pytest.MonkeyPatch.context() as patch:

@@ -36,8 +36,13 @@ def set_up(path: Path, mesh: str | None, **options: Any) -> tuple[ModelSetup, An
         return setup, setup.load(threads=2)
 
 
-def log_probabilities(path: Path, mesh: str | None, texts: list[list[int]], **options: Any) -> list[np.ndarray]:
-    """[T, V] of each text behind each of its tokens but the last. As many texts as the mesh has slices run at once."""
+def log_probabilities(
+    path: Path, mesh: str | None, texts: list[list[int]], *, most: int | None = None, **options: Any
+) -> list[np.ndarray]:
+    """[T, V] of each text behind each of its tokens but the last. As many texts as the mesh has slices run at once.
+
+    `most`: as many of the likeliest tokens alone; NaN stands for the others.
+    """
     setup, weights = set_up(path, mesh, **options)
     shape, count = setup.backend.mesh, max(map(len, texts)) - 1
     pages = -(-count // PAGE)
@@ -47,7 +52,7 @@ def log_probabilities(path: Path, mesh: str | None, texts: list[list[int]], **op
         SamplerShape(slots=1, vocab_size=setup.spec.vocab_size, max_model_len=count + 1),
         setup.backend,
         Buckets(decode=(), mixed=(), score=Program("score", count, 1)),
-        StepSizes(table_width=pages, page_size=PAGE, max_logprobs=setup.vocab_size, fixed_parts=False),
+        StepSizes(table_width=pages, page_size=PAGE, max_logprobs=most or setup.vocab_size, fixed_parts=False),
         num_pages=pages + 1,
         kv_dtype="float32",
         split_prefill=False,
@@ -69,7 +74,7 @@ def log_probabilities(path: Path, mesh: str | None, texts: list[list[int]], **op
         whole = np.full((len(output.top_ids), setup.vocab_size), np.nan, np.float32)
         np.put_along_axis(whole, output.top_ids, output.top_logprobs, axis=1)
         assert output.ok.all()
-        assert not np.isnan(whole).any(), "every token of the vocabulary is there, and none of what fills it up"
+        assert most or not np.isnan(whole).any(), "every token of the vocabulary is there, and none of what fills it up"
         found += np.split(whole, np.cumsum([len(text) - 1 for text in together])[:-1])
     return found
 

@@ -1,17 +1,28 @@
-"""An engine on a mesh: answers of one device, and memory as planned."""
+"""An engine on a mesh: answers of one device, memory as planned, and runners that follow it.
 
+All of it in one file, which one worker runs: what takes time is compiling."""
+
+import asyncio
+import copy
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
-from atoma_jax import LLM, plan_model
+from atoma_jax import LLM, AsyncLLM, EngineDeadError, SamplingParams, plan_model
 from atoma_jax.config import EngineConfig
+from atoma_jax.engine.engine import Engine
+from atoma_jax.engine.grammars import has_llguidance
+from atoma_jax.engine.runner import Runner
 from atoma_jax.errors import ConfigError
 from sharding.plan import allocated_bytes
+from tests.engine.test_cluster import PATIENCE, cluster_on
 from tests.engine.traffic import bound_asks, greedy, random_asks, run_all, same_output
 from tests.sharding.programs import write_model
 
@@ -58,7 +69,7 @@ def engine_of(path: Path) -> Callable[[str | None], LLM]:
 @meshes
 def test_answers_are_those_of_one_device(mesh: str, engine_of: Callable[[str | None], LLM]) -> None:
     """Of random requests of every kind, many at once: some are preempted, some find their prefixes."""
-    asks = random_asks(Random(7), 48)
+    asks = random_asks(Random(7), 24)
     asks[::2] = [greedy(ask) for ask in asks[::2]]
     want = run_all(engine_of(None).llm_engine, asks)
     llm = engine_of(mesh)
@@ -77,7 +88,7 @@ def test_answers_are_those_of_one_device(mesh: str, engine_of: Callable[[str | N
 def test_structured_answers_are_those_of_one_device(mesh: str, engine_of: Callable[[str | None], LLM]) -> None:
     """Bits of allowed tokens go to the slots of every slice, and each device reads those of its own tokens."""
     pytest.importorskip("llguidance", reason="needs the extra `server`: llguidance")
-    asks = bound_asks(8)
+    asks = bound_asks(4)
     want = run_all(engine_of(None).llm_engine, asks)
     llm = engine_of(mesh)
     for one, other in zip(want, run_all(llm.llm_engine, asks), strict=True):
@@ -118,6 +129,65 @@ def test_every_device_holds_what_was_planned(mesh: str, path: Path, engine_of: C
         "weights": (planned.weight_bytes, planned.weight_bytes),
         "KV cache": (llm.llm_engine.model_config.kv_cache_bytes, next(iter(pages.values()))),
     }
+
+
+class TestSeveralProcesses:
+    """Played by runners of this one, which share weights and programs."""
+
+    def test_a_follower_holds_what_the_leader_holds(
+        self, engine_of: Callable[[str | None], LLM], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Bit for bit, on every device."""
+        leader = engine_of(QUICK[0]).llm_engine
+        runners = [leader._runner, twin(leader._runner)]
+        for process, (runner, sock) in enumerate(zip(runners, socket.socketpair(), strict=True)):
+            cluster = cluster_on(sock, process)
+            monkeypatch.setattr(runner, "_cluster", cluster)
+            monkeypatch.setattr(runner, "_run", cluster.run)
+        thread = threading.Thread(target=runners[1].follow)
+        thread.start()
+        asks = random_asks(Random(5), 12)  # of every kind: with rules, scores, penalties
+        asks += bound_asks(2) if has_llguidance() else []
+        before = np.asarray(leader._runner._state.sampler.last_token)
+        run_all(leader, asks)
+        assert not np.array_equal(before, leader._runner._state.sampler.last_token)
+        leader._runner._cluster.close()
+        thread.join(PATIENCE)
+        for one, other in zip(*(jax.tree.leaves(runner._state) for runner in runners), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+    def test_an_idle_engine_notices_that_another_process_is_lost(self, engine_of: Callable[[str | None], LLM]) -> None:
+        async def wait_for_the_end() -> None:
+            llm = AsyncLLM(engine, started.startup)
+            await llm.check_health()
+            other.close("process 1 failed: its machine is gone")
+            while not llm.is_dead:
+                await asyncio.sleep(0.01)
+            with pytest.raises(EngineDeadError, match="its machine is gone"):
+                await llm.check_health()
+            with pytest.raises(EngineDeadError, match="its machine is gone"):
+                async for _ in llm.generate("the cat", SamplingParams(), "r"):
+                    pass
+
+        started, ends = engine_of(QUICK[0]), socket.socketpair()
+        of = started.llm_engine
+        runner, other = twin(of._runner), cluster_on(ends[1], 1)
+        runner._cluster = cluster_on(ends[0], 0)
+        engine = Engine(
+            *(of.tokenizer, of._scheduler, runner, of._sampler, of.model_config),
+            pipelined=True,
+            seed=0,
+            default_params=of.default_params,
+        )
+        asyncio.run(asyncio.wait_for(wait_for_the_end(), PATIENCE))
+
+
+def twin(runner: Runner) -> Runner:
+    """Another one of the same weights and programs, with a state of its own, which may be closed."""
+    other = copy.copy(runner)
+    other._programs = dict(runner._programs)
+    other._state = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), leaf.sharding), runner._state)
+    return other
 
 
 class TestRefusals:
