@@ -1,6 +1,7 @@
 """An engine on a mesh: answers of one device, memory as planned, and runners that follow it.
 
-All of it in one file, which one worker runs: what takes time is compiling."""
+All of it in one file, which one worker runs: what takes time is compiling.
+"""
 
 import asyncio
 import copy
