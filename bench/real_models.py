@@ -41,6 +41,10 @@ LLAMA_8B = ModelSpec(  # Llama-3.1-8B
     rope=_rope(128, 500_000.0),
     attention_scale=128**-0.5,
 )
+LLAMA_1B = replace(  # Llama-3.2-1B
+    LLAMA_8B, dim=2048, num_layers=16, head_dim=64, ffn_dim=8192, tied_embeddings=True,
+    rope=_rope(64, 500_000.0), attention_scale=64**-0.5,
+)  # fmt: skip
 TINY = replace(  # for a machine without a GPU
     LLAMA_8B, vocab_size=512, dim=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=512,
     rope=_rope(64, 10_000.0), attention_scale=64**-0.5,

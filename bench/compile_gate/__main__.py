@@ -1,4 +1,5 @@
-"""`python -m bench.compile_gate [--all] [--only REGEX] [--target h200] [--write]`: compiles kernels, compares, reports.
+"""`python -m bench.compile_gate [--all] [--only REGEX] [--target h200] [--steps] [--meshes] [--write]`: compiles
+kernels and steps, compares, reports.
 
 Ends with 1 where a kernel spills, does not fit, or takes more than the committed table says.
 """
@@ -22,6 +23,9 @@ def main(
     target: Annotated[str | None, typer.Option(help="h200, a100 or b200.")] = None,
     write: Annotated[bool, typer.Option(help="Keep what is found in docs/kernels.json and docs/kernels.md.")] = False,
     steps: Annotated[bool, typer.Option(help="Check whole steps of Llama-3.1-8B instead; --all does both.")] = False,
+    meshes: Annotated[
+        bool, typer.Option(help="Those over four and eight GPUs instead; by default two of them.")
+    ] = False,
 ) -> None:
     """Compile kernels for GPUs that are not here."""
     import jax
@@ -30,7 +34,7 @@ def main(
         raise typer.BadParameter(f"must be one of {', '.join(get_args(Target))}, got {target!r}")
     known = table.read()
     wrong: list[str] = []
-    for case, gpu in [] if steps and not every else _chosen(every, only, target):
+    for case, gpu in [] if (steps or meshes) and not every else _chosen(every, only, target):
         try:
             row = measure(case, gpu)
         except Exception as error:  # the others are still worth knowing
@@ -44,6 +48,8 @@ def main(
             wrong += table.problems(case.name, gpu, row, known, same_jax=known["jax"] == jax.__version__)
     if steps or (every and only is None):
         wrong += _steps()
+    if meshes or (not steps and only is None and target in (None, "h200")):
+        wrong += _meshes(every or meshes, write=write)
     for problem in wrong:
         print(problem, file=sys.stderr)
     raise typer.Exit(1 if wrong else 0)
@@ -81,6 +87,18 @@ def _steps() -> list[str]:
             found = check_step(type_name, program, "h200")
             print(f"Llama-3.1-8B, {type_name}, {program}: {len(found)} problems", flush=True)
             wrong += found
+    return wrong
+
+
+def _meshes(every: bool, *, write: bool) -> list[str]:
+    """What is wrong with steps over several H200s."""
+    from bench.compile_gate.meshes import CASES, QUICK, check
+
+    wrong: list[str] = []
+    for case in CASES if every else QUICK:
+        found = check(case, "h200", write=write)
+        print(f"Llama-3.1-8B, {', '.join(map(str, case))}: {len(found)} problems", flush=True)
+        wrong += found
     return wrong
 
 

@@ -49,22 +49,28 @@ def compiled(function: Any, arguments: tuple[Any, ...], target: Target, **jit: A
         target: which GPU.
         jit: further arguments of `jax.jit`.
     """
-    mesh = _mesh(target)
+    mesh = Mesh(devices(target, 1), ("x",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     device = AbstractDevice(NAMES[target], 1, "cuda")
     abstract = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
     with use_abstract_mesh(abstract):  # from JAX 0.11 on, Pallas asks it for the GPU that it lowers for
         lowered = jax.jit(function, **jit).trace(*placed).lower()
+    return compiled_lowered(lowered)
+
+
+def compiled_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Likewise what was lowered for some `devices`."""
     for path in DUMP.iterdir():
         path.unlink() if path.is_file() else shutil.rmtree(path)
     return lowered.compile()
 
 
-def _mesh(target: Target) -> Mesh:
+def devices(target: Target, count: int) -> Any:
+    """GPUs of one host, to compile for."""
     jax.devices()  # finds the plugin, which registers a client that can only compile
     config = Path(__file__).with_name("targets") / f"{target}.txtpb"
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=config.read_text(encoding="utf-8"), topology="1x1x1"
+        platform="cuda", target_config=config.read_text(encoding="utf-8"), topology=f"1x1x{count}"
     )
-    return Mesh(topology.devices[:1], ("x",), axis_types=(AxisType.Auto,))
+    return topology.devices[:count]

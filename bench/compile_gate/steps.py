@@ -1,7 +1,5 @@
 """Whole steps of Llama-3.1-8B compiled for a GPU; their HLO must neither copy weights or the KV cache nor hold a weight
-dequantized.
-
-Several devices are left out until the engine shards its weights.
+dequantized. Those of several devices are `meshes.py`'s.
 """
 
 import math
@@ -51,15 +49,18 @@ def check_step(type_name: str, program: Program, target: Target) -> list[str]:
     return [f"{type_name}, {program} on {target}: {problem}" for problem in problems]
 
 
-def hlo_problems(hlo: str, spec: ModelSpec, state: Any, weights: Any, *, packed: bool) -> Iterator[str]:
+def hlo_problems(
+    hlo: str, spec: ModelSpec, state: Any, weights: Any, *, packed: bool, gathers: bool = False
+) -> Iterator[str]:
     """Instructions whose results should not be in memory.
 
     Args:
         hlo: text of a compiled step.
-        spec: its model.
-        state: `EngineState`, abstract.
-        weights: the model's, abstract.
+        spec: its model, as one device computes it.
+        state: `EngineState`, abstract, as on one device.
+        weights: the model's, abstract, likewise.
         packed: no matrix of a layer may be there with one number for each element.
+        gathers: weights are spread over devices: each copies its part of a layer to send it.
     """
     D, F, L = spec.dim, spec.ffn_dim, spec.num_layers
     heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
@@ -72,7 +73,7 @@ def hlo_problems(hlo: str, spec: ModelSpec, state: Any, weights: Any, *, packed:
         size = math.prod(shape)
         if size == cache and operation in _COPIES:
             yield f"{name} copies the KV cache"
-        if (dtype, _without_ones(shape)) in sliced and operation in ("fusion", "dynamic-slice", "copy"):
+        if (dtype, _without_ones(shape)) in sliced and not gathers and operation in ("fusion", "dynamic-slice", "copy"):
             yield f"{name} copies a layer's weight, {dtype}{list(shape)}, out of its stack"
         if dtype == "u8" and size in as_bytes and operation in (*_COPIES, "fusion", "bitcast-convert"):
             yield f"{name} writes a stack of weights anew, as bytes"

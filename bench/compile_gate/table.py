@@ -1,4 +1,5 @@
-"""The table of what kernels take: kept as JSON, shown as Markdown, compared with what was just compiled."""
+"""The table of what kernels take: kept as JSON, shown as Markdown, compared with what was just compiled. Likewise the
+list of what steps over meshes take and exchange."""
 
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ Rows: TypeAlias = dict[str, dict[str, dict[str, Any]]]  # case → target → wh
 
 _DOCS = Path(__file__).parents[2] / "docs"
 TABLE, PAGE = _DOCS / "kernels.json", _DOCS / "kernels.md"
+STEPS = Path(__file__).with_name("collectives.json")
 BEGIN, END = "<!-- compile gate: begin -->", "<!-- compile gate: end -->"
 
 MORE_REGISTERS = 8  # ptxas rounds to eights
@@ -30,6 +32,18 @@ def write(jax_version: str, rows: Rows) -> None:
     before, _, rest = page.partition(BEGIN)
     after = rest.partition(END)[2]
     PAGE.write_text(f"{before}{BEGIN}\n{markdown(value)}\n{END}{after}", encoding="utf-8")
+
+
+def read_steps() -> dict[str, Any]:
+    """Steps over meshes as committed: `jax`, and `cases` with bytes and collectives by name."""
+    return json.loads(STEPS.read_text(encoding="utf-8")) if STEPS.exists() else {"jax": "", "cases": {}}
+
+
+def write_step(jax_version: str, name: str, row: dict[str, Any]) -> None:
+    """Replaces one of them."""
+    cases = read_steps()["cases"] | {name: row}
+    value = {"jax": jax_version, "cases": dict(sorted(cases.items()))}
+    STEPS.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def problems(name: str, target: str, found: dict[str, Any], known: dict[str, Any], *, same_jax: bool) -> list[str]:
