@@ -61,7 +61,7 @@ native: $(VENV)/.installed
 
 run: native
 	@$(BIN)/atoma-jax pull $(MODEL) >/dev/null
-	@$(BIN)/atoma-jax generate --model $(MODEL) --chat --temperature 0.7 --prompt "$(PROMPT)"
+	@$(BIN)/atoma-jax generate --model $(MODEL) --chat --temperature 0.2 --top-p 0.9 --prompt "$(PROMPT)"
 
 test: $(STAMP) native
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

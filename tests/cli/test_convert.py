@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 from typer.testing import Result
 
@@ -34,15 +36,22 @@ def test_there_and_back(run: Run, folder: Path, small_engine: tuple[str, ...]) -
     back = run("convert", str(folder / "tiny"), str(folder / "back.gguf"), "--to", "gguf")
     assert (back.exit_code, back.stdout) == (0, f"{folder / 'back.gguf'}\n"), back.stderr
     assert "MB written" in back.stderr
+    before, after = (
+        {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+        for reader in (gguf.GGUFReader(folder / name) for name in ("tiny.gguf", "back.gguf"))
+    )
+    assert set(after) == set(before)
+    for name, values in before.items():
+        np.testing.assert_array_equal(after[name], values)
     texts = []
-    for model in ("tiny.gguf", "tiny", "back.gguf"):
+    for model in ("tiny.gguf", "tiny"):
         flags = ("--prompt", "the cat", "--max-tokens", "8", "--temperature", "0", "--json")
         result = run("generate", "--model", str(folder / model), *small_engine, *flags)
         assert result.exit_code == 0, result.stderr
         answer = json.loads(result.stdout)
         texts.append(answer["outputs"][0]["text"])
         assert ("restore" in answer["timings"]["startup_phases_s"]) == (model == "tiny")
-    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] == texts[1]
     plans = [json.loads(run("plan", str(folder / model), "--json").stdout) for model in ("tiny.gguf", "tiny")]
     assert plans[0]["weights"] == plans[1]["weights"]
     assert plans[0]["parameters"] == plans[1]["parameters"]

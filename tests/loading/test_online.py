@@ -3,6 +3,7 @@
 import gguf
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -36,7 +37,9 @@ def set_up(tmp_path, tiny_model):
 def values_of(weight: QTensor) -> np.ndarray:
     """Of the rows layout."""
     assert weight.layout == "rows"
-    values = np.asarray(weight.codes).astype(np.float32) * np.asarray(weight.scales)[..., None]
+    codes = np.asarray(weight.codes)
+    numbers = codes.view(ml_dtypes.float8_e4m3fn) if codes.dtype == np.uint8 else codes
+    values = numbers.astype(np.float32) * np.asarray(weight.scales)[..., None]
     if weight.mins is not None:
         values = values - np.asarray(weight.mins)[..., None]
     return values.reshape(*weight.lead, *weight.shape)

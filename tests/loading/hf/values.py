@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from atoma_jax.loading.checkpoint import StoredTensor
@@ -45,7 +46,10 @@ def assert_tensor_is(tensor: StoredTensor, values: np.ndarray, **facts: object) 
 def of_signed_numbers(decoded: GroupCodes) -> np.ndarray:
     """The values from numbers in a byte each, without zero points."""
     by_group = (*decoded.scales.values.shape, decoded.format.group)
-    values = decoded.signed().astype(np.float32).reshape(by_group) * decoded.scales.flat()[..., None]
+    numbers = decoded.signed()
+    if decoded.format.float_codes:
+        numbers = numbers.view(ml_dtypes.float8_e4m3fn)
+    values = numbers.astype(np.float32).reshape(by_group) * decoded.scales.flat()[..., None]
     if decoded.mins is not None:
         values -= decoded.mins.flat()[..., None]
     return values.reshape(decoded.codes.shape)
