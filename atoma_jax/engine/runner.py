@@ -21,6 +21,7 @@ from atoma_jax.engine.batch import SlotTables, batch_size, pack
 from atoma_jax.engine.buckets import Buckets, Program
 from atoma_jax.engine.cluster import Cluster, Order
 from atoma_jax.engine.compilations import COMPILATIONS
+from atoma_jax.engine.compile_options import compile_options
 from atoma_jax.engine.mesh_step import MeshStep
 from atoma_jax.engine.plan import SlicedPlan, StepPlan
 from atoma_jax.engine.sampler_state import SamplerShape, SlotRow, SlotRules, empty_row, write_allowed, write_slot
@@ -124,6 +125,7 @@ class Runner:
             kv_dtype=kv_dtype,
         )
         self._slots = sampler.slots
+        self._options = compile_options(backend.platform)
         self._tables = [SlotTables.empty(sampler.slots, sizes.table_width) for _ in range(slices)]
         self._write_slot_shape = (jax.ShapeDtypeStruct((), jnp.int32), empty_row(sampler))
         self._programs: dict[Program, Future[Any]] = {}
@@ -149,6 +151,7 @@ class Runner:
         if mesh is not None:
             state = mesh.abstract_state(state)
         self._sampler_bytes = sum(_device_part(leaf) for leaf in jax.tree.leaves(state.sampler))
+        options = self._options
         pool = ThreadPoolExecutor(threads, "compile", initializer=COMPILATIONS.plan_this_thread)
 
         def build(program: Program) -> Any:
@@ -157,23 +160,25 @@ class Runner:
             step = partial(run_step, graph=self._graph, program=program, sizes=self._sizes)
             if mesh is not None:
                 step = mesh.step(step, weights, state)
-            return jax.jit(step, donate_argnums=1).lower(weights, state, words).compile()
+            return jax.jit(step, donate_argnums=1).lower(weights, state, words).compile(options)
 
         def build_write() -> Any:
             if mesh is None:
-                return jax.jit(write_slot, donate_argnums=0).lower(state.sampler, *self._write_slot_shape).compile()
+                return (
+                    jax.jit(write_slot, donate_argnums=0).lower(state.sampler, *self._write_slot_shape).compile(options)
+                )
             _, row = self._write_slot_shape
             write, number = mesh.slot_writer(state.sampler, row), mesh.abstract_number()
             row = mesh.abstract_row(row, state.sampler)
-            return jax.jit(write, donate_argnums=0).lower(state.sampler, number, number, row).compile()
+            return jax.jit(write, donate_argnums=0).lower(state.sampler, number, number, row).compile(options)
 
         def build_allowed(rows: int) -> Any:
             slots, bits = (rows,), (rows, self._mask_words)
             if mesh is None:
                 shapes = jax.ShapeDtypeStruct(slots, jnp.int32), jax.ShapeDtypeStruct(bits, jnp.int32)
-                return jax.jit(write_allowed, donate_argnums=0).lower(state.sampler, *shapes).compile()
+                return jax.jit(write_allowed, donate_argnums=0).lower(state.sampler, *shapes).compile(options)
             write, shapes = mesh.allowed_writer(state.sampler), mesh.abstract_allowed(*bits)
-            return jax.jit(write, donate_argnums=0).lower(state.sampler, *shapes).compile()
+            return jax.jit(write, donate_argnums=0).lower(state.sampler, *shapes).compile(options)
 
         self._programs = {program: pool.submit(build, program) for program in self.buckets.programs}
         self._write_slot = pool.submit(build_write)
