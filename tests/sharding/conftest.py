@@ -1,7 +1,7 @@
 """Tiny models of every kind that a mesh cuts in another way. Those that need PyTorch say so when they are skipped."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +88,10 @@ def _quick_compiler() -> Iterator[None]:
     """LLVM does not optimize programs of tiny models, which run a few steps; what XLA makes of them is the same."""
     compiled = jax.stages.Lowered.compile
 
-    def quickly(lowered: Any) -> Any:
+    def quickly(lowered: Any, options: Mapping[str, Any]) -> Any:
         if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "0":  # a real model's, which run many
-            return compiled(lowered)
-        return compiled(lowered, {"xla_backend_optimization_level": 0})
+            return compiled(lowered, {**options})
+        return compiled(lowered, {**options, "xla_backend_optimization_level": 0})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.stages.Lowered, "compile", quickly)
