@@ -8,6 +8,7 @@ Times are the thread's CPU time, which other processes on the machine do not cha
 import json
 import statistics
 import time
+from collections.abc import Callable
 
 import numpy as np
 import typer
@@ -67,18 +68,33 @@ class StubOutput:
         return HostOutput(self._tokens, np.ones(len(self._tokens), np.bool_), None, None, None, None)
 
 
-def main(model: str = "smollm2-135m-instruct", rows: int = 64, steps: int = 300, max_model_len: int = 8192) -> None:
-    """Prints host CPU milliseconds of a decode step as one JSON object: median and 90th percentile."""
+def stub_engine(
+    model: str,
+    rows: int,
+    steps: int,
+    max_model_len: int,
+    make_runner: Callable[[Buckets, int, int, int], StubRunner] = StubRunner,
+) -> Engine:
+    """An engine for `rows` sequences of `steps` tokens each, with a model's tokenizer and no model.
+
+    Args:
+        model: a GGUF file, or a name or hub id of one.
+        rows: that run at once.
+        steps: tokens of an answer, of a prompt of `PROMPT_TOKENS`.
+        max_model_len: as the engine's.
+        make_runner: the device, from what `StubRunner` takes.
+    """
     with GGUFFile.open(resolve(model).path) as file:
         tokenizer = load_gguf_tokenizer(file.metadata)
     tokens = max(512, rows)
     buckets = make_buckets(CompileConfig(), max_num_seqs=rows, max_num_batched_tokens=tokens, growth=2)
     pages = rows * (-(-(PROMPT_TOKENS + steps) // PAGE_SIZE) + 1) + 1
     limits = SchedulerLimits(max_num_seqs=rows, max_num_batched_tokens=tokens, max_model_len=max_model_len)
-    engine = Engine(
+    runner = make_runner(buckets, rows, max_model_len // PAGE_SIZE, tokenizer.vocab_size)
+    return Engine(
         tokenizer,
         Scheduler(PagePool(pages, PrefixCache(PAGE_SIZE)), limits),
-        StubRunner(buckets, rows, max_model_len // PAGE_SIZE, tokenizer.vocab_size),  # pyright: ignore[reportArgumentType]
+        runner,  # pyright: ignore[reportArgumentType]
         SamplerShape(slots=rows, vocab_size=tokenizer.vocab_size, max_model_len=max_model_len),
         EngineLimits(
             model=model,
@@ -96,11 +112,16 @@ def main(model: str = "smollm2-135m-instruct", rows: int = 64, steps: int = 300,
         seed=0,
         default_params=SamplingParams(),
     )
-    random = np.random.default_rng(1)
+
+
+def main(model: str = "smollm2-135m-instruct", rows: int = 64, steps: int = 300, max_model_len: int = 8192) -> None:
+    """Prints host CPU milliseconds of a decode step as one JSON object: median and 90th percentile."""
+    engine = stub_engine(model, rows, steps, max_model_len)
+    random, vocab_size = np.random.default_rng(1), engine.model_config.vocab_size
     # As a server asks: what is new in each step.
     params = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
     for row in range(rows):
-        engine.add_request(str(row), random.integers(1000, tokenizer.vocab_size, PROMPT_TOKENS).tolist(), params)
+        engine.add_request(str(row), random.integers(1000, vocab_size, PROMPT_TOKENS).tolist(), params)
     seconds: list[float] = []
     while engine.has_work:
         begin = time.thread_time()

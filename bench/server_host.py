@@ -11,31 +11,20 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 import typer
 
-from atoma_jax import AsyncLLM, EngineConfig, SamplingParams
-from atoma_jax.config import CompileConfig
-from atoma_jax.engine.admission import SchedulerLimits
-from atoma_jax.engine.buckets import make_buckets
-from atoma_jax.engine.engine import Engine
-from atoma_jax.engine.limits import EngineLimits
-from atoma_jax.engine.pages import PagePool
+from atoma_jax import AsyncLLM, EngineConfig
 from atoma_jax.engine.plan import StepPlan
-from atoma_jax.engine.prefix_cache import PrefixCache
 from atoma_jax.engine.runner import HostOutput
-from atoma_jax.engine.sampler_state import SamplerShape
-from atoma_jax.engine.scheduler import Scheduler
 from atoma_jax.engine.startup import StartupReport
-from atoma_jax.loading.fetch.hub import resolve
-from atoma_jax.loading.gguf.file import GGUFFile
 from atoma_jax.server.run import Process, listen
 from atoma_jax.server.service import Service
 from atoma_jax.server.settings import ServerConfig
-from atoma_jax.tokenizer import load_gguf_tokenizer
-from bench.host_step import PAGE_SIZE, PROMPT_TOKENS, StubOutput, StubRunner
+from bench.host_step import PROMPT_TOKENS, StubOutput, StubRunner, stub_engine
 
 MAX_MODEL_LEN = 8192
 
@@ -57,11 +46,14 @@ class SlowOutput(StubOutput):
 class SlowRunner(StubRunner):
     """Steps of a fixed time."""
 
-    seconds = 0.0
+    def __init__(self, *sizes: Any, seconds: float):
+        """`sizes` as of the base; `seconds` of a step."""
+        super().__init__(*sizes)
+        self._seconds = seconds
 
     def launch(self, plan: StepPlan) -> StubOutput:
         """Packs the plan; the device sleeps."""
-        return SlowOutput(super().launch(plan).read().tokens, self.seconds)
+        return SlowOutput(super().launch(plan).read().tokens, self._seconds)
 
     def check(self) -> None:
         """One process alone cannot lose another."""
@@ -71,40 +63,6 @@ class SlowRunner(StubRunner):
 
     def close(self) -> None:
         """Nothing to give back."""
-
-
-def build(model: str, rows: int, tokens: int, step_ms: float) -> AsyncLLM:
-    """The engine, as `bench.host_step` has it."""
-    with GGUFFile.open(resolve(model).path) as file:
-        tokenizer = load_gguf_tokenizer(file.metadata)
-    budget = max(512, rows)
-    pages = rows * (-(-(PROMPT_TOKENS + tokens) // PAGE_SIZE) + 1) + 1
-    buckets = make_buckets(CompileConfig(), max_num_seqs=rows, max_num_batched_tokens=budget, growth=2)
-    limits = SchedulerLimits(max_num_seqs=rows, max_num_batched_tokens=budget, max_model_len=MAX_MODEL_LEN)
-    runner = SlowRunner(buckets, rows, MAX_MODEL_LEN // PAGE_SIZE, tokenizer.vocab_size)
-    runner.seconds = step_ms / 1e3
-    engine = Engine(
-        tokenizer,
-        Scheduler(PagePool(pages, PrefixCache(PAGE_SIZE)), limits),
-        runner,  # pyright: ignore[reportArgumentType]
-        SamplerShape(slots=rows, vocab_size=tokenizer.vocab_size, max_model_len=MAX_MODEL_LEN),
-        EngineLimits(
-            model=model,
-            max_model_len=MAX_MODEL_LEN,
-            vocab_size=tokenizer.vocab_size,
-            max_num_seqs=rows,
-            max_num_batched_tokens=budget,
-            max_logprobs=20,
-            num_pages=pages,
-            page_size=PAGE_SIZE,
-            kv_cache_bytes=0,
-            weight_bytes=0,
-        ),
-        pipelined=True,
-        seed=0,
-        default_params=SamplingParams(),
-    )
-    return AsyncLLM(engine, StartupReport())
 
 
 async def client(address: tuple[str, int], chat: bool, tokens: int) -> int:
@@ -142,7 +100,8 @@ def main(
     if port is not None:
         asyncio.run(ask_all(port, clients, chat, tokens))
         return
-    llm = build(model, clients, tokens, step_ms)
+    engine = stub_engine(model, clients, tokens, MAX_MODEL_LEN, partial(SlowRunner, seconds=step_ms / 1e3))
+    llm = AsyncLLM(engine, StartupReport())
     settings = ServerConfig(port=0, log_requests=False, log_stats=False)
     listener = listen(settings)
     service = Service(EngineConfig.from_options({"model": model}), settings)

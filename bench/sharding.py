@@ -23,12 +23,17 @@ def main(
     matrix: Annotated[float, typer.Option(help="TFLOP/s of one GPU in bfloat16.")] = 990,
     latency: Annotated[float, typer.Option(help="Microseconds of an exchange of nothing.")] = 10,
     only: Annotated[str | None, typer.Option(help="compile, run or render: the rest stays as it was.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="To compile; may be repeated. Default: all.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="To compile; may be repeated. Default: all."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = DOCS,
 ) -> None:
     """Bytes, exchanges and modelled times of meshes."""
     if only not in (None, "compile", "run", "render"):
         raise typer.BadParameter(f"must be compile, run or render, got {only!r}", param_hint="--only")
+    if model and only in ("run", "render"):
+        raise typer.BadParameter(f"--only {only} compiles nothing: leave one of them out", param_hint="--model")
     # Read once, when JAX is imported. A CPU has no arithmetic in bfloat16: what XLA computes in float32 for it, it
     # would exchange in float32, too, which no GPU does.
     flags = f"--xla_force_host_platform_device_count={DEVICES} --xla_disable_hlo_passes=float-normalization-bf16"

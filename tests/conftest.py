@@ -51,8 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # A limit also makes JAX lock the folder, without which a second worker may read a program that is half written. But
-    # to keep to it, JAX looks at every program there before it writes one: a tenth of the suite's time. Nothing comes
-    # near the limit.
+    # to keep to it, JAX looks at every program there before it writes one: a fifth of a second each once there are two
+    # thousand. Nothing comes near the limit.
     jax.config.update("jax_compilation_cache_max_size", _COMPILE_CACHE_BYTES)
     assert hasattr(LRUCache, "_evict_if_needed"), "JAX has renamed what bounds its cache"
     LRUCache._evict_if_needed = lambda *_, **__: None
@@ -72,16 +72,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct, Q4_1: what `atoma-jax pull smollm2-135m-instruct` brings."""
-    return _pull("smollm2-135m-instruct")
+    return pulled("smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="session")
 def gemma3_path() -> Path:
     """Gemma 3 270M, Q4_K_M: what `atoma-jax pull gemma3-270m` brings."""
-    return _pull("gemma3-270m")
+    return pulled("gemma3-270m")
 
 
-def _pull(name: str) -> Path:
+def pulled(name: str) -> Path:
+    """A model known by name; the test is skipped where it cannot be fetched, with that reason."""
     from atoma_jax.errors import DownloadError
     from atoma_jax.loading.fetch.hub import resolve
 

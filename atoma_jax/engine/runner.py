@@ -151,7 +151,10 @@ class Runner:
         if mesh is not None:
             state = mesh.abstract_state(state)
         self._sampler_bytes = sum(_device_part(leaf) for leaf in jax.tree.leaves(state.sampler))
-        options = self._options
+
+        def compiled(function: Any, donated: int, *shapes: Any) -> Any:
+            return jax.jit(function, donate_argnums=donated).lower(*shapes).compile(self._options)
+
         pool = ThreadPoolExecutor(threads, "compile", initializer=COMPILATIONS.plan_this_thread)
 
         def build(program: Program) -> Any:
@@ -160,25 +163,23 @@ class Runner:
             step = partial(run_step, graph=self._graph, program=program, sizes=self._sizes)
             if mesh is not None:
                 step = mesh.step(step, weights, state)
-            return jax.jit(step, donate_argnums=1).lower(weights, state, words).compile(options)
+            return compiled(step, 1, weights, state, words)
 
         def build_write() -> Any:
             if mesh is None:
-                return (
-                    jax.jit(write_slot, donate_argnums=0).lower(state.sampler, *self._write_slot_shape).compile(options)
-                )
+                return compiled(write_slot, 0, state.sampler, *self._write_slot_shape)
             _, row = self._write_slot_shape
             write, number = mesh.slot_writer(state.sampler, row), mesh.abstract_number()
             row = mesh.abstract_row(row, state.sampler)
-            return jax.jit(write, donate_argnums=0).lower(state.sampler, number, number, row).compile(options)
+            return compiled(write, 0, state.sampler, number, number, row)
 
         def build_allowed(rows: int) -> Any:
             slots, bits = (rows,), (rows, self._mask_words)
             if mesh is None:
                 shapes = jax.ShapeDtypeStruct(slots, jnp.int32), jax.ShapeDtypeStruct(bits, jnp.int32)
-                return jax.jit(write_allowed, donate_argnums=0).lower(state.sampler, *shapes).compile(options)
+                return compiled(write_allowed, 0, state.sampler, *shapes)
             write, shapes = mesh.allowed_writer(state.sampler), mesh.abstract_allowed(*bits)
-            return jax.jit(write, donate_argnums=0).lower(state.sampler, *shapes).compile(options)
+            return compiled(write, 0, state.sampler, *shapes)
 
         self._programs = {program: pool.submit(build, program) for program in self.buckets.programs}
         self._write_slot = pool.submit(build_write)

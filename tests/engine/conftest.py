@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from atoma_jax import LLM
+from atoma_jax import LLM, AsyncLLM
 from atoma_jax.engine.engine import Engine
 from atoma_jax.engine.pages import PagePool
 from atoma_jax.engine.prefix_cache import PrefixCache
 from atoma_jax.engine.scheduler import Scheduler
 from atoma_jax.native.library import library
+from tests.engine.inside import BorrowedRunner, FailingRunner
+from tests.engine.tasks import Serve
 from tests.tiny_model import write_tiny_llama
 
 SIZES: dict[str, Any] = {
@@ -81,6 +83,25 @@ def make_engine() -> Callable[..., Engine]:
         )
 
     return make
+
+
+@pytest.fixture
+def serve(llm: LLM, make_engine: Callable[..., Engine]) -> Iterator[Serve]:
+    """`serve(max_waiting=2)`: an AsyncLLM over a new engine; all are shut down at the end of the test."""
+    made: list[AsyncLLM] = []
+
+    def build(*, fails_at: int | None = None, **limits: Any) -> AsyncLLM:
+        engine = make_engine(llm, **limits)
+        device = engine._runner
+        engine._runner = (
+            BorrowedRunner(device) if fails_at is None else FailingRunner(device, launches=fails_at, at_read=True)
+        )
+        made.append(AsyncLLM(engine, llm.startup))
+        return made[-1]
+
+    yield build
+    for served in made:
+        served.shutdown()
 
 
 def _lent(llm: LLM) -> Iterator[LLM]:

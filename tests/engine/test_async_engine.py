@@ -1,9 +1,9 @@
-"""`AsyncLLM`: many tasks, one engine. Whoever leaves gives everything back, whoever waits hears of everything."""
+"""`AsyncLLM`: many tasks, one engine. Whoever leaves gives everything back, whoever waits is answered."""
 
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -11,51 +11,11 @@ from typing import Any
 
 import pytest
 
-from atoma_jax import LLM, AsyncLLM, EngineDeadError, Overloaded, RequestOutput, RequestOutputKind, SamplingParams
-from atoma_jax.engine.engine import Engine
+from atoma_jax import LLM, AsyncLLM, EngineDeadError, Overloaded, RequestOutput, RequestOutputKind
 from atoma_jax.errors import ParameterError
 from tests.engine.conftest import BUCKETS, SIZES
-from tests.engine.inside import BorrowedRunner, FailingRunner, drained
+from tests.engine.tasks import GREEDY, LONG, Serve, finish, idle, prompt_of
 from tests.engine.traffic import Ask, random_asks, run_alone, same_output
-
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-LONG = replace(GREEDY, max_tokens=80)
-
-Serve = Callable[..., AsyncLLM]
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return Random(seed).choices(range(3, 259), k=length)
-
-
-@pytest.fixture
-def serve(llm: LLM, make_engine: Callable[..., Engine]) -> Iterator[Serve]:
-    """`serve(max_waiting=2)`: an AsyncLLM over a new engine; all are shut down at the end of the test."""
-    made: list[AsyncLLM] = []
-
-    def build(*, fails_at: int | None = None, **limits: Any) -> AsyncLLM:
-        engine = make_engine(llm, **limits)
-        device = engine._runner
-        engine._runner = (
-            BorrowedRunner(device) if fails_at is None else FailingRunner(device, launches=fails_at, at_read=True)
-        )
-        made.append(AsyncLLM(engine, llm.startup))
-        return made[-1]
-
-    yield build
-    for served in made:
-        served.shutdown()
-
-
-async def finish(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
-    return [output async for output in outputs][-1]
-
-
-async def idle(served: AsyncLLM) -> None:
-    """Waits until the engine has nothing left, then asserts that it holds nothing."""
-    while served._engine.has_work:
-        await served.stats()
-    drained(served._engine)
 
 
 def test_many_tasks_each_get_what_they_get_alone(llm: LLM, serve: Serve) -> None:
@@ -219,113 +179,6 @@ class TestRefusals:
         assert served_
         assert len(refused) + len(served_) == 8
         assert all(outcome.outputs[0].finish_reason == "length" for outcome in served_)
-
-
-class TestTheEnd:
-    def test_a_lost_device_is_heard_of_by_everyone(self, serve: Serve) -> None:
-        served = serve(fails_at=6)
-
-        async def main() -> None:
-            await served.check_health()
-            assert not served.is_dead
-            requests = [finish(served.generate(prompt_of(30, i), LONG, f"r{i}")) for i in range(8)]
-            outcomes = await asyncio.gather(*requests, return_exceptions=True)
-            assert [type(outcome) for outcome in outcomes] == [EngineDeadError] * 8
-            assert served.is_dead
-            for later in (
-                served.check_health(),
-                finish(served.generate(prompt_of(9), GREEDY, "later")),
-                served.abort("r0"),
-                served.stats(),
-            ):
-                with pytest.raises(EngineDeadError, match="the device is gone"):
-                    await later
-
-        asyncio.run(main())
-
-    @pytest.mark.parametrize("noticed", ["in a step", "between steps"])
-    def test_a_lost_process_is_heard_of_by_everyone(
-        self, serve: Serve, monkeypatch: pytest.MonkeyPatch, noticed: str
-    ) -> None:
-        """Another thread tells of it, too, while a step fails, or in front of a request that comes in."""
-        held, go = threading.Event(), threading.Event()
-        served = serve()
-
-        def fail() -> None:
-            raise EngineDeadError("process 1 is lost")
-
-        def hold() -> None:
-            held.set()
-            go.wait(20)
-
-        async def main() -> None:
-            asked = finish(served.generate(prompt_of(5), GREEDY, "r"))
-            monkeypatch.setattr(served._engine, "check", fail)
-            if noticed == "in a step":
-                monkeypatch.setattr(served._engine, "step", lambda: (hold(), fail()))
-                task = asyncio.create_task(asked)
-                await asyncio.to_thread(held.wait, 20)
-                served._on_lost()
-            else:
-                served._call(hold)
-                await asyncio.to_thread(held.wait, 20)
-                served._on_lost()
-                task = asyncio.create_task(asked)
-                while len(served._calls) < 2:
-                    await asyncio.sleep(0.001)
-            go.set()
-            with pytest.raises(EngineDeadError, match="process 1 is lost"):
-                await asyncio.wait_for(task, 20)
-
-        asyncio.run(main())
-
-    def test_cancelling_while_the_engine_dies_stays_a_cancellation(self, serve: Serve) -> None:
-        served = serve(fails_at=1)
-
-        async def main() -> None:
-            outputs = served.generate(prompt_of(9), LONG, "r")
-            task = asyncio.create_task(anext(outputs))
-            while not served.is_dead:
-                await asyncio.sleep(0)
-                time.sleep(0.001)  # the loop must not take in the error before it cancels
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-
-        asyncio.run(main())
-
-    def test_a_fault_of_the_thread_is_heard_of_too(self, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-        served = serve()
-
-        def fail() -> None:
-            raise ZeroDivisionError
-
-        monkeypatch.setattr(served._engine, "step", fail)
-
-        async def main() -> None:
-            with pytest.raises(EngineDeadError, match="ZeroDivisionError"):
-                await finish(served.generate(prompt_of(9), GREEDY, "r"))
-
-        asyncio.run(main())
-
-    def test_shutdown_with_unfinished_requests(self, serve: Serve) -> None:
-        served = serve()
-
-        async def main() -> None:
-            outputs = served.generate(prompt_of(9), LONG, "r")
-            await anext(outputs)
-            await asyncio.to_thread(served.shutdown)
-            with pytest.raises(EngineDeadError, match="was shut down"):
-                await finish(outputs)
-            with pytest.raises(EngineDeadError, match="was shut down"):
-                await finish(served.generate(prompt_of(9), GREEDY, "later"))
-            with pytest.raises(EngineDeadError, match="was shut down"):
-                await served.check_health()
-
-        asyncio.run(main())
-        assert served._engine.scheduler_stats().pages_owned == 0
-        assert not served._thread.is_alive()
-        served.shutdown()
 
 
 class TestSubmit:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
-from atoma_jax import RequestOutput, SamplingParams, StructuredOutputsParams
+from atoma_jax import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from atoma_jax.engine.engine import Engine
 
 TEXT_IDS = range(3, 259)  # every token of one byte
@@ -136,6 +136,19 @@ class Drive:
 def same_output(one: RequestOutput, other: RequestOutput) -> None:
     """Asserts that two requests came to the same: tokens, texts, reasons."""
     assert [brief(sample) for sample in one.outputs] == [brief(sample) for sample in other.outputs]
+
+
+def answers_alike(llm: LLM, asks: list[Ask], want: list[RequestOutput]) -> None:
+    """Asserts that an engine answers as wanted, preempts and finds prefixes on the way, compiles nothing and holds
+    nothing afterwards."""
+    for one, other in zip(want, run_all(llm.llm_engine, asks), strict=True):
+        same_output(one, other)
+    llm.llm_engine.check_integrity()
+    stats, gauges = llm.stats(), llm.llm_engine.scheduler_stats()
+    assert stats.preemptions > 0
+    assert stats.prefix_hit_tokens > 0
+    assert stats.recompilations == 0
+    assert (gauges.num_running, gauges.num_waiting, gauges.pages_owned) == (0, 0, 0)
 
 
 def brief(sample: Any) -> tuple[Any, ...]:

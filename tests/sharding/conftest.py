@@ -9,10 +9,9 @@ import gguf
 import jax
 import pytest
 
-from atoma_jax.errors import DownloadError
-from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.gguf.mixtures import TypeOptions
 from atoma_jax.loading.gguf.requantize import requantize
+from tests.conftest import pulled
 from tests.tiny_model import write_tiny_llama
 
 TERNARY = Path(__file__).parents[1] / "data" / "ternary"
@@ -62,24 +61,14 @@ def _hf(name: str) -> Callable[[Path], Path]:
     return make
 
 
-def _pulled(name: str) -> Callable[[Path], Path]:
-    def fetch(folder: Path) -> Path:
-        try:
-            return resolve(name, progress=False).path
-        except DownloadError as error:
-            pytest.skip(str(error))
-
-    return fetch
-
-
 MODELS: dict[str, Callable[[Path], Path]] = {
     "Q4_1": _tiny("Q4_1", width=256, heads=(8, 2)),
     "Q4_K": _mixture,  # two supergroups of inputs, and layers of several types
     "F32": _tiny("F32", heads=(8, 8)),
     "ternary": lambda folder: TERNARY / "hf",
     **{name: _hf(name) for name in ("gemma", "mixtral", "biases", "GPTQ", "AWQ")},
-    "smollm2": _pulled("smollm2-135m-instruct"),  # in Q4_1
-    "gemma3": _pulled("gemma3-270m"),  # in Q4_K_M
+    "smollm2": lambda _: pulled("smollm2-135m-instruct"),  # in Q4_1
+    "gemma3": lambda _: pulled("gemma3-270m"),  # in Q4_K_M
 }
 
 

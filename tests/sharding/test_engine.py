@@ -24,7 +24,7 @@ from atoma_jax.engine.runner import Runner
 from atoma_jax.errors import ConfigError
 from sharding.plan import allocated_bytes
 from tests.engine.test_cluster import PATIENCE, cluster_on
-from tests.engine.traffic import bound_asks, greedy, random_asks, run_all, same_output
+from tests.engine.traffic import answers_alike, bound_asks, greedy, random_asks, run_all, same_output
 from tests.sharding.programs import write_model
 
 MESHES = ("fsdp=2,tensor=2", "tensor=2", "fsdp=2", "data=2", "tensor=4", "tensor=8", "data=2,fsdp=2,tensor=2")
@@ -73,16 +73,7 @@ def test_answers_are_those_of_one_device(mesh: str, engine_of: Callable[[str | N
     asks = random_asks(Random(7), 24)
     asks[::2] = [greedy(ask) for ask in asks[::2]]
     want = run_all(engine_of(None).llm_engine, asks)
-    llm = engine_of(mesh)
-    for one, other in zip(want, run_all(llm.llm_engine, asks), strict=True):
-        same_output(one, other)
-    llm.llm_engine.check_integrity()
-    stats = llm.stats()
-    assert stats.preemptions > 0
-    assert stats.prefix_hit_tokens > 0
-    assert stats.recompilations == 0
-    gauges = llm.llm_engine.scheduler_stats()
-    assert (gauges.num_running, gauges.num_waiting, gauges.pages_owned) == (0, 0, 0)
+    answers_alike(engine_of(mesh), asks, want)
 
 
 @meshes

@@ -12,7 +12,7 @@ from atoma_jax import LLM, SamplingParams
 from atoma_jax.engine.model_tokenizer import tokenizer_of
 from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import open_model
-from tests.engine.traffic import Ask, run_all, same_output
+from tests.engine.traffic import Ask, answers_alike, run_all
 from tests.sharding.test_engine import SIZES
 from tests.sharding.test_parity import REAL, REFUSED
 
@@ -83,11 +83,5 @@ def test_greedy_answers_are_those_of_one_device(
 ) -> None:
     want = on_one_device(name)
     llm = start(name, mesh)
-    for one, other in zip(want, run_all(llm.llm_engine, asks()), strict=True):
-        same_output(one, other)
-    llm.llm_engine.check_integrity()
-    stats = llm.stats()
-    assert stats.preemptions > 0
-    assert stats.prefix_hit_tokens > 0
-    assert stats.recompilations == 0
+    answers_alike(llm, asks(), want)
     llm.shutdown()
