@@ -52,7 +52,6 @@ score_tokens = {SIZES["score_tokens"]}
 """
 JAX_AS_HERE = {
     "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": "8",
     # A limit, like that of the suite: without one JAX neither locks the folder nor writes what limits go by.
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 << 30),
 }
@@ -258,8 +257,9 @@ class Program:
 
 
 @contextmanager
-def program(model: Path, folder: Path, cache: Path, *flags: str) -> Iterator[Program]:
-    """`atoma-jax serve` with the engine of the tests within the process. Killed at the end if it still runs."""
+def program(model: Path, folder: Path, cache: Path, *flags: str, num_devices: int = 8) -> Iterator[Program]:
+    """`atoma-jax serve` with the engine of the tests within the process, and as many devices. Killed at the end if it
+    still runs."""
     (folder / "serve.toml").write_text(PROGRAM_SETTINGS)
     log = folder / "log"
     with log.open("wb") as stderr:
@@ -273,7 +273,7 @@ def program(model: Path, folder: Path, cache: Path, *flags: str) -> Iterator[Pro
             ],
             stderr=stderr,
             start_new_session=True,
-            env={**os.environ, **JAX_AS_HERE},
+            env={**os.environ, **JAX_AS_HERE, "JAX_NUM_CPU_DEVICES": str(num_devices)},
         )
     try:
         yield Program(process, log)

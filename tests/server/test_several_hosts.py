@@ -24,6 +24,7 @@ COMPLETIONS = "/v1/completions"
 LENGTH = 256
 GREEDY: dict[str, Any] = {"prompt": [7, 8, 9], "max_tokens": 40, "temperature": 0, "ignore_eos": True}
 LONG: dict[str, Any] = {**GREEDY, "max_tokens": 240}
+NUM_PAGES = 4 * 33 + 1  # of eight tokens: four of the longest sequences
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 
 
@@ -39,12 +40,13 @@ def processes(model: Path, folder: Path, cache: Path) -> Iterator[list[Program]]
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     flags = ["--mesh", "fsdp=2", "--num-processes", "2", "--coordinator-address", f"127.0.0.1:{port}"]
-    flags += ["--cpu-precision", "default", "--max-model-len", str(LENGTH)]
+    flags += ["--cpu-precision", "default", "--max-model-len", str(LENGTH), "--num-pages", str(NUM_PAGES)]
     with ExitStack() as stack:
         started: list[Program] = []
         for process in range(2):
             (own := folder / str(process)).mkdir()
-            started.append(stack.enter_context(program(model, own, cache, *flags, "--process-id", str(process))))
+            its = (*flags, "--process-id", str(process))
+            started.append(stack.enter_context(program(model, own, cache, *its, num_devices=1)))
         started[0].ready()
         yield started
 
