@@ -288,6 +288,7 @@ def live(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory, request: pyt
     cache = request.config.cache.mkdir("xla")
     with program(tiny_path, tmp_path_factory.mktemp("live"), cache, "--api-key", "secret") as running:
         yield running.ready().address
+        httpx2.get(f"{running.address}/version").raise_for_status()  # also where no test asked anything
         running.end()
         assert {line["message"] for line in running.lines} >= {"start", "ready", "request", "draining"}
 
