@@ -26,11 +26,15 @@ from bench.gpu_sections.protocol import Section
 RESULTS = Path(__file__).parent / "results"
 BUDGET_S = 530.0  # of all sections together: a machine may be lent for nine minutes
 SMALL_S = 3600.0
+SHOWN = 4000  # characters of what a section said at its end, where it failed
 
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help="A section; may be repeated. Default: all.")] = None,
     small: Annotated[bool, typer.Option(help="Tiny shapes, interpreted kernels: for a machine without a GPU.")] = False,
+    seconds: Annotated[
+        float | None, typer.Option(min=1, help="Of all sections; default: 530, or 3600 if small.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The JSON file; default: bench/results/gpu.json.")] = None,
     section: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -44,7 +48,7 @@ def main(
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    for name, due in due_times(only or list(SECTIONS), SMALL_S if small else BUDGET_S):
+    for name, due in due_times(only or list(SECTIONS), seconds or (SMALL_S if small else BUDGET_S)):
         print(f"== {name}", flush=True)
         problem = _in_a_process(name, path, small=small, seconds=max(due - (time.monotonic() - began), 5.0))
         found = report.read(path)
@@ -76,6 +80,7 @@ def _in_a_process(name: str, path: Path, *, small: bool, seconds: float) -> str 
     ]
     environment = {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
         "JAX_COMPILATION_CACHE_DIR": str(path.parent / "xla.local.cache"),
         **os.environ,
     }
@@ -86,6 +91,7 @@ def _in_a_process(name: str, path: Path, *, small: bool, seconds: float) -> str 
         return f"took longer than the {seconds:.0f} s that it had; --only {name} measures it alone"
     if done.returncode == 0:
         return None
+    print(done.stderr[-SHOWN:], file=sys.stderr)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     return f"exit code {done.returncode}: {lines[-1][:300] if lines else 'without a word'}"
 

@@ -4,6 +4,7 @@ For the compile gate and the GPU benchmark, which need shapes and bytes, not ans
 """
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -92,8 +93,9 @@ def packed_weight(type_name: str, count: int, N: int, K: int) -> QTensor:
 
 
 def random_values(abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """Random weights on the device, of the size that keeps activations finite."""
-    return {path: random_value(value, seed) for seed, (path, value) in enumerate(abstract.items())}
+    """Random weights on the device, of the size that keeps activations finite. Made side by side: most is compiling."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(abstract, pool.map(random_value, abstract.values(), range(len(abstract))), strict=True))
 
 
 def random_value(abstract: Any, seed: int = 0) -> Any:

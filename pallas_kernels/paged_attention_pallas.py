@@ -6,17 +6,19 @@ large tile, rows being (token, query head of the group), and walks its context a
 whole, so that no layer's pages are copied. Queries come in one array in front of the step's K and V, which are not read
 here: see `kv_write_pallas.py`.
 
-Products take their operands in the type of the cache, bfloat16 for int8 and float16 for fp8, and sum in float32. Logits
-are kept in units of ln 2, as exp2 is what the hardware has.
+Products take their operands in the type of the cache, bfloat16 for int8 and float16 for fp8, and sum in float32.
+Weights are powers of two, as those are what the hardware has. Each is one multiplication with addition and one power,
+in assembly: the compiler makes twice as much of it, as it does not join operations and treats subnormal numbers apart.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -25,11 +27,8 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels.attention_work import DecodeParts, QueryBlocks
 from pallas_kernels.kv_pages import KVFormat, KVPages, decode, format_of
 from pallas_kernels.paged_attention import NEVER
+from pallas_kernels.tuning import AttentionTiles, attention_tiles
 
-# Defaults that fit the shared memory and the registers of every GPU since sm_80, head dims up to 256.
-PREFILL_TILE = 128 * 128  # elements of a block's queries, where they are of two bytes
-DECODE_ROWS = 16  # the smallest tile that tensor cores take
-CONTEXT_TILE = 64 * 128 * 2  # bytes of K multiplied at once, as many of V; several such reads are in flight
 COMBINED_AT_ONCE = 16  # parts
 
 _LOG2E = math.log2(math.e)
@@ -43,13 +42,18 @@ class _Shape(NamedTuple):
     S: int
     H: int
     width: int  # of tiles: H up to the next power of two
-    decode_rows: int  # G likewise
-    prefill_rows: int  # (token, query head) pairs
+    rows: int  # of a tile of queries
     span: int  # tokens of context read at once
     scale: float
     softcap: float | None
     form: KVFormat
     precision: Any  # of products
+    assembly: bool  # compiled for a GPU
+
+    @property
+    def unit(self) -> float:
+        """Of logits as they are compared, in ln 2."""
+        return _LOG2E * (self.scale if self.softcap is None else 1.0)
 
 
 class _Cache(NamedTuple):
@@ -68,7 +72,7 @@ class _Softmax(NamedTuple):
     """Running softmax of M queries: weighted sum of V, largest logit, sum of weights."""
 
     acc: Array  # f32 [M, width]
-    largest: Array  # f32 [M]
+    largest: Array  # f32 [M], in `unit`s
     total: Array  # f32 [M]
 
 
@@ -91,22 +95,24 @@ class _Tokens(NamedTuple):
     slot: Array
 
 
-def prefill_block(pages: KVPages, num_heads: int) -> int:
-    """Tokens of a prefill block for so many query heads."""
-    G = num_heads // pages.k.shape[2]
-    return max(1, _prefill_rows(pages, G) // G)
-
-
-def context_block(pages: KVPages) -> int:
-    """Tokens of context read at once: what parts of contexts are counted in."""
-    width = pl.next_power_of_2(pages.k.shape[-1]) * jnp.dtype(_operands(format_of(pages))).itemsize
-    return max(16, min(64, CONTEXT_TILE // width))
+def tiles_of(kernel: Literal["decode", "prefill"], pages: KVPages, num_heads: int, device: str) -> AttentionTiles:
+    """How a kernel is cut for this cache and so many query heads; `device` as in `matmul_tiles`."""
+    form, (K, _, H) = format_of(pages), pages.k.shape[2:]
+    return attention_tiles(
+        device,
+        f"paged_attention_{kernel}",
+        group=num_heads // K,
+        head_dim=H,
+        kv_dtype=jnp.dtype(form.codes).name,
+        operand_bytes=jnp.dtype(_operands(form)).itemsize,
+    )
 
 
 def decode_attention(
     qkv: Float[Array, "T heads H"],
     pages: KVPages,
     parts: DecodeParts,
+    tiles: AttentionTiles,
     *,
     layer: Int32[Array, ""],
     page_table: Int32[Array, "B W"],
@@ -119,12 +125,12 @@ def decode_attention(
     """Attention of one query a sequence: token i is the query of row i, for the rows that `parts` covers.
 
     Arguments as in `paged_attention.decode_attention`, but that the queries are the first heads of `qkv`; `parts`
-    counts contexts in blocks of `context_block`. Tokens of other rows, and those behind the B-th, are left as they
+    counts contexts in blocks of `tiles.span`. Tokens of other rows, and those behind the B-th, are left as they
     happen to be.
     """
     N, (T, _, H) = _query_heads(qkv, pages), qkv.shape
     K, W, B = pages.k.shape[2], parts.items.shape[0], lengths.shape[0]
-    shape = _shape(N, pages, scale, softcap, interpret)
+    shape = _shape(N, pages, tiles, scale, softcap, interpret)
     cache = _cache(pages, layer, window, page_table)
     out, acc, largest, total = pl.pallas_call(
         partial(_decode_kernel, shape=shape),
@@ -135,7 +141,7 @@ def decode_attention(
             jax.ShapeDtypeStruct((W, N), jnp.float32),
             jax.ShapeDtypeStruct((W, N), jnp.float32),
         ],
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="paged_attention_decode",
     )(parts.items, lengths, qkv, cache)
@@ -155,6 +161,7 @@ def ragged_attention(
     pages: KVPages,
     blocks: QueryBlocks,
     out: Float32[Array, "T N H"],
+    tiles: AttentionTiles,
     *,
     layer: Int32[Array, ""],
     page_table: Int32[Array, "B W"],
@@ -166,18 +173,18 @@ def ragged_attention(
     """Causal attention of the tokens that `blocks` cover, written into `out`, which is donated.
 
     Arguments as in `paged_attention.ragged_attention`, but that the queries are the first heads of `qkv`; blocks are of
-    `prefill_block` tokens. Those without a context, which `padded_query_blocks` adds, get zeros.
+    as many tokens as `tiles` has rows for. Those without a context, which `padded_query_blocks` adds, get zeros.
     """
     N, (T, _, H) = _query_heads(qkv, pages), qkv.shape
     K = pages.k.shape[2]
-    shape = _shape(N, pages, scale, softcap, interpret)
+    shape = _shape(N, pages, tiles, scale, softcap, interpret)
     operands = (blocks.row, blocks.token, blocks.size, blocks.position, qkv, _cache(pages, layer, window, page_table))
     return pl.pallas_call(
         partial(_prefill_kernel, shape=shape),
         grid=(blocks.row.shape[0], K),
         out_shape=jax.ShapeDtypeStruct((T, N, H), jnp.float32),
         input_output_aliases={len(jax.tree.leaves(operands)): 0},
-        compiler_params=plt.CompilerParams(num_warps=8, num_stages=2 if shape.width > 128 else 3),
+        compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="paged_attention_prefill",
     )(*operands, out)
@@ -188,7 +195,9 @@ def _query_heads(qkv: Float[Array, "T heads H"], pages: KVPages) -> int:
     return qkv.shape[1] - 2 * pages.k.shape[2]
 
 
-def _shape(num_heads: int, pages: KVPages, scale: float, softcap: float | None, interpret: bool) -> _Shape:
+def _shape(
+    num_heads: int, pages: KVPages, tiles: AttentionTiles, scale: float, softcap: float | None, interpret: bool
+) -> _Shape:
     K, S, H = pages.k.shape[2:]
     G, form = num_heads // K, format_of(pages)
     # Three products of TF32 make one of float32. A CPU knows no TF32.
@@ -198,13 +207,13 @@ def _shape(num_heads: int, pages: KVPages, scale: float, softcap: float | None, 
         S=S,
         H=H,
         width=pl.next_power_of_2(H),
-        decode_rows=max(DECODE_ROWS, pl.next_power_of_2(G)),
-        prefill_rows=_prefill_rows(pages, G),
-        span=context_block(pages),
+        rows=tiles.rows,
+        span=tiles.span,
         scale=scale,
         softcap=softcap,
         form=form,
         precision=exact if _operands(form) == jnp.float32 else None,
+        assembly=not interpret,
     )
 
 
@@ -213,13 +222,6 @@ def _operands(form: KVFormat) -> Any:
     if form.largest is None:
         return form.codes
     return jnp.bfloat16 if form.codes == jnp.int8 else jnp.float16
-
-
-def _prefill_rows(pages: KVPages, G: int) -> int:
-    itemsize = jnp.dtype(_operands(format_of(pages))).itemsize
-    # Twice the size also takes twice the registers for each number, three products being one.
-    rows = PREFILL_TILE // (pl.next_power_of_2(pages.k.shape[-1]) * (itemsize // 2) ** 2)
-    return max(16, min(128, rows), pl.next_power_of_2(G))
 
 
 def _cache(pages: KVPages, layer: Array, window: Array, page_table: Array) -> _Cache:
@@ -237,7 +239,7 @@ def _decode_kernel(
     def _() -> None:
         stop = lengths[row]
         start = jnp.maximum(stop - cache.window[0], 0)
-        group = jnp.arange(shape.decode_rows, dtype=jnp.int32)
+        group = jnp.arange(shape.rows, dtype=jnp.int32)
         heads, dims = head * shape.G + group, jnp.arange(shape.width, dtype=jnp.int32)
         is_head = group < shape.G
         inside = is_head[:, None] & (dims < shape.H)[None]
@@ -250,7 +252,7 @@ def _decode_kernel(
         alone = num_parts == 1
         plt.store(out.at[tile], _finish(state), mask=inside & alone)
         plt.store(acc.at[item, heads[:, None], dims[None]], state.acc, mask=inside & ~alone)
-        plt.store(largest.at[item, heads], state.largest, mask=is_head & ~alone)
+        plt.store(largest.at[item, heads], state.largest * shape.unit, mask=is_head & ~alone)
         plt.store(total.at[item, heads], state.total, mask=is_head & ~alone)
 
 
@@ -294,7 +296,7 @@ def _prefill_kernel(
     @pl.when(size > 0)
     def _() -> None:
         position, window, span = positions[block], cache.window[0], shape.span
-        pair = jnp.arange(shape.prefill_rows, dtype=jnp.int32)
+        pair = jnp.arange(shape.rows, dtype=jnp.int32)
         offset, dims = lax.div(pair, shape.G), jnp.arange(shape.width, dtype=jnp.int32)
         inside = (offset < size)[:, None] & (dims < shape.H)[None]
         heads = head * shape.G + lax.rem(pair, shape.G)
@@ -313,7 +315,7 @@ def _prefill_kernel(
         def sees(at: Array) -> Array:
             return (at[None] <= (position + offset)[:, None]) & (at[None] > (position + offset - window)[:, None])
 
-        state = walk(_empty(shape, shape.prefill_rows), blocks=(first, clear), sees=sees)
+        state = walk(_empty(shape, shape.rows), blocks=(first, clear), sees=sees)
         state = walk(state, blocks=(clear, ragged), masked=False)
         state = walk(state, blocks=(ragged, last), sees=sees)
         plt.store(out.at[tile], _finish(state), mask=inside)
@@ -349,14 +351,16 @@ def _walk(
         logits = plt.dot(queries, _vectors(cache.k, tokens, shape, place), trans_b=True, precision=shape.precision)
         if cache.k_scale is not None:
             logits = logits * _scales(cache.k_scale, tokens, place)[None]
-        logits = _in_bits(logits, shape)
+        if shape.softcap is not None:
+            logits = _capped(logits, shape.scale, shape.softcap)
         if masked:
             seen = tokens.seen[None] if sees is None else tokens.seen[None] & sees(tokens.at)
             logits = jnp.where(seen, logits, NEVER)
-        # Where nothing was seen yet, weights of masked tokens are 1; the first token that is seen decays them to 0.
         largest = jnp.maximum(state.largest, jnp.max(logits, axis=1))
-        weights = jnp.exp2(logits - largest[:, None])
-        decay = jnp.exp2(state.largest - largest)
+        # Where nothing was seen yet, what is subtracted must not be what it is subtracted from, less its rounding.
+        less = jnp.where(largest > NEVER, largest * shape.unit, 0.0)
+        weights = _powers(logits, shape, jnp.broadcast_to(less[:, None], logits.shape))
+        decay = jnp.exp2((state.largest - largest) * shape.unit)
         total = state.total * decay + jnp.sum(weights, axis=1)
         unit = None
         if cache.v_scale is not None:
@@ -403,13 +407,23 @@ def _scales(scales: Any, tokens: _Tokens, place: _Place) -> Array:
     return plt.load(scales.at[place.layer, tokens.page, place.head, tokens.slot], mask=tokens.seen, other=0.0)
 
 
-def _in_bits(products: Array, shape: _Shape) -> Array:
-    """Logits in units of ln 2."""
-    if shape.softcap is None:
-        return products * (shape.scale * _LOG2E)
-    # tanh(x) = 1 − 2 / (e^2x + 1)
-    power = jnp.exp2(products * (shape.scale / shape.softcap * 2 * _LOG2E))
-    return (shape.softcap * _LOG2E) * (1.0 - 2.0 / (power + 1.0))
+def _capped(products: Array, scale: float, softcap: float) -> Array:
+    """Logits, with tanh(x) = 1 − 2 / (e^2x + 1)."""
+    power = jnp.exp2(products * (scale / softcap * 2 * _LOG2E))
+    return softcap * (1.0 - 2.0 / (power + 1.0))
+
+
+def _powers(logits: Array, shape: _Shape, less: Array) -> Array:
+    """2 to the power of (unit · logits − less)."""
+    if not shape.assembly:
+        return jnp.exp2(logits * shape.unit - less)
+    [bits] = np.float32(shape.unit).reshape(1).view(np.uint32)
+    text = f"{{ .reg .f32 t; neg.f32 t, $2; fma.rn.f32 t, $1, 0f{bits:08x}, t; ex2.approx.ftz.f32 $0, t; }}"
+    out = jax.ShapeDtypeStruct(logits.shape, jnp.float32)
+    [powers] = plt.elementwise_inline_asm(
+        text, args=[logits, less], constraints="=f,f,f", pack=1, result_shape_dtypes=[out]
+    )
+    return powers
 
 
 def _empty(shape: _Shape, M: int) -> _Softmax:

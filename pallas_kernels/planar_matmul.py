@@ -2,15 +2,18 @@
 
 The reference is `quantized_matmul.matmul_planar`, which also says what the layout is. What is particular here:
 
-- One program makes a tile of `block_n` out-features × `block_m` rows. Out-features are the rows of the matrix units, so
-  that one row of activations wastes none of them, and the weights, unpacked, go there from registers.
-- Few rows: each group's partial sum, of exact integers, is scaled in float32. From 64 rows on it is cheaper to scale
-  the bfloat16 weight, which rounds scale, min and their result to bfloat16.
-- Mins are subtracted as `min · Σx` of a group, with the sums of activations made once for all out-features.
+- Few rows: what a group multiplies is summed apart, exactly, and scaled in float32. Matrix units take 16 columns: where
+  rows are fewer, each gets several, with zeros outside of another group, so that one product sums a block's groups
+  apart and no thread scales what another one scales too.
+- Many rows: it is cheaper to scale the weight, in bfloat16, which rounds scale, min and their result. The planes of a
+  block are multiplied at once; pairs of their numbers lie as the planes hold them, and activations follow that order.
+- Mins of few rows are subtracted as `min · Σx` of a group, with the sums of activations made once for all out-features.
+- Scales and mins are read one block ahead: what is narrower than four bytes the compiler does not keep under way.
 - A weight is a stack of many and an index into it is an operand, so that a program reads what it needs in place: layers
   and experts are never copied out.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +22,16 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
 from pallas_kernels.tuning import MatmulTiles
 from pallas_kernels.unpacking import unpack
 
 SCALED_WEIGHTS = 64  # rows of a tile from which on weights are scaled instead of sums
+TOGETHER = 128  # inputs of one product of the matrix units there
+FEWEST_COLUMNS = 16  # of a product of the matrix units
+DEQUANTIZED_ROWS = 32  # out-features of a program that dequantizes
+SMALL_GROUP = 32  # inputs, up to which groups get columns of their own
 
 
 class PlanarStack(NamedTuple):
@@ -52,16 +59,31 @@ class PlanarFormat(NamedTuple):
         return self.plane * 16 // self.bits
 
     @property
+    def groups(self) -> int:
+        """Of a block; 1 where a group is larger."""
+        return max(1, self.block // self.group)
+
+    @property
+    def together(self) -> int:
+        """Planes that are multiplied at once where weights are scaled."""
+        return max(1, min(16 // self.bits, TOGETHER // self.plane))
+
+    @property
     def is_aligned(self) -> bool:
         """Whether groups are whole blocks, or blocks whole groups: what the kernels want."""
         return self.group % self.plane == 0 and (self.block % self.group == 0 or self.group % self.block == 0)
 
 
-class _Rows(NamedTuple):
-    """Rows of activations that a program reads and writes."""
+class _Work(NamedTuple):
+    """What one program does: a tile of out-features × rows, over some blocks of words."""
 
-    place: Int32[Array, " block_m"]
-    mask: Array  # bool [block_m]
+    index: Any  # of the weight in the stack
+    feature: Int32[Array, " block_n"]
+    is_feature: Array  # bool [block_n]
+    row: Any  # the first
+    last_row: Any  # behind the last
+    block: Any  # the first
+    last_block: Any  # behind the last
 
 
 def planar_matmul(
@@ -89,10 +111,9 @@ def planar_matmul(
 
     def kernel(*refs: Any) -> None:
         index_ref, x_ref, out_ref, stack_refs, sums_ref = _named(refs, stack, sums)
-        rows = _some_rows(pl.program_id(0) * tiles.block_m, tiles.block_m, M)
-        at = pl.program_id(1), pl.program_id(2)
-        tile = _tile(x_ref, stack_refs, sums_ref, index_ref[0], rows, at, kind, tiles, blocks, not interpret)
-        _store(out_ref, tile, rows, at, tiles.block_n)
+        at = pl.program_id(0) * tiles.block_m, pl.program_id(1), pl.program_id(2)
+        work = _work(at, index_ref[0], M, stack_refs, x_ref.shape[1], kind, tiles, blocks)
+        _store(out_ref, _tile(x_ref, stack_refs, sums_ref, work, kind, tiles, not interpret), work, at[2])
 
     parts = pl.pallas_call(
         kernel,
@@ -103,6 +124,47 @@ def planar_matmul(
         name=f"planar_matmul_{kind.bits}",
     )(index.reshape(1), x, *_present(stack), *([] if sums is None else [sums]))
     return parts[0] if splits == 1 else jnp.sum(parts, axis=0)
+
+
+def planar_dequantized(
+    stack: PlanarStack, index: Int32[Array, ""], kind: PlanarFormat, K: int, *, interpret: bool = False
+) -> BFloat16[Array, "N K"]:
+    """W = stack[index] in bfloat16, in memory: where so many rows multiply it that a dense product is faster.
+
+    Args:
+        stack: weights.
+        index: which.
+        kind: their format; must be aligned.
+        K: inputs.
+        interpret: run the kernel's steps as plain JAX, on any device.
+    """
+    assert kind.is_aligned, kind
+    N, P = stack.words.shape[1], kind.plane
+
+    def kernel(*refs: Any) -> None:
+        index_ref, out_ref, stack_refs = refs[0], refs[-1], _present_refs(refs[1:-1], stack)
+        b = pl.program_id(1)
+        feature = pl.program_id(0) * DEQUANTIZED_ROWS + lax.iota(jnp.int32, DEQUANTIZED_ROWS)
+        is_feature, column = feature < N, lax.iota(jnp.int32, P)
+        place = index_ref[0], feature[:, None], (b * P + column)[None, :]
+        words = _load(stack_refs.words, place, is_feature[:, None])
+        numbers = unpack(words, bits=kind.bits, zero=kind.zero, table=kind.table, assembly=not interpret)
+        for i, number in enumerate(numbers):
+            group = lax.div(b * kind.block + i * P, kind.group)
+            scale, low = _factors(_stored(stack_refs, (index_ref[0], group, feature), is_feature), stack_refs)
+            weight = number.astype(jnp.float32) * scale[:, None]
+            weight = weight if low is None else weight - low[:, None]
+            to = feature[:, None], (b * kind.block + i * P + column)[None, :]
+            plt.store(out_ref.at[to], weight.astype(jnp.bfloat16), mask=is_feature[:, None])
+
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(N, DEQUANTIZED_ROWS), K // kind.block),
+        out_shape=jax.ShapeDtypeStruct((N, K), jnp.bfloat16),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name=f"planar_dequantized_{kind.bits}",
+    )(index.reshape(1), *_present(stack))
 
 
 def planar_grouped_matmul(
@@ -135,10 +197,9 @@ def planar_grouped_matmul(
 
         @pl.when((block < used_ref[0]) & (start < stop_ref[block]))
         def _() -> None:
-            rows = _some_rows(start, tiles.block_m, stop_ref[block])
-            place = index_ref[block]
-            tile = _tile(x_ref, stack_refs, sums_ref, place, rows, at, kind, tiles, turns, not interpret)
-            _store(out_ref, tile, rows, at, tiles.block_n)
+            place = (start, *at)
+            work = _work(place, index_ref[block], stop_ref[block], stack_refs, x_ref.shape[1], kind, tiles, turns)
+            _store(out_ref, _tile(x_ref, stack_refs, sums_ref, work, kind, tiles, not interpret), work, at[1])
 
     parts = pl.pallas_call(
         kernel,
@@ -157,7 +218,10 @@ def _operands(
     """Activations as the kernel reads them, and their sums over what shares a min, where it subtracts mins of sums."""
     assert kind.is_aligned, kind
     x = x.astype(jnp.bfloat16)
-    if stack.mins is None or tiles.block_m >= SCALED_WEIGHTS:
+    if tiles.block_m >= SCALED_WEIGHTS:
+        M, K = x.shape
+        return x.reshape(M, -1, kind.together, kind.plane // 2, 2).swapaxes(2, 3).reshape(M, K), None
+    if stack.mins is None:
         return x, None
     span = min(kind.group, kind.block)
     return x, jnp.sum(x.astype(jnp.float32).reshape(x.shape[0], -1, span), axis=-1).T
@@ -177,79 +241,196 @@ def _present(stack: PlanarStack) -> list[Array]:
 def _named(refs: tuple[Any, ...], stack: PlanarStack, sums: Array | None) -> tuple[Any, Any, Any, PlanarStack, Any]:
     """Refs of a kernel by name: index, activations, output, weights (None where the stack has none), sums."""
     index_ref, x_ref, *rest, out_ref = refs
-    parts = [None if part is None else rest.pop(0) for part in stack]
-    return index_ref, x_ref, out_ref, PlanarStack(*parts), rest.pop(0) if sums is not None else None
+    sums_ref = rest.pop() if sums is not None else None
+    return index_ref, x_ref, out_ref, _present_refs(rest, stack), sums_ref
 
 
-def _some_rows(start: Any, block_m: int, stop: Any) -> _Rows:
-    index = start + lax.iota(jnp.int32, block_m)
-    return _Rows(index, index < stop)
+def _present_refs(refs: Sequence[Any], stack: PlanarStack) -> PlanarStack:
+    """Refs of a stack's arrays, None where it has none."""
+    rest = iter(refs)
+    return PlanarStack(*(None if part is None else next(rest) for part in stack))
 
 
-def _store(out_ref: Any, tile: Array, rows: _Rows, at: tuple[Any, Any], block_n: int) -> None:
-    """Writes a tile `[block_n, block_m]` to its place in `[splits, M, N]`; `at`: tile of out-features, split."""
-    features = at[0] * block_n + lax.iota(jnp.int32, block_n)
-    mask = rows.mask[None, :] & (features < out_ref.shape[2])[:, None]
-    plt.store(out_ref.at[at[1], rows.place[None, :], features[:, None]], tile, mask=mask)
-
-
-def _tile(
-    x_ref: Any,
-    stack: PlanarStack,
-    sums_ref: Any,
+def _work(
+    at: tuple[Any, Any, Any],
     index: Any,
-    rows: _Rows,
-    at: tuple[Any, Any],
+    last_row: Any,
+    stack: PlanarStack,
+    K: int,
     kind: PlanarFormat,
     tiles: MatmulTiles,
     blocks: int,
-    assembly: bool,
-) -> Float32[Array, "block_n block_m"]:
-    """The part of a tile that one program sums: `blocks` blocks of words from where its split begins."""
-    N, P = stack.words.shape[1], kind.plane
-    planes, first = 16 // kind.bits, at[1] * blocks
-    features = at[0] * tiles.block_n + lax.iota(jnp.int32, tiles.block_n)
-    inside = features < N
-    column = lax.iota(jnp.int32, P)
-    scaled_weights = tiles.block_m >= SCALED_WEIGHTS
+) -> _Work:
+    """`at`: first row, tile of out-features, split."""
+    row, tile, split = at
+    feature = tile * tiles.block_n + lax.iota(jnp.int32, tiles.block_n)
+    return _Work(
+        index=index,
+        feature=feature,
+        is_feature=feature < stack.words.shape[1],
+        row=row,
+        last_row=jnp.minimum(row + tiles.block_m, last_row),
+        block=split * blocks,
+        last_block=jnp.minimum((split + 1) * blocks, K // kind.block),
+    )
 
-    def factors(values: Any, supers: Any, group: Any) -> Float32[Array, " block_n"]:
-        found = _load(values, (index, group, features), inside).astype(jnp.float32)
-        if supers is None:
-            return found
-        return found * _load(supers, (index, group // (values.shape[1] // supers.shape[1]), features), inside)
 
-    def block(b: Any, total: Array) -> Array:
-        words = _load(stack.words, (index, features[:, None], (b * P + column)[None, :]), inside[:, None])
-        numbers = unpack(words, bits=kind.bits, zero=kind.zero, table=kind.table, assembly=assembly)
-        part = scale = low = None
-        for i, number in enumerate(numbers):
-            group = (b * kind.block + i * P) // kind.group
-            if scale is None:
-                scale = factors(stack.scales, stack.scale_supers, group)
-                low = None if stack.mins is None else factors(stack.mins, stack.min_supers, group)
-            x = _load(
-                x_ref, (rows.place[:, None], (b * kind.block + i * P + column)[None, :]), rows.mask[:, None]
-            )  # [block_m, P]
-            if scaled_weights:
-                number = number * scale.astype(jnp.bfloat16)[:, None]
-                if low is not None:
-                    number = number - low.astype(jnp.bfloat16)[:, None]
-                total = total + plt.dot(number, x.T)
+def _store(out_ref: Any, tile: Float32[Array, "rows block_n"], work: _Work, split: Any) -> None:
+    """Writes a tile to its place in `[splits, M, N]`."""
+    row = work.row + lax.iota(jnp.int32, tile.shape[0])
+    mask = (row < work.last_row)[:, None] & work.is_feature[None, :]
+    plt.store(out_ref.at[split, row[:, None], work.feature[None, :]], tile, mask=mask)
+
+
+def _tile(
+    x_ref: Any, stack: PlanarStack, sums_ref: Any, work: _Work, kind: PlanarFormat, tiles: MatmulTiles, assembly: bool
+) -> Float32[Array, "rows block_n"]:
+    """The part of a tile that one program sums; it may have more rows than `tiles` says, which are not to be stored."""
+
+    def numbers(b: Any) -> list[Array]:
+        place = b * kind.plane + lax.iota(jnp.int32, kind.plane)
+        words = _load(stack.words, (work.index, work.feature[:, None], place[None, :]), work.is_feature[:, None])
+        return unpack(words, bits=kind.bits, zero=kind.zero, table=kind.table, assembly=assembly)
+
+    if tiles.block_m >= SCALED_WEIGHTS:
+        return _many_rows(x_ref, stack, work, kind, tiles.block_m, numbers)
+    return _few_rows(x_ref, stack, sums_ref, work, kind, tiles.block_m, numbers)
+
+
+def _few_rows(
+    x_ref: Any,
+    stack: PlanarStack,
+    sums_ref: Any,
+    work: _Work,
+    kind: PlanarFormat,
+    rows: int,
+    numbers: Callable[[Any], list[Array]],
+) -> Float32[Array, "rows block_n"]:
+    """Sums of groups apart, then scaled. Column r·side + g is row r inside group g of `side`, and zero elsewhere."""
+    P, groups, side = kind.plane, kind.groups, _side_by_side(kind, rows)
+    columns = max(FEWEST_COLUMNS, rows * side)
+    column = lax.iota(jnp.int32, columns)
+    own, row = lax.rem(column, side), work.row + lax.div(column, side)
+    is_row = row < work.last_row
+
+    def stored(b: Any) -> list[list[Array]]:
+        found: list[list[Array]] = []
+        for i in range(0, groups, side):
+            group = lax.div(b * kind.block + i * kind.group, kind.group)
+            if side == 1:
+                found.append(_stored(stack, (work.index, group, work.feature), work.is_feature))
             else:
-                product = plt.dot(number, x.T)
-                part = product if part is None else part + product
-            if (i + 1) * P % kind.group == 0 or i == planes - 1:  # a group, or this block's share of one, is complete
-                if part is not None:
-                    total = total + part * scale[:, None]
-                    if low is not None:
-                        span = b if kind.group >= kind.block else group
-                        total = total - low[:, None] * _load(sums_ref, (span, rows.place), rows.mask)[None, :]
-                part = scale = None
-        return total
+                at = work.index, (group + own)[None, :], work.feature[:, None]
+                found.append(_stored(stack, at, work.is_feature[:, None] & is_row[None, :]))
+        return found
 
-    last = jnp.minimum(first + blocks, x_ref.shape[1] // kind.block)
-    return lax.fori_loop(first, last, block, jnp.zeros((tiles.block_n, tiles.block_m), jnp.float32))
+    def block(b: Any, carry: tuple[Array, list[list[Array]]]) -> tuple[Array, list[list[Array]]]:
+        total, here = carry
+        ahead = stored(jnp.minimum(b + 1, work.last_block - 1))
+        part: Array | None = None
+        planes = numbers(b)
+        for i, number in enumerate(planes):
+            group = min(i * P // kind.group, groups - 1)
+            inputs = b * kind.block + i * P + lax.iota(jnp.int32, P)
+            mine = is_row if side == 1 else is_row & (own == group % side)
+            x = _load(x_ref, (row[:, None], inputs[None, :]), mine[:, None])  # [columns, P]
+            product = plt.dot(number, x.T)
+            part = product if part is None else part + product
+            next_group = (i + 1) * P // kind.group if groups > 1 else 0
+            if i == len(planes) - 1 or (next_group > group and next_group % side == 0):
+                scale, low = _factors(here[group // side], stack)
+                total = total + part * _as_columns(scale)
+                if low is not None:
+                    span = b * groups + group // side * side + own
+                    sums = _load(sums_ref, (span, row), is_row)
+                    total = total - _as_columns(low) * sums[None, :]
+                part = None
+        return total, ahead
+
+    empty = jnp.zeros((work.feature.shape[0], columns), jnp.float32)
+    total, _ = lax.fori_loop(work.block, work.last_block, block, (empty, stored(work.block)))
+    return (total if side == 1 else jnp.sum(total.reshape(-1, columns // side, side), axis=2)).T
+
+
+def _side_by_side(kind: PlanarFormat, rows: int) -> int:
+    """All groups of a block, where there are columns for them and they are small: else scaling them is no matter."""
+    return kind.groups if kind.group <= SMALL_GROUP and rows * kind.groups <= FEWEST_COLUMNS else 1
+
+
+def _as_columns(factors: Array) -> Array:
+    return factors if factors.ndim == 2 else factors[:, None]
+
+
+def _many_rows(
+    x_ref: Any, stack: PlanarStack, work: _Work, kind: PlanarFormat, rows: int, numbers: Callable[[Any], list[Array]]
+) -> Float32[Array, "rows block_n"]:
+    """Weights scaled, then summed over all groups at once."""
+    P, planes, width = kind.plane, 16 // kind.bits, kind.together * kind.plane
+    row = work.row + lax.iota(jnp.int32, rows)
+    begins = [i for i in range(planes) if i * P % min(kind.group, kind.block) == 0]  # planes that begin a group
+
+    def stored(b: Any) -> list[list[Array]]:
+        groups = [(b * kind.block + i * P) // kind.group for i in begins]
+        return [_stored(stack, (work.index, group, work.feature), work.is_feature) for group in groups]
+
+    def block(b: Any, carry: tuple[Array, list[list[Array]]]) -> tuple[Array, list[list[Array]]]:
+        total, here = carry
+        ahead = stored(jnp.minimum(b + 1, work.last_block - 1))
+        weights: list[Array] = []
+        for i, number in enumerate(numbers(b)):
+            begun = max(begin for begin in begins if begin <= i)
+            scale, low = _factors(here[begins.index(begun)], stack)
+            weight = number * scale.astype(jnp.bfloat16)[:, None]
+            weights.append(weight if low is None else weight - low.astype(jnp.bfloat16)[:, None])
+        for i in range(0, planes, kind.together):
+            inputs = b * kind.block + i * P + lax.iota(jnp.int32, width)
+            x = _load(x_ref, (row[:, None], inputs[None, :]), (row < work.last_row)[:, None])
+            total = total + plt.dot(x, _in_pairs(weights[i : i + kind.together]).T)
+        return total, ahead
+
+    empty = jnp.zeros((rows, work.feature.shape[0]), jnp.float32)
+    return lax.fori_loop(work.block, work.last_block, block, (empty, stored(work.block)))[0]
+
+
+def _in_pairs(planes: list[Array]) -> Array:
+    """Planes `[block_n, P]` as `[block_n, P·planes]`, pair by pair: what a thread holds stays where it is."""
+    n, P = planes[0].shape
+    pairs = _stacked([plane.reshape(n, P // 2, 2) for plane in planes])
+    return pairs.reshape(n, P // 2, 2, len(planes)).swapaxes(2, 3).reshape(n, -1)
+
+
+def _stacked(parts: list[Array]) -> Array:
+    """Along new last axes of two."""
+    if len(parts) == 1:
+        return parts[0]
+    even, odd = _stacked(parts[::2]), _stacked(parts[1::2])
+    return jnp.concatenate([even[..., None], odd[..., None]], axis=-1)
+
+
+def _stored(stack: PlanarStack, at: tuple[Any, Any, Any], mask: Array) -> list[Array]:
+    """Scales and mins as they lie in memory, each with what multiplies it; `at`: weight, group, out-features."""
+    index, group, feature = at
+    found: list[Array] = []
+    for values, supers in ((stack.scales, stack.scale_supers), (stack.mins, stack.min_supers)):
+        if values is None:
+            continue
+        found.append(_load(values, at, mask))
+        if supers is not None:
+            above = lax.div(group, jnp.int32(values.shape[1] // supers.shape[1]))
+            found.append(_load(supers, (index, above, feature), mask))
+    return found
+
+
+def _factors(stored: list[Array], stack: PlanarStack) -> tuple[Array, Array | None]:
+    """Scales and mins in float32."""
+    rest = list(stored)
+
+    def number(supers: Any) -> Array:
+        found = rest.pop(0).astype(jnp.float32)
+        return found if supers is None else found * rest.pop(0)
+
+    scale = number(stack.scale_supers)
+    return scale, None if stack.mins is None else number(stack.min_supers)
 
 
 def _load(ref: Any, index: tuple[Any, ...], mask: Array) -> Array:

@@ -1,6 +1,6 @@
 """Sizes of the tiles that kernels work in: measured ones, where `tuned/` has them for a device, else stated defaults.
 
-Nothing is measured while serving: `bench/tune.py` writes the files. A file is named after a device and holds, by
+Nothing is measured while serving: `bench/tune/` writes the files. A file is named after a device and holds, by
 operation and by the key of a shape, what was fastest there.
 """
 
@@ -53,41 +53,113 @@ def matmul_tiles(device: str, operation: str, *, M: int, N: int, K: int, bits: i
 def default_tiles(operation: str, *, M: int, N: int, K: int, bits: int, group: int, device: str = "") -> MatmulTiles:
     """Tiles of shapes that nobody measured. Few rows: small tiles, and K cut until all of a large GPU has work.
 
-    From what compiles without spills and keeps two blocks on a multiprocessor; many rows take wider tiles, as each
-    unpacks its weights once for all of them.
+    From what compiles without spills, and what was fastest on an H100 at the shapes that were measured there. Many
+    rows take wider tiles, as each unpacks its weights once for all of them.
     """
     # Of words, with the widest plane that the group allows.
     block_k = DENSE_BLOCK if bits == 16 else min(64, group) * 16 // bits
-    if M <= 16:
-        block_n, block_m, warps = 64, 16, 4
+    programs = _PROGRAMS
+    if M <= 16 and operation in ("planar_matmul", "planar_grouped_matmul"):
+        # Such a tile may have more columns than rows: one for each group of a block.
+        block_n, block_m, warps, programs = 32, 1 << (M - 1).bit_length(), 2, 4 * _PROGRAMS
+    elif M <= 16:
+        block_n, block_m, warps, programs = 64, 16, 4, 2 * _PROGRAMS
+    elif bits == 16 and M > 64:
+        block_n, block_m, warps = 256, 128, 8
     else:
         widest = 64 if block_k > 256 else 128
         if bits < 16 and _HAS_TENSOR_MEMORY.search(device):
             widest = min(widest, _TENSOR_MEMORY * bits // 16)  # sums of each plane, as many rows wide
         block_n, block_m, warps = 128, min(widest, 32 if M <= 32 else 64 if M <= 64 else 128), 8
     of_x, of_weight = block_m * block_k * (1 if operation == "ternary_matmul" else 2), block_n * block_k * bits // 8
-    stages = max(2, min(4, _SHARED_MEMORY // (of_x + of_weight)))
+    kept = 2 * 128 * block_n if block_m >= 64 and bits < 16 else 0  # of weights, unpacked
+    stages = max(2, min(4 if bits == 16 or M > 64 else 3, (_SHARED_MEMORY - kept) // (of_x + of_weight)))
     if operation == "planar_grouped_matmul":  # its blocks of rows are many already
         return MatmulTiles(block_n=block_n, block_m=block_m, splits=1, warps=warps, stages=stages)
     blocks = -(-N // block_n) * -(-M // block_m)
     splits = 1
-    while splits < 8 and blocks * splits < _BLOCKS and K // (2 * splits) >= _SHORTEST_SPLIT:
+    while splits < 16 and blocks * splits < programs and K // (2 * splits) >= _SHORTEST_SPLIT:
         splits *= 2
     return MatmulTiles(block_n=block_n, block_m=block_m, splits=splits, warps=warps, stages=stages)
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionTiles:
+    """How attention is cut. A tile of queries walks a context block by block."""
+
+    rows: int  # of a tile: pairs of a token and a query head of one kv head's group
+    span: int  # tokens of context in a block
+    warps: int
+    stages: int  # of loads that are under way
+
+
+def attention_key(*, group: int, head_dim: int, kv_dtype: str) -> str:
+    """A model's key."""
+    return f"group {group}, head dim {head_dim}, {kv_dtype}"
+
+
+def attention_tiles(
+    device: str, operation: str, *, group: int, head_dim: int, kv_dtype: str, operand_bytes: int
+) -> AttentionTiles:
+    """Tiles of attention over a paged cache.
+
+    Args:
+        device: as in `matmul_tiles`, like the kernel.
+        operation: likewise.
+        group: query heads of a kv head.
+        head_dim: of K and V.
+        kv_dtype: of the cache's codes, as numpy calls it.
+        operand_bytes: of one number as it is multiplied.
+    """
+    found = _tuned(device).get(operation, {}).get(attention_key(group=group, head_dim=head_dim, kv_dtype=kv_dtype))
+    if found is not None:
+        return AttentionTiles(**found)
+    return default_attention_tiles(operation, group=group, head_dim=head_dim, operand_bytes=operand_bytes)
+
+
+def default_attention_tiles(operation: str, *, group: int, head_dim: int, operand_bytes: int) -> AttentionTiles:
+    """Tiles that fit the shared memory and the registers of every GPU since sm_80, head dims up to 256."""
+    width = _power_of_2(head_dim)
+    span = max(16, min(64, _CONTEXT_TILE // (width * operand_bytes)))
+    if operation == "paged_attention_decode":
+        return AttentionTiles(rows=max(_FEWEST_ROWS, _power_of_2(group)), span=span, warps=4, stages=3)
+    # Operands twice the size also take twice the registers for each number, three products being one.
+    rows = max(_FEWEST_ROWS, min(128, _PREFILL_TILE // (width * (operand_bytes // 2) ** 2)), _power_of_2(group))
+    return AttentionTiles(rows=rows, span=span, warps=8, stages=2 if width > 128 else 3)
+
+
+def _power_of_2(n: int) -> int:
+    """The next one."""
+    return 1 << (n - 1).bit_length()
+
+
+_PREFILL_TILE = 128 * 128  # elements of a block's queries, where they are of two bytes
+_FEWEST_ROWS = 16  # that tensor cores take
+_CONTEXT_TILE = 64 * 128 * 2  # bytes of K multiplied at once, as many of V; several such reads are in flight
 
 _SHARED_MEMORY = 160 << 10  # bytes that the loads under way may take: an A100 has 163 KiB
 # Where sums lie in a memory of the matrix units, Triton gives each plane of a word columns of its own. Half of the 512,
 # as weights take some too, and what does not fit does not compile.
 _HAS_TENSOR_MEMORY = re.compile(r"\bG?B[123]00\b")
 _TENSOR_MEMORY = 256
-_BLOCKS = 2 * 132  # two for each multiprocessor of an H200
-_SHORTEST_SPLIT = 1024  # inputs: a shorter loop would not fill its pipeline
+_PROGRAMS = 200  # of a product, at least: one and a half for each multiprocessor of an H200
+_SHORTEST_SPLIT = 512  # inputs: a shorter loop would not fill its pipeline
+# GPUs with the same multiprocessors as one that was measured.
+_LIKE = ((re.compile(r"\bG?H[12]00\b"), "NVIDIA H100 80GB HBM3"),)
+
+
+def tuned_file(device: str) -> str:
+    """What the file of a device is called."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
 @functools.cache
 def _tuned(device: str) -> dict[str, dict[str, dict[str, int]]]:
-    """What was measured on a device; nothing where nobody did."""
-    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    file = resources.files("pallas_kernels") / "tuned" / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if name and file.is_file() else {}
+    """What was measured on a device, or on its like; nothing where nobody did."""
+    folder = resources.files("pallas_kernels") / "tuned"
+    alike = [like for pattern, like in _LIKE if pattern.search(device)]
+    for name in (device, *alike) if device else ():
+        file = folder / tuned_file(name)
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+    return {}

@@ -9,12 +9,13 @@ from atoma_jax.native.tiles import put_codes, put_factors
 from atoma_jax.ops.attention import AttentionBatch, Chunks, attend, attention_batch, empty_pages
 from atoma_jax.ops.backend import Backend, Kernels, Platform, has_native_kernels
 from atoma_jax.ops.experts import grouped_feed_forward
-from atoma_jax.ops.linear import layer_of, linear, linear_of_parts
+from atoma_jax.ops.linear import PACKED_ROWS, layer_of, linear, linear_of_parts
 from pallas_kernels.kv_pages import KVPages
 from pallas_kernels.quantized_matmul import pack_planar
 
 # Types and packings of the kernels that others need come from here: nobody else imports kernels.
 __all__ = [
+    "PACKED_ROWS",
     "AttentionBatch",
     "Backend",
     "Chunks",

@@ -1,6 +1,7 @@
 """Attention of a step over the paged cache, and what its kernels want to know of the step."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, no_type_check
 
 import jax
@@ -81,25 +82,26 @@ def attention_batch(
             blocks = attention_work.query_blocks(*chunks, T, size=paged_attention.QUERY_BLOCK)
     else:
         longest = page_table.shape[1] * pages.k.shape[3]
-        part, num_parts = _context_parts(pages, backend, decode_lengths.shape[0], longest, fixed=fixed_parts)
-        block = paged_attention_pallas.context_block(pages)
+        block = paged_attention_pallas.tiles_of("decode", pages, num_heads, backend.device).span
+        part, num_parts = _context_parts(pages, backend, decode_lengths.shape[0], -(-longest // block), fixed_parts)
         parts = attention_work.decode_parts(
             decode_lengths, block=block, num_parts=num_parts, part=part, cover_empty=chunks is None
         )
         if chunks is not None:
-            size = paged_attention_pallas.prefill_block(pages, num_heads)
+            tiles = paged_attention_pallas.tiles_of("prefill", pages, num_heads, backend.device)
+            size = max(1, tiles.rows // (num_heads // pages.k.shape[2]))
             blocks = attention_work.padded_query_blocks(*chunks, decode_lengths, T, size=size)
     return AttentionBatch(
         page=page, slot=slot, page_table=page_table, decode_lengths=decode_lengths, blocks=blocks, parts=parts
     )
 
 
-def _context_parts(pages: KVPages, backend: Backend, B: int, longest: int, *, fixed: bool) -> tuple[int | None, int]:
-    """Blocks of a part of a context, None where the step decides, and how many parts B contexts have at most."""
+def _context_parts(pages: KVPages, backend: Backend, B: int, blocks: int, fixed: bool) -> tuple[int | None, int]:
+    """Blocks of a part of a context, None where the step decides, and how many parts B contexts, of so many blocks at
+    most, have at most."""
     if not fixed:
         programs = _PROGRAMS if backend.kernels == "pallas" else _INTERPRETED_PROGRAMS
         return None, B + -(-programs // pages.k.shape[2])
-    blocks = -(-longest // paged_attention_pallas.context_block(pages))
     part = -(-blocks // _FIXED_PARTS)
     return part, B * -(-blocks // part)
 
@@ -156,11 +158,14 @@ def attend(
     # One array, so that XLA makes it in one launch: sums of the projection's parts, norms and rotation included.
     qkv = jnp.concatenate([q, k, v], axis=1)
     pages = kv_write_pallas.write_kv(pages, qkv, **place, interpret=interpret)
+    tiles = partial(paged_attention_pallas.tiles_of, pages=pages, num_heads=q.shape[1], device=backend.device)
     out = paged_attention_pallas.decode_attention(
-        qkv, pages, batch.parts, lengths=batch.decode_lengths, **what, interpret=interpret
+        qkv, pages, batch.parts, tiles("decode"), lengths=batch.decode_lengths, **what, interpret=interpret
     )
     if batch.blocks is not None:
-        out = paged_attention_pallas.ragged_attention(qkv, pages, batch.blocks, out, **what, interpret=interpret)
+        out = paged_attention_pallas.ragged_attention(
+            qkv, pages, batch.blocks, out, tiles("prefill"), **what, interpret=interpret
+        )
     return out, pages
 
 

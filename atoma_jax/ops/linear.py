@@ -14,13 +14,16 @@ from atoma_jax.ops.parts import gathered, inputs_of, quantized_parts
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from pallas_kernels import quantized_matmul as matmul_kernels
 from pallas_kernels.dense_matmul import dense_matmul
-from pallas_kernels.planar_matmul import PlanarFormat, PlanarStack, planar_matmul
+from pallas_kernels.planar_matmul import PlanarFormat, PlanarStack, planar_dequantized, planar_matmul
 from pallas_kernels.ternary_matmul import is_ternary, ternary_matmul, ternary_matmul_xla
 from pallas_kernels.tuning import matmul_tiles
 from sharding.collectives import size_of, sum_over
 
 # Integer products go group by group: with smaller groups, rounding the activations and multiplying floats is quicker.
 _INTEGER_GROUP = 128
+# Rows beyond which a weight is dequantized into memory for its one product: with so many that and the dense product
+# take less time than unpacking it anew for each tile of rows (docs/kernels.md has the numbers).
+PACKED_ROWS = 128
 
 
 def linear(
@@ -184,11 +187,16 @@ def _kernel_linear(
     if int8_activations and _is_ternary(weight):
         tiles = matmul_tiles(backend.device, "ternary_matmul", **shape)
         return ternary_matmul(x, stack.words, stack.scales, place, kind, tiles, interpret=interpret)
-    tiles = matmul_tiles(backend.device, "planar_matmul", **shape)
-    if not int8_activations:
-        return planar_matmul(x, stack, place, kind, tiles, interpret=interpret)
-    codes, factor = matmul_kernels.quantize_tokens(x)  # exact in bfloat16
-    return planar_matmul(codes.astype(jnp.bfloat16), stack, place, kind, tiles, interpret=interpret) * factor
+    factor: Float32[Array, "T 1"] | None = None
+    if int8_activations:
+        x, factor = matmul_kernels.quantize_tokens(x)  # exact in bfloat16
+    x = x.astype(jnp.bfloat16)
+    if x.shape[0] > PACKED_ROWS:
+        y = matmul_kernels.dot(x, planar_dequantized(stack, place, kind, K, interpret=interpret))
+    else:
+        tiles = matmul_tiles(backend.device, "planar_matmul", **shape)
+        y = planar_matmul(x, stack, place, kind, tiles, interpret=interpret)
+    return y if factor is None else y * factor
 
 
 def _integer_linear(x: Float[Array, "T K"], weight: QTensor | Array, backend: Backend) -> Float32[Array, "T N"]:

@@ -33,12 +33,15 @@ def case(type_name: str, M: int, N: int, K: int, *, model: str = "", quick: bool
     weight = packed_weight(kind, LAYERS, N, K)
     kernel = "ternary_matmul" if int8 else "planar_matmul"
     tiles = matmul_tiles(BACKEND.device, kernel, M=M, N=N, K=K, bits=weight.bits, group=weight.group)
+    weights = tiles.block_n * weight.plane * (16 // weight.bits) / (32 * tiles.warps)
+    if not int8 and M > ops.PACKED_ROWS:
+        kernel, weights = "planar_dequantized", None  # which has no loop
     return KernelCase(
         name=f"{model + ': ' if model else ''}{type_name}, {M} × {K} → {N}",
         kernel=f"^{kernel}",
         function=partial(_linear, int8=int8),
         arguments=(ShapeDtypeStruct((M, K), jnp.bfloat16), weight, ShapeDtypeStruct((), jnp.int32)),
-        weights=tiles.block_n * weight.plane * (16 // weight.bits) / (32 * tiles.warps),
+        weights=weights,
         quick=quick,
     )
 
@@ -115,16 +118,16 @@ def dense_case(M: int, N: int, K: int, *, quick: bool = False) -> KernelCase:
 CASES = [
     *(dense_case(M, 4096, 4096, quick=M == 1) for M in (1, 64, 512)),
     *(
-        case(type_name, M, 4096, 4096, quick=type_name in QUICK and M != 64)
+        case(type_name, M, 4096, 4096, quick=type_name in QUICK and M in (1, 128))
         for type_name in TYPES
-        for M in (1, 64, 512)
+        for M in (1, 64, 128, 512)
     ),
     *(
         case(type_name, M, N, K, model=model, quick=type_name == "ternary × int8" and M == 1 and K == 6912)
         for model, (types, shapes) in MODELS.items()
         for type_name in types
         for N, K in shapes
-        for M in (1, 512)
+        for M in (1, 128)
     ),
     grouped_case("Q4_K", 1, used=8, count=128, N=768, K=2048, quick=True),  # Qwen3-30B-A3B
     grouped_case("Q4_K", 512, used=8, count=128, N=768, K=2048),

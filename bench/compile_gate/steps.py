@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from atoma_jax import ops
 from atoma_jax.engine.batch import batch_size
 from atoma_jax.engine.buckets import Program
 from atoma_jax.engine.sampler_state import SamplerShape
@@ -44,7 +45,8 @@ def check_step(type_name: str, program: Program, target: Target) -> list[str]:
     words = jax.ShapeDtypeStruct((batch_size(program, TABLE_WIDTH),), jnp.int32)
     step = partial(run_step, graph=graph, program=program, sizes=sizes)
     compiled = aot.compiled(step, (weights, state, words), target, donate_argnums=1)
-    packed = type_name != "bf16"
+    # Products of many rows dequantize a weight at a time; those of integers never do.
+    packed = type_name == "ternary" or (type_name != "bf16" and program.tokens <= ops.PACKED_ROWS)
     problems = hlo_problems(compiled.as_text() or "", spec, state, weights, packed=packed)
     return [f"{type_name}, {program} on {target}: {problem}" for problem in problems]
 

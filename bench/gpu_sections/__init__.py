@@ -12,4 +12,4 @@ SECTIONS: dict[str, str] = {  # name → module
     "engine": "bench.gpu_sections.engine",
     "peer": "bench.gpu_sections.peer",
 }
-SHARES: dict[str, float] = {"limits": 30, "matmul": 150, "attention": 110, "engine": 180, "peer": 60}  # of the time
+SHARES: dict[str, float] = {"limits": 15, "matmul": 50, "attention": 60, "engine": 150, "peer": 35}  # of the time

@@ -1,5 +1,6 @@
 """The engine's own step at the shapes of Llama-3.1-8B with random weights: decode at several rows, and prefill."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,17 +13,20 @@ import numpy as np
 
 from atoma_jax.engine.batch import batch_size, unpack
 from atoma_jax.engine.buckets import Program
+from atoma_jax.engine.compile_options import compile_options
 from atoma_jax.engine.sampler_state import SamplerShape
 from atoma_jax.engine.step import EngineState, StepSizes, Weights, make_state, run_step
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.ops import Backend
 from bench.gpu_sections.protocol import Context, Measurement
 from bench.gpu_sections.timing import REPEATS, seconds_of
+from bench.kernel_times import kernel_times, seconds_by_kernel
 from bench.real_models import LLAMA_8B, TINY, abstract_values, graph_and_state, random_values, with_type
 
 TYPES = ("bf16", "Q4_K", "Q8_0", "ternary")  # those that have pass marks first
 DECODE_ROWS, PREFILL_TOKENS = (1, 8, 64, 256), (512, 2048)
 CONTEXT, PAGE_SIZE = 1024, 16  # tokens of a sequence that decodes, this step included
+PARTS = 12  # kernels that are told of each step, those that take longest
 TARGETS = {"bf16": 0.80, "Q4_K": 0.55}  # of the bandwidth limit, at one row
 
 
@@ -57,14 +61,22 @@ class _Case:
 
 
 def measure(context: Context) -> Iterator[Measurement]:
-    """Every type, at every number of rows."""
+    """Every type, at every number of rows. Raises RuntimeError at the end, where some could not be measured."""
+    failed: list[str] = []
     for type_name in ("Q4_K",) if context.small else TYPES:
         engine = _engine(context, type_name)
         cases = [_decode(context, engine, type_name, rows) for rows in ((2,) if context.small else DECODE_ROWS)]
         cases += [_prefill(engine, type_name, tokens) for tokens in ((32,) if context.small else PREFILL_TOKENS)]
         for case, step in zip(cases, _compiled(engine, cases), strict=True):
-            yield replace(case.measurement, seconds=_seconds(engine, case, step))
+            try:
+                seconds, parts = _measured(engine, case, step)
+            except jax.errors.JaxRuntimeError as error:  # most often: memory; other cases may have enough
+                failed.append(f"{case.measurement.name}: {str(error)[:120]}")
+                continue
+            yield replace(case.measurement, seconds=seconds, parts=parts)
         del engine  # before the next weights are made
+    if failed:
+        raise RuntimeError("; ".join(failed))
 
 
 def _engine(context: Context, type_name: str) -> _Engine:
@@ -147,24 +159,28 @@ def _compiled(engine: _Engine, cases: list[_Case]) -> list[Any]:
         run = partial(run_step, graph=engine.graph, program=case.program, sizes=engine.sizes)
         state = jax.eval_shape(partial(_state, engine, case))
         lowered.append(jax.jit(run, donate_argnums=1).lower(engine.weights, state, case.words))
+    options = compile_options(engine.backend.platform)
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda one: one.compile(), lowered))
+        return list(pool.map(lambda one: one.compile(options), lowered))
 
 
-def _seconds(engine: _Engine, case: _Case, step: Any) -> float:
-    """Of one step: the state goes from step to step, as in the engine, and a run of steps is waited for once."""
+def _measured(engine: _Engine, case: _Case, step: Any) -> tuple[float, dict[str, float]]:
+    """Seconds of one step, and of its kernels: the state goes from step to step, as in the engine, and a run of steps
+    is waited for once."""
     on_device = jax.device_put(case.words)
     held: list[EngineState] = [jax.jit(partial(_state, engine, case))()]
-    steps = 1 if engine.backend.platform == "cpu" else 10
 
-    def several() -> Any:
+    def several(steps: int) -> Any:
         output = None
         for _ in range(steps):
             held[0], output = step(engine.weights, held[0], on_device)
         return output
 
     assert REPEATS > 1
-    return seconds_of(several) / steps
+    steps = 1 if engine.backend.platform == "cpu" else 10
+    seconds = seconds_of(several, steps) / steps
+    parts = seconds_by_kernel(kernel_times(partial(several, 1)))
+    return seconds, dict(itertools.islice(parts.items(), PARTS))
 
 
 def _parameters(spec: ModelSpec) -> int:

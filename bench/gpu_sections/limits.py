@@ -15,10 +15,10 @@ def measure(context: Context) -> Iterator[Measurement]:
     """Both limits."""
     words = 1 << (16 if context.small else 29)
     x = jnp.ones((words,), jnp.float32)
-    seconds = seconds_a_turn(lambda _, x: x * 1.0000001, x, turns=2 if context.small else 20)
+    seconds = seconds_a_turn(lambda x: x * 1.0000001, x, turns=2 if context.small else 20)
     yield Measurement(name=COPY, seconds=seconds, moved_bytes=2 * x.nbytes)
     n = 128 if context.small else 8192
     a = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)
     b = a.T / n**0.5
-    seconds = seconds_a_turn(lambda _, a, b: jnp.dot(a, b), a, b, turns=2 if context.small else 20)
+    seconds = seconds_a_turn(lambda a, b: jnp.dot(a, b), a, b, turns=2 if context.small else 20)
     yield Measurement(name=PRODUCT, seconds=seconds, operations=2 * n**3)

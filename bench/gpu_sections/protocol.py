@@ -36,6 +36,7 @@ class Measurement:
         operations: multiplications and additions of matrix units.
         tokens: of the step, where there are any: yields tokens a second.
         others: seconds of other ways of doing the same, by name: xla, torch, bf16.
+        parts: seconds of its kernels by name, those that take longest, where a profiler saw them.
         error: largest difference to the reference, relative to `allowed`'s scale; None: not checked.
         allowed: what `error` may be.
         target: pass mark of `fraction_of`.
@@ -49,6 +50,7 @@ class Measurement:
     operations: int = 0
     tokens: int = 0
     others: dict[str, float] = field(default_factory=lambda: dict[str, float]())
+    parts: dict[str, float] = field(default_factory=lambda: dict[str, float]())
     error: float | None = None
     allowed: float | None = None
     target: float | None = None

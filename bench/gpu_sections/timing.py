@@ -5,26 +5,23 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 REPEATS = 5
 
 
 def seconds_a_turn(function: Callable[..., jax.Array], x: jax.Array, *rest: Any, turns: int) -> float:
-    """Seconds of `function(i, x, *rest)`, the least of some loops of `turns` inside one program.
+    """Seconds of `function(x, *rest)`, the least of some loops of `turns` inside one program.
 
-    Each turn's `x` depends on the turn before, so that none is moved out of the loop; `i` lets the function take
-    another weight each time, for caches hold what was just used.
+    Each turn's `x` depends on the turn before, so that none is moved out of the loop.
     """
 
     @jax.jit
     def loop(x: jax.Array, *rest: Any) -> jax.Array:
-        def turn(i: Any, x: jax.Array) -> jax.Array:
-            y = function(i, x, *rest)
-            return x + (y.reshape(-1)[0] * 1e-30).astype(x.dtype)
+        def turn(_: Any, x: jax.Array) -> jax.Array:
+            return x + (function(x, *rest).reshape(-1)[0] * 1e-30).astype(x.dtype)
 
-        return lax.fori_loop(jnp.int32(0), jnp.int32(turns), turn, x)
+        return lax.fori_loop(0, turns, turn, x)
 
     return seconds_of(loop, x, *rest) / turns
 

@@ -3,20 +3,23 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
-from bench import gpu, tune
+from bench import gpu
 from bench.gpu_sections import SECTIONS, SHARES, attention, engine, matmul, report
 from bench.gpu_sections.limits import COPY, PRODUCT
 from bench.gpu_sections.protocol import Context, Measurement
+from bench.tune.search import neighbours
+from bench.tune.worker import names as tune_names
+from pallas_kernels.tuning import MatmulTiles
 
 ROOT = Path(__file__).parents[2]
 CONTEXT = Context(small=False, bandwidth=4e12, matrix_peak=8e14)
-TILES = {"block_n": 64, "block_m": 16, "splits": 1, "warps": 4, "stages": 4}
 
 
 def test_every_section_has_its_time_and_all_together_take_under_nine_minutes() -> None:
@@ -114,13 +117,29 @@ def test_every_section_runs_to_its_end_on_a_cpu(name: str, tmp_path: Path) -> No
     assert all(row["seconds"] > 0 and row["correct"] is not False for row in section["measurements"])
 
 
-@pytest.mark.slow  # compiles two products
-def test_tuning_keeps_the_fastest_candidate_of_a_shape(tmp_path: Path) -> None:
-    listed = [{"type": "Q4_0", "M": 1, "N": 128, "K": 512, "tiles": one} for one in (TILES, TILES | {"splits": 2})]
-    (tmp_path / "list.json").write_text(json.dumps(listed))
-    tune.measure(source=tmp_path / "list.json", folder=tmp_path, small=True)
-    found = json.loads((tmp_path / "cpu.json").read_text())
-    assert list(found) == ["planar_matmul"]
-    ((key, best),) = found["planar_matmul"].items()
-    assert key == "rows 1, N 128, K 512, bits 4, group 32"
-    assert best in (TILES, TILES | {"splits": 2})
+@pytest.mark.slow  # a process that compiles products
+def test_tuning_keeps_what_beats_the_default_tiles_of_a_shape(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "bench.tune", "--small", "--rounds", "1", "--folder", str(tmp_path)]
+    subprocess.run([*command, "--log", str(log)], cwd=ROOT, check=True, capture_output=True, timeout=600)
+    [tuned] = [json.loads(line) for line in log.read_text().splitlines()]
+    seconds = [one["seconds"] for one in tuned["times"]]
+    assert seconds == sorted(seconds)
+    [default] = [one["seconds"] for one in tuned["times"] if one["default"]]
+    kept = json.loads((tmp_path / "cpu.json").read_text())["planar_matmul"]
+    key = "rows 1, N 128, K 512, bits 4, group 32"
+    assert kept == ({key: tuned["times"][0]["tiles"]} if default > 1.02 * seconds[0] else {})
+
+
+def test_neighbours_of_tiles_differ_by_one_step_and_stay_in_bounds() -> None:
+    tiles = MatmulTiles(block_n=64, block_m=16, splits=1, warps=8, stages=4)
+    found = list(neighbours(tiles))
+    assert replace(tiles, stages=5) in found
+    assert replace(tiles, block_n=32, warps=4) in found
+    assert replace(tiles, block_n=32, splits=2) in found
+    assert not any(one.splits < 1 or one.warps > 8 or one == tiles for one in found)
+
+
+@pytest.mark.parametrize("names", [tune_names(small=False), tune_names(small=True)])
+def test_everything_that_is_tuned_has_a_name_of_its_own(names: list[str]) -> None:
+    assert len(set(names)) == len(names)

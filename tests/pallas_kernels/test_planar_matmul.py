@@ -1,5 +1,6 @@
 """The kernel's products are those of float64, for every kind of packed weight, at and off the borders of its tiles."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -8,7 +9,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels import quantized_matmul
-from pallas_kernels.planar_matmul import SCALED_WEIGHTS, PlanarFormat, planar_grouped_matmul, planar_matmul
+from pallas_kernels.planar_matmul import (
+    SCALED_WEIGHTS,
+    PlanarFormat,
+    planar_dequantized,
+    planar_grouped_matmul,
+    planar_matmul,
+)
 from pallas_kernels.tuning import MatmulTiles, default_tiles
 from tests.pallas_kernels.packed_weights import IQ4_NL, Packed, activations, index, packed
 
@@ -50,6 +57,28 @@ def test_few_rows_are_exact_but_for_sums_in_float32(name):
     got = np.asarray(product(x, w.stack, index(1), w.kind, FEW), np.float64)
     # K additions in float32, each rounded by half of 2^-23 at most, in any order.
     assert (np.abs(got - x @ w.values[1].T) <= K * 2.0**-24 * (np.abs(x) @ w.sizes[1].T)).all()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_so_are_one_or_two_whose_groups_have_columns_of_their_own(name):
+    w = weight(name, 40)
+    x = activations(3, K)
+    got = np.asarray(product(x, w.stack, index(1), w.kind, replace(FEW, block_m=2)), np.float64)
+    assert (np.abs(got - x @ w.values[1].T) <= K * 2.0**-24 * (np.abs(x) @ w.sizes[1].T)).all()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_whole_weight_is_dequantized_as_plain_xla_does_it(name):
+    """Bit for bit: numbers times scales less mins in float32, rounded to bfloat16."""
+    w = weight(name, 40)
+    scales, mins = (
+        None if values is None else quantized_matmul.flat_factors(values[1], None if supers is None else supers[1]).T
+        for values, supers in ((w.stack.scales, w.stack.scale_supers), (w.stack.mins, w.stack.min_supers))
+    )
+    codes = quantized_matmul.unpack_planar(w.stack.words[1], w.kind.bits, w.kind.plane).reshape(40, -1, w.kind.group)
+    want = quantized_matmul.dequantize(codes, scales, mins, zero=w.kind.zero, table=w.kind.table)
+    got = jax.jit(partial(planar_dequantized, kind=w.kind, K=K, interpret=True))(w.stack, index(1))
+    np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "IQ4_NL", "Q2_K"])

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from pallas_kernels import tuning
-from pallas_kernels.tuning import MatmulTiles, default_tiles, matmul_key, matmul_tiles
+from pallas_kernels.tuning import (
+    AttentionTiles,
+    MatmulTiles,
+    attention_key,
+    attention_tiles,
+    default_attention_tiles,
+    default_tiles,
+    matmul_key,
+    matmul_tiles,
+)
 
 SHAPE = {"N": 4096, "K": 4096, "bits": 4, "group": 32}
 
@@ -58,3 +67,37 @@ def test_a_gpu_whose_sums_lie_in_tensor_memory_gets_tiles_that_fit(bits, rows):
     for device in ("NVIDIA B200", "NVIDIA GB200", "NVIDIA GB300"):
         assert matmul_tiles(device, operation, **shape).block_m == rows
     assert {matmul_tiles(device, operation, **shape).block_m for device in ("", "NVIDIA H200")} == {128}
+
+
+def test_attention_gets_what_was_measured_for_a_cache_and_heads_like_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    best = {"rows": 16, "span": 128, "warps": 4, "stages": 5}
+    (tmp_path / "tuned").mkdir()
+    key = attention_key(group=4, head_dim=128, kv_dtype="float8_e4m3fn")
+    file = tmp_path / "tuned" / "some-gpu.json"
+    file.write_text(json.dumps({"paged_attention_decode": {key: best}}), encoding="utf-8")
+    monkeypatch.setattr(resources, "files", lambda _: tmp_path)
+    shape = {"group": 4, "head_dim": 128, "operand_bytes": 2}
+    found = attention_tiles("Some GPU", "paged_attention_decode", **shape, kv_dtype="float8_e4m3fn")
+    assert found == AttentionTiles(**best)
+    default = default_attention_tiles("paged_attention_decode", **shape)
+    assert attention_tiles("Some GPU", "paged_attention_decode", **shape, kv_dtype="bfloat16") == default != found
+    tuning._tuned.cache_clear()
+
+
+def test_an_h200_takes_what_was_measured_on_an_h100():
+    """Their multiprocessors are the same."""
+    [measured] = (resources.files("pallas_kernels") / "tuned").iterdir()
+    assert measured.name == tuning.tuned_file("NVIDIA H100 80GB HBM3")
+    assert tuning._tuned("NVIDIA H200") == tuning._tuned("NVIDIA H100 80GB HBM3") == json.loads(measured.read_text())
+    assert tuning._tuned("NVIDIA A100-SXM4-80GB") == tuning._tuned("") == {}
+
+
+@pytest.mark.parametrize(("group", "head_dim", "operand_bytes"), [(1, 64, 2), (4, 128, 2), (7, 80, 2), (2, 256, 4)])
+def test_tiles_of_attention_hold_a_group_and_are_powers_of_two(group, head_dim, operand_bytes):
+    for operation in ("paged_attention_decode", "paged_attention_prefill"):
+        tiles = default_attention_tiles(operation, group=group, head_dim=head_dim, operand_bytes=operand_bytes)
+        assert tiles.rows >= max(16, group)
+        for size in (tiles.rows, tiles.span, tiles.warps):
+            assert size & (size - 1) == 0
