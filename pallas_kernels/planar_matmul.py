@@ -13,6 +13,7 @@ The reference is `quantized_matmul.matmul_planar`, which also says what the layo
   and experts are never copied out.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -314,37 +315,30 @@ def _few_rows(
     is_row = row < work.last_row
 
     def stored(b: Any) -> list[list[Array]]:
-        found: list[list[Array]] = []
-        for i in range(0, groups, side):
-            group = lax.div(b * kind.block + i * kind.group, kind.group)
-            if side == 1:
-                found.append(_stored(stack, (work.index, group, work.feature), work.is_feature))
-            else:
-                at = work.index, (group + own)[None, :], work.feature[:, None]
-                found.append(_stored(stack, at, work.is_feature[:, None] & is_row[None, :]))
-        return found
+        group = lax.div(b * kind.block, kind.group)
+        if side == 1:
+            return [_stored(stack, (work.index, group + i, work.feature), work.is_feature) for i in range(groups)]
+        at = work.index, (group + own)[None, :], work.feature[:, None]
+        return [_stored(stack, at, work.is_feature[:, None] & is_row[None, :])]
 
     def block(b: Any, carry: tuple[Array, list[list[Array]]]) -> tuple[Array, list[list[Array]]]:
         total, here = carry
         ahead = stored(jnp.minimum(b + 1, work.last_block - 1))
-        part: Array | None = None
         planes = numbers(b)
-        for i, number in enumerate(planes):
-            group = min(i * P // kind.group, groups - 1)
-            inputs = b * kind.block + i * P + lax.iota(jnp.int32, P)
-            mine = is_row if side == 1 else is_row & (own == group % side)
-            x = _load(x_ref, (row[:, None], inputs[None, :]), mine[:, None])  # [columns, P]
-            product = plt.dot(number, x.T)
-            part = product if part is None else part + product
-            next_group = (i + 1) * P // kind.group if groups > 1 else 0
-            if i == len(planes) - 1 or (next_group > group and next_group % side == 0):
-                scale, low = _factors(here[group // side], stack)
-                total = total + part * _as_columns(scale)
-                if low is not None:
-                    span = b * groups + group // side * side + own
-                    sums = _load(sums_ref, (span, row), is_row)
-                    total = total - _as_columns(low) * sums[None, :]
-                part = None
+        for part, factors in enumerate(here):  # of the block: a group, or all of them side by side
+            products: list[Array] = []
+            for i in range(part * len(planes) // len(here), (part + 1) * len(planes) // len(here)):
+                inputs = b * kind.block + i * P + lax.iota(jnp.int32, P)
+                mine = is_row if side == 1 else is_row & (own == i * P // kind.group)
+                x = _load(x_ref, (row[:, None], inputs[None, :]), mine[:, None])  # [columns, P]
+                products.append(plt.dot(planes[i], x.T))
+            scale, low = _factors(factors, stack)
+            if side == 1:
+                scale, low = scale[:, None], None if low is None else low[:, None]
+            total = total + functools.reduce(jnp.add, products) * scale
+            if low is not None:
+                sums = _load(sums_ref, (b * groups + part + own, row), is_row)
+                total = total - low * sums[None, :]
         return total, ahead
 
     empty = jnp.zeros((work.feature.shape[0], columns), jnp.float32)
@@ -355,10 +349,6 @@ def _few_rows(
 def _side_by_side(kind: PlanarFormat, rows: int) -> int:
     """All groups of a block, where there are columns for them and they are small: else scaling them is no matter."""
     return kind.groups if kind.group <= SMALL_GROUP and rows * kind.groups <= FEWEST_COLUMNS else 1
-
-
-def _as_columns(factors: Array) -> Array:
-    return factors if factors.ndim == 2 else factors[:, None]
 
 
 def _many_rows(
