@@ -362,19 +362,19 @@ def _walk(
         weights = _powers(logits, shape, jnp.broadcast_to(less[:, None], logits.shape))
         decay = jnp.exp2((state.largest - largest) * shape.unit)
         total = state.total * decay + jnp.sum(weights, axis=1)
-        unit = None
+        largest_scale = None
         if cache.v_scale is not None:
             by_token = _scales(cache.v_scale, tokens, place)
             if _operands(shape.form) == jnp.float16:  # which knows no small numbers: the largest scale becomes 1
-                unit = jnp.maximum(jnp.max(by_token, axis=0), _SMALLEST_UNIT)
-                by_token = by_token / unit
+                largest_scale = jnp.maximum(jnp.max(by_token, axis=0), _SMALLEST_UNIT)
+                by_token = by_token / largest_scale
             weights = weights * by_token[None]
         vectors = _vectors(cache.v, tokens, shape, place)
         # One expression, so that the product is summed where the state lies.
-        acc = state.acc * (decay if unit is None else decay / unit)[:, None] + plt.dot(
+        acc = state.acc * (decay if largest_scale is None else decay / largest_scale)[:, None] + plt.dot(
             weights.astype(vectors.dtype), vectors, precision=shape.precision
         )
-        return _Softmax(acc if unit is None else acc * unit, largest, total)
+        return _Softmax(acc if largest_scale is None else acc * largest_scale, largest, total)
 
     return lax.fori_loop(*blocks, step, state)
 

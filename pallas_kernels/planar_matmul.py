@@ -25,11 +25,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
-from pallas_kernels.tuning import MatmulTiles
+from pallas_kernels.tuning import SCALED_WEIGHTS, TOGETHER, MatmulTiles
 from pallas_kernels.unpacking import unpack
 
-SCALED_WEIGHTS = 64  # rows of a tile from which on weights are scaled instead of sums
-TOGETHER = 128  # inputs of one product of the matrix units there
 FEWEST_COLUMNS = 16  # of a product of the matrix units
 DEQUANTIZED_ROWS = 32  # out-features of a program that dequantizes
 SMALL_GROUP = 32  # inputs, up to which groups get columns of their own
@@ -360,7 +358,7 @@ def _many_rows(
     begins = [i for i in range(planes) if i * P % min(kind.group, kind.block) == 0]  # planes that begin a group
 
     def stored(b: Any) -> list[list[Array]]:
-        groups = [(b * kind.block + i * P) // kind.group for i in begins]
+        groups = [lax.div(b * kind.block + i * P, kind.group) for i in begins]
         return [_stored(stack, (work.index, group, work.feature), work.is_feature) for group in groups]
 
     def block(b: Any, carry: tuple[Array, list[list[Array]]]) -> tuple[Array, list[list[Array]]]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import resources
 
 DENSE_BLOCK = 64  # inputs of bfloat16 weights in one turn: what one request of the matrix units' tiles swizzles
+SCALED_WEIGHTS = 64  # rows of a tile from which on packed weights are scaled instead of sums
+TOGETHER = 128  # inputs of one product of the matrix units there
 ROW_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # measured at; a call takes the next one up
 
 
@@ -72,7 +74,8 @@ def default_tiles(operation: str, *, M: int, N: int, K: int, bits: int, group: i
             widest = min(widest, _TENSOR_MEMORY * bits // 16)  # sums of each plane, as many rows wide
         block_n, block_m, warps = 128, min(widest, 32 if M <= 32 else 64 if M <= 64 else 128), 8
     of_x, of_weight = block_m * block_k * (1 if operation == "ternary_matmul" else 2), block_n * block_k * bits // 8
-    kept = 2 * 128 * block_n if block_m >= 64 and bits < 16 else 0  # of weights, unpacked
+    unpacks = operation.startswith("planar") and block_m >= SCALED_WEIGHTS
+    kept = 2 * TOGETHER * block_n if unpacks else 0  # of weights
     stages = max(2, min(4 if bits == 16 or M > 64 else 3, (_SHARED_MEMORY - kept) // (of_x + of_weight)))
     if operation == "planar_grouped_matmul":  # its blocks of rows are many already
         return MatmulTiles(block_n=block_n, block_m=block_m, splits=1, warps=warps, stages=stages)

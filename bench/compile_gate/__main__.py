@@ -67,13 +67,14 @@ def measure(case: KernelCase, target: Target) -> dict[str, Any]:
     aot.compiled(partial(case.function, device=aot.NAMES[target]), case.arguments, target)
     kernels = kernel_resources(aot.DUMP, case.kernel)
     operations = max(kernel.loop_operations for kernel in kernels)
+    loops = any(kernel.tensor_core for kernel in kernels)  # some products take a single turn, and have no loop
     return {
         "registers": max(kernel.registers for kernel in kernels),
         "spill_bytes": max(kernel.spill_bytes for kernel in kernels),
         "shared_memory": max(kernel.shared_memory for kernel in kernels),
         "threads": max(kernel.threads for kernel in kernels),
         "tensor_core": max(kernel.tensor_core for kernel in kernels),
-        "operations_a_weight": None if case.weights is None else round(operations / case.weights, 3),
+        "operations_a_weight": round(operations / case.weights, 3) if case.weights and loops else None,
     }
 
 

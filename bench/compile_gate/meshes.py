@@ -11,7 +11,7 @@ from atoma_jax.ops import Backend
 from bench.collectives import Collective, collectives, differences, listed
 from bench.compile_gate import aot, table
 from bench.compile_gate.cases import Target
-from bench.compile_gate.steps import hlo_problems
+from bench.compile_gate.steps import hlo_problems, may_dequantize
 from bench.mesh_steps import MeshModel, StepShape, abstract_state, device_part, lowered_step, mesh_model
 from bench.real_models import LLAMA_8B
 from sharding.mesh import parse_mesh
@@ -48,7 +48,9 @@ def check(case: Case, target: Target, *, write: bool) -> list[str]:
     row = {"argument_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes}
     row |= {"collectives": listed(found)}
     known = table.read_steps()
-    problems = list(_problems(hlo, model, sizes, found, packed=type_name != "bf16"))
+    problems = list(
+        _problems(hlo, model, sizes, found, packed=type_name != "bf16", by_kernels=may_dequantize(type_name, program))
+    )
     if write:
         table.write_step(jax.__version__, name, row)
     elif name not in known["cases"]:
@@ -58,10 +60,14 @@ def check(case: Case, target: Target, *, write: bool) -> list[str]:
     return [f"{name} on {target}: {problem}" for problem in problems]
 
 
-def _problems(hlo: str, model: MeshModel, sizes: StepShape, found: list[Collective], *, packed: bool) -> Iterator[str]:
+def _problems(
+    hlo: str, model: MeshModel, sizes: StepShape, found: list[Collective], *, packed: bool, by_kernels: bool
+) -> Iterator[str]:
     """Of the step on one device."""
     state, weights = device_part(abstract_state(model, sizes)), device_part(model.weights)
-    yield from hlo_problems(hlo, model.part, state, weights, packed=packed, gathers=model.backend.gathers)
+    yield from hlo_problems(
+        hlo, model.part, state, weights, packed=packed, by_kernels=by_kernels, gathers=model.backend.gathers
+    )
     for one in found:
         is_weights = one.axes == ("fsdp",) and one.kind == "all-gather" and one.times >= model.part.num_layers
         if is_weights and not one.asynchronous:

@@ -1,5 +1,5 @@
 """Whole steps of Llama-3.1-8B compiled for a GPU; their HLO must neither copy weights or the KV cache nor hold a weight
-dequantized. Those of several devices are `meshes.py`'s.
+dequantized, but for what kernels write for many rows. Those of several devices are `meshes.py`'s.
 """
 
 import math
@@ -45,14 +45,26 @@ def check_step(type_name: str, program: Program, target: Target) -> list[str]:
     words = jax.ShapeDtypeStruct((batch_size(program, TABLE_WIDTH),), jnp.int32)
     step = partial(run_step, graph=graph, program=program, sizes=sizes)
     compiled = aot.compiled(step, (weights, state, words), target, donate_argnums=1)
-    # Products of many rows dequantize a weight at a time; those of integers never do.
-    packed = type_name == "ternary" or (type_name != "bf16" and program.tokens <= ops.PACKED_ROWS)
-    problems = hlo_problems(compiled.as_text() or "", spec, state, weights, packed=packed)
+    packed = type_name != "bf16"
+    by_kernels = may_dequantize(type_name, program)
+    problems = hlo_problems(compiled.as_text() or "", spec, state, weights, packed=packed, by_kernels=by_kernels)
     return [f"{type_name}, {program} on {target}: {problem}" for problem in problems]
 
 
+def may_dequantize(type_name: str, program: Program) -> bool:
+    """Whether kernels write weights for products of so many rows; of integers they never do."""
+    return type_name != "ternary" and program.tokens > ops.PACKED_ROWS
+
+
 def hlo_problems(
-    hlo: str, spec: ModelSpec, state: Any, weights: Any, *, packed: bool, gathers: bool = False
+    hlo: str,
+    spec: ModelSpec,
+    state: Any,
+    weights: Any,
+    *,
+    packed: bool,
+    by_kernels: bool = False,
+    gathers: bool = False,
 ) -> Iterator[str]:
     """Instructions whose results should not be in memory.
 
@@ -62,6 +74,7 @@ def hlo_problems(
         state: `EngineState`, abstract, as on one device.
         weights: the model's, abstract, likewise.
         packed: no matrix of a layer may be there with one number for each element.
+        by_kernels: but for what kernels write.
         gathers: weights are spread over devices: each copies its part of a layer to send it.
     """
     D, F, L = spec.dim, spec.ffn_dim, spec.num_layers
@@ -71,6 +84,7 @@ def hlo_problems(
     stacks = [leaf for leaf in jax.tree.leaves(weights) if leaf.ndim == 3 and leaf.size > _LARGE * L]
     sliced = {(_SHORT[str(leaf.dtype)], leaf.shape[1:]) for leaf in stacks}
     as_bytes = {leaf.size * leaf.dtype.itemsize for leaf in stacks}
+    allowed = ("parameter", "get-tuple-element", "bitcast", *(("custom-call",) if by_kernels else ()))
     for name, dtype, shape, operation in _results(hlo):
         size = math.prod(shape)
         if size == cache and operation in _COPIES:
@@ -80,7 +94,7 @@ def hlo_problems(
         if dtype == "u8" and size in as_bytes and operation in (*_COPIES, "fusion", "bitcast-convert"):
             yield f"{name} writes a stack of weights anew, as bytes"
         for matrix, elements in matrices.items():
-            if size == elements and packed and operation not in ("parameter", "get-tuple-element", "bitcast"):
+            if size == elements and packed and operation not in allowed:
                 yield f"{name} holds {matrix} of a layer, dequantized"
             if size >= elements * L and operation in _COPIES:
                 yield f"{name} copies a stack as large as all layers' {matrix}"

@@ -20,7 +20,7 @@ from bench.real_models import packed_weight, random_value
 from pallas_kernels import quantized_matmul
 
 SHAPES = ((28672, 4096), (4096, 14336))  # gate_up and down of Llama-3.1-8B
-ROWS = {  # those that have pass marks first
+ROWS = {
     "Q4_K": (1, 512, 64, 16, 4096),
     "bf16": (1, 512, 64),
     "ternary × int8": (1, 512, 64, 16, 4096),

@@ -39,14 +39,15 @@ class Candidates:
         self._subject = subject
         self._lock = lock
         self._times: dict[Tiles, float] = {}
+        self._device = jax.devices()[0].device_kind
         with lock:
             self._arguments = jax.block_until_ready(subject.arguments())
 
     def fastest(self, *, deadline: float, rounds: int) -> dict[Tiles, float]:
         """Seconds of all tiles that were tried, the fastest first."""
         tried: set[Tiles] = set()
-        current = self._subject.current(jax.devices()[0].device_kind)
-        new = list(dict.fromkeys([self._subject.default, current, *neighbours(current)]))
+        default, current = self._subject.default(self._device), self._subject.current(self._device)
+        new = list(dict.fromkeys([default, current, *neighbours(current)]))
         for _ in range(rounds):
             new = [tiles for tiles in new if tiles not in tried and self._subject.takes(tiles)]
             if not new or time.monotonic() > deadline:
@@ -56,7 +57,7 @@ class Candidates:
             calls = [partial(self._call, program) for program in compiled.values()]
             with self._lock:
                 self._times |= dict(zip(compiled, seconds_a_call(calls, calls=CALLS), strict=True))
-            best = min(self._times, key=lambda tiles: self._times[tiles], default=self._subject.default)
+            best = min(self._times, key=lambda tiles: self._times[tiles], default=default)
             new = list(neighbours(best))
         return dict(sorted(self._times.items(), key=lambda item: item[1]))
 

@@ -47,7 +47,7 @@ def tune(index: int, *, deadline: float, rounds: int) -> Tuned:
     except Exception as error:  # of one shape: the others go on
         return Tuned(device=device, **what, times=[], problem=f"{type(error).__name__}: {str(error)[:300]}")
     rows = [
-        {"seconds": seconds, "default": tiles == subject.default, "tiles": dataclasses.asdict(tiles)}
+        {"seconds": seconds, "default": tiles == subject.default(device), "tiles": dataclasses.asdict(tiles)}
         for tiles, seconds in times.items()
     ]
     return Tuned(device=device, **what, times=rows)

@@ -10,13 +10,12 @@ import pytest
 
 from pallas_kernels import quantized_matmul
 from pallas_kernels.planar_matmul import (
-    SCALED_WEIGHTS,
     PlanarFormat,
     planar_dequantized,
     planar_grouped_matmul,
     planar_matmul,
 )
-from pallas_kernels.tuning import MatmulTiles, default_tiles
+from pallas_kernels.tuning import SCALED_WEIGHTS, MatmulTiles, default_tiles
 from tests.pallas_kernels.packed_weights import IQ4_NL, Packed, activations, index, packed
 
 FEW = MatmulTiles(block_n=32, block_m=16, splits=2, warps=4, stages=4)
@@ -81,7 +80,7 @@ def test_a_whole_weight_is_dequantized_as_plain_xla_does_it(name):
     np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "IQ4_NL", "Q2_K"])
+@pytest.mark.parametrize("name", KINDS)
 def test_of_many_rows_weights_are_rounded_to_bfloat16(name):
     w = weight(name, 64)
     x = activations(130, K)
@@ -114,11 +113,12 @@ def test_it_is_the_product_of_plain_xla():
     np.testing.assert_allclose(product(x, w.stack, index(1), w.kind, FEW), want, rtol=1e-5, atol=1e-4)
 
 
-def test_a_row_that_holds_nan_stays_alone():
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_a_row_that_holds_nan_stays_alone(rows):
     w = weight("Q4_K", 40)
     x = activations(17, K)
     x[16] = np.nan  # the first of its tile, beside rows that are not there
-    got = np.asarray(product(x, w.stack, index(1), w.kind, FEW))
+    got = np.asarray(product(x, w.stack, index(1), w.kind, replace(FEW, block_m=rows)))
     assert np.isnan(got[16]).all()
     assert np.isfinite(got[:16]).all()
 

@@ -88,8 +88,7 @@ def test_attention_gets_what_was_measured_for_a_cache_and_heads_like_it(
 
 def test_an_h200_takes_what_was_measured_on_an_h100():
     """Their multiprocessors are the same."""
-    [measured] = (resources.files("pallas_kernels") / "tuned").iterdir()
-    assert measured.name == tuning.tuned_file("NVIDIA H100 80GB HBM3")
+    measured = resources.files("pallas_kernels") / "tuned" / tuning.tuned_file("NVIDIA H100 80GB HBM3")
     assert tuning._tuned("NVIDIA H200") == tuning._tuned("NVIDIA H100 80GB HBM3") == json.loads(measured.read_text())
     assert tuning._tuned("NVIDIA A100-SXM4-80GB") == tuning._tuned("") == {}
 
