@@ -73,6 +73,8 @@ def default_tiles(operation: str, *, M: int, N: int, K: int, bits: int, group: i
         if bits < 16 and _HAS_TENSOR_MEMORY.search(device):
             widest = min(widest, _TENSOR_MEMORY * bits // 16)  # sums of each plane, as many rows wide
         block_n, block_m, warps = 128, min(widest, 32 if M <= 32 else 64 if M <= 64 else 128), 8
+        if operation.startswith("planar") and block_m >= 64 and not _has_warp_groups(device):
+            block_n = block_m = 64
     of_x, of_weight = block_m * block_k * (1 if operation == "ternary_matmul" else 2), block_n * block_k * bits // 8
     unpacks = operation.startswith("planar") and block_m >= SCALED_WEIGHTS
     kept = 2 * TOGETHER * block_n if unpacks else 0  # of weights
@@ -117,10 +119,14 @@ def attention_tiles(
     found = _tuned(device).get(operation, {}).get(attention_key(group=group, head_dim=head_dim, kv_dtype=kv_dtype))
     if found is not None:
         return AttentionTiles(**found)
-    return default_attention_tiles(operation, group=group, head_dim=head_dim, operand_bytes=operand_bytes)
+    return default_attention_tiles(
+        operation, group=group, head_dim=head_dim, operand_bytes=operand_bytes, device=device
+    )
 
 
-def default_attention_tiles(operation: str, *, group: int, head_dim: int, operand_bytes: int) -> AttentionTiles:
+def default_attention_tiles(
+    operation: str, *, group: int, head_dim: int, operand_bytes: int, device: str = ""
+) -> AttentionTiles:
     """Tiles that fit the shared memory and the registers of every GPU since sm_80, head dims up to 256."""
     width = _power_of_2(head_dim)
     span = max(16, min(64, _CONTEXT_TILE // (width * operand_bytes)))
@@ -128,7 +134,14 @@ def default_attention_tiles(operation: str, *, group: int, head_dim: int, operan
         return AttentionTiles(rows=max(_FEWEST_ROWS, _power_of_2(group)), span=span, warps=4, stages=3)
     # Operands twice the size also take twice the registers for each number, three products being one.
     rows = max(_FEWEST_ROWS, min(128, _PREFILL_TILE // (width * (operand_bytes // 2) ** 2)), _power_of_2(group))
+    if not _has_warp_groups(device) and rows > 64 >= group:
+        return AttentionTiles(rows=64, span=span, warps=4, stages=3)
     return AttentionTiles(rows=rows, span=span, warps=8, stages=2 if width > 128 else 3)
+
+
+def _has_warp_groups(device: str) -> bool:
+    """Whether four warps multiply together, as since Hopper: others have too few registers for wide tiles."""
+    return not device or re.search(r"\bG?[HB]\d{2,3}\b", device) is not None
 
 
 def _power_of_2(n: int) -> int:

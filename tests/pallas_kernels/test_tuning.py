@@ -86,6 +86,17 @@ def test_attention_gets_what_was_measured_for_a_cache_and_heads_like_it(
     tuning._tuned.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("device", "wide"),
+    [("NVIDIA H200", True), ("NVIDIA GH200 480GB", True), ("NVIDIA A100-SXM4-80GB", False), ("NVIDIA L40S", False)],
+)
+def test_gpus_without_warp_groups_get_tiles_that_their_registers_hold(device: str, wide: bool):
+    tiles = matmul_tiles(device, "planar_matmul", M=128, N=2048, K=2048, bits=4, group=32)
+    assert (tiles.block_n, tiles.block_m) == ((128, 128) if wide else (64, 64))
+    sizes = {"group": 3, "head_dim": 128, "operand_bytes": 2}
+    assert default_attention_tiles("paged_attention_prefill", **sizes, device=device).rows == (128 if wide else 64)
+
+
 def test_an_h200_takes_what_was_measured_on_an_h100():
     """Their multiprocessors are the same."""
     measured = resources.files("pallas_kernels") / "tuned" / tuning.tuned_file("NVIDIA H100 80GB HBM3")
