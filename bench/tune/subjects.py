@@ -157,16 +157,20 @@ def _attention(case: AttentionCase) -> Subject:
         return call
 
     operation, dtype = f"paged_attention_{kernel}", {"fp8_e4m3": "float8_e4m3fn"}.get(case.kv_dtype, case.kv_dtype)
-    sizes = {"group": N // K, "head_dim": H}
-    default = default_attention_tiles(operation, **sizes, operand_bytes=2)
+    sizes: dict[str, Any] = {"group": N // K, "head_dim": H}
+
+    def default(device: str) -> AttentionTiles:
+        return default_attention_tiles(operation, group=N // K, head_dim=H, operand_bytes=2, device=device)
+
+    rows = default("").rows
     return Subject(
         operation=operation,
         key=attention_key(**sizes, kv_dtype=dtype),
         name=case.name,
-        default=lambda _: default,
+        default=default,
         current=lambda device: attention_tiles(device, operation, **sizes, kv_dtype=dtype, operand_bytes=2),
         arguments=arguments,
         run=run,
-        least_rows=default.rows if kernel == "decode" else max(16, N // K),
-        most_rows=default.rows if kernel == "decode" else 256,
+        least_rows=rows if kernel == "decode" else max(16, N // K),
+        most_rows=rows if kernel == "decode" else 256,
     )
