@@ -135,7 +135,7 @@ def default_attention_tiles(
     # Operands twice the size also take twice the registers for each number, three products being one.
     rows = max(_FEWEST_ROWS, min(128, _PREFILL_TILE // (width * (operand_bytes // 2) ** 2)), _power_of_2(group))
     if not _has_warp_groups(device) and rows > 64 >= group:
-        return AttentionTiles(rows=64, span=span, warps=4, stages=3)
+        return AttentionTiles(rows=64, span=span, warps=8, stages=3)
     return AttentionTiles(rows=rows, span=span, warps=8, stages=2 if width > 128 else 3)
 
 
