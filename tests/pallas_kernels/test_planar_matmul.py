@@ -36,6 +36,7 @@ KINDS = {
 K = 512
 QUICK = ("Q4_K", "IQ4_NL", "Q8_0", "ternary")
 RARE = tuple(name for name in KINDS if name not in QUICK)
+MOST = [*QUICK, *(name if name == "AWQ" else pytest.param(name, marks=pytest.mark.slow) for name in RARE)]
 
 
 @partial(jax.jit, static_argnums=(3, 4))
@@ -58,7 +59,7 @@ def test_few_rows_are_exact_but_for_sums_in_float32(name):
     assert (np.abs(got - x @ w.values[1].T) <= K * 2.0**-24 * (np.abs(x) @ w.sizes[1].T)).all()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", MOST)
 def test_so_are_one_or_two_whose_groups_have_columns_of_their_own(name):
     w = weight(name, 40)
     x = activations(3, K)
@@ -66,7 +67,7 @@ def test_so_are_one_or_two_whose_groups_have_columns_of_their_own(name):
     assert (np.abs(got - x @ w.values[1].T) <= K * 2.0**-24 * (np.abs(x) @ w.sizes[1].T)).all()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", MOST)
 def test_a_whole_weight_is_dequantized_as_plain_xla_does_it(name):
     """Bit for bit: numbers times scales less mins in float32, rounded to bfloat16."""
     w = weight(name, 40)
@@ -80,7 +81,7 @@ def test_a_whole_weight_is_dequantized_as_plain_xla_does_it(name):
     np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", MOST)
 def test_of_many_rows_weights_are_rounded_to_bfloat16(name):
     w = weight(name, 64)
     x = activations(130, K)
