@@ -35,19 +35,19 @@ def main(
     seconds: Annotated[float, typer.Option(min=1, help="No shape is begun after so many.")] = 3600,
     processes: Annotated[int, typer.Option(min=1, help="That compile at once.")] = max(1, (os.cpu_count() or 1) // 2),
     rounds: Annotated[int, typer.Option(min=1, help="How often neighbours of the best tiles are tried.")] = 3,
-    folder: Annotated[Path, typer.Option(help="Where the device's file goes.")] = TUNED,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the device's file goes; default: what serving reads.")
+    ] = None,
     log: Annotated[Path | None, typer.Option(help="Every time that was measured, as JSON lines.")] = None,
     small: Annotated[
-        bool, typer.Option(help="One tiny product, interpreted, on any device: shows that it runs.")
+        bool, typer.Option(help="One tiny product, interpreted: shows that it runs; kept only in a given folder.")
     ] = False,
 ) -> None:
     """Find the fastest tiles of every kernel and shape, and keep those that beat the default ones."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     deadline = time.monotonic() + seconds
-    wanted = queue.SimpleQueue[int]()
-    for index, name in enumerate(names(small=small)):
-        if re.search(only, name):
-            wanted.put(index)
+    kept_in = folder or (None if small else TUNED)
+    wanted = _wanted(only, small=small)
     writing = threading.Lock()
     with tempfile.TemporaryDirectory() as scratch:
         lock = Path(scratch) / "gpu.lock"
@@ -56,7 +56,8 @@ def main(
             for tuned in _tuned(wanted, lock, small=small, deadline=deadline, rounds=rounds):
                 with writing:
                     _report(tuned)
-                    _keep(tuned, folder)
+                    if kept_in is not None:
+                        _keep(tuned, kept_in)
                     if log is not None:
                         with log.open("a", encoding="utf-8") as file:
                             file.write(json.dumps(dataclasses.asdict(tuned)) + "\n")
@@ -64,6 +65,21 @@ def main(
         with ThreadPoolExecutor(processes) as lanes:
             for done in [lanes.submit(lane) for _ in range(min(processes, wanted.qsize()))]:
                 done.result()
+
+
+def _wanted(only: str, *, small: bool) -> queue.SimpleQueue[int]:
+    """Places in `names` of what is to be tuned."""
+    try:
+        chosen = [index for index, name in enumerate(names(small=small)) if re.search(only, name)]
+    except re.error as error:
+        raise typer.BadParameter(f"only: {only!r} is no regular expression: {error}") from None
+    if not chosen:
+        some = ", ".join(names(small=small)[:3])
+        raise typer.BadParameter(f"only: {only!r} finds none of what is tuned; there are {some} and others")
+    wanted = queue.SimpleQueue[int]()
+    for index in chosen:
+        wanted.put(index)
+    return wanted
 
 
 def _tuned(wanted: queue.SimpleQueue[int], lock: Path, *, small: bool, deadline: float, rounds: int) -> Iterator[Tuned]:

@@ -1,6 +1,7 @@
 """The GPU benchmark ends in time, outlives whatever its sections do, and says beside each number what it should be."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from bench.gpu_sections import SECTIONS, SHARES, attention, engine, matmul, repo
 from bench.gpu_sections.limits import COPY, PRODUCT
 from bench.gpu_sections.protocol import Context, Measurement
 from bench.tune.__main__ import GAIN
+from bench.tune.__main__ import main as tune
 from bench.tune.search import neighbours
 from bench.tune.subjects import subjects
 from pallas_kernels.tuning import MatmulTiles
@@ -139,6 +141,12 @@ def test_neighbours_of_tiles_differ_by_one_step_and_stay_in_bounds() -> None:
     assert replace(tiles, block_n=32, warps=4) in found
     assert replace(tiles, block_n=32, splits=2) in found
     assert not any(one.splits < 1 or one.warps > 8 or one == tiles for one in found)
+
+
+@pytest.mark.parametrize("only", ["(", "no such kernel"])
+def test_tuning_nothing_is_refused(only: str) -> None:
+    with pytest.raises(typer.BadParameter, match=re.escape(f"only: {only!r}")):
+        tune(only=only)
 
 
 def test_everything_that_is_tuned_has_a_key_of_its_own() -> None:
