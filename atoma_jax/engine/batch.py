@@ -29,7 +29,7 @@ class BatchFields(NamedTuple):
     chunk_start: Words  # [B] first token of a row's chunk of prefill
     chunk_count: Words  # [B] tokens of it; 0 for rows that decode
     chunk_position: Words  # [B] of its first token
-    logit_token: Words  # [Q] token whose hidden state yields each row of logits
+    logit_token: Words  # [Q] token whose hidden state yields each row of logits; -1 of rows that nobody reads
     sampling: Words  # [Q, C] see sampling_rows.py
     page_table: Words  # [B, W]
 
@@ -93,6 +93,7 @@ def pack(plan: StepPlan, program: Program, tables: SlotTables) -> Int32[np.ndarr
     slots = np.fromiter((work.seq.slot for work in works), np.int32, len(works))
     batch.page_table[: len(works)] = tables.pages[slots]
     batch.num_tokens[0] = plan.num_tokens
+    batch.logit_token[:] = -1
     _pack_decodes(plan.decodes, slots, batch)
     _pack_prefills(plan.prefills, len(plan.decodes), batch)
     if plan.is_scoring:
@@ -127,7 +128,7 @@ def _pack_prefills(prefills: tuple[Work, ...], first_row: int, batch: BatchField
         batch.chunk_start[row] = at
         batch.chunk_count[row] = work.count
         batch.chunk_position[row] = work.start
-        if not work.scores:
+        if work.samples and not work.scores:
             batch.logit_token[row] = end - 1
         at = end
     # Rows without work begin where the tokens end: the rows' starts stay in order.

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, no_type_check
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float32, Int32
 
 from atoma_jax import ops
 from atoma_jax.engine.batch import BatchFields, unpack
@@ -94,7 +94,7 @@ def run_step(
     hidden, pages = model.hidden(tokens, batch.position, state.pages, attention)
     if program.kind == "pool":
         return EngineState(pages=pages, sampler=state.sampler), _pooled(model, hidden, batch, sizes)
-    logits = model.logits(hidden[batch.logit_token])
+    logits = model.logits(_rows_of(hidden, batch.logit_token))
     with jax.named_scope("sample"):
         rows, shards = decode_rows(batch.sampling), VocabShards(model.backend.mesh)
         if program.kind == "score":
@@ -114,7 +114,7 @@ def _pooled(model: Decoder, hidden: Array, batch: BatchFields, sizes: StepSizes)
     """The prompts' vectors, of hidden states behind the final norm. Nothing is sampled."""
     with jax.named_scope("pool"):
         if sizes.pooling == "last":
-            pooled = model.normed(hidden[batch.logit_token])  # [B, D]
+            pooled = model.normed(_rows_of(hidden, batch.logit_token))  # [B, D]
         else:
             (B,), T = batch.chunk_count.shape, hidden.shape[0]
             row = jnp.where(jnp.arange(T) < batch.num_tokens[0], batch.row, B)  # padding: a row that is cut off
@@ -128,11 +128,17 @@ def _pooled(model: Decoder, hidden: Array, batch: BatchFields, sizes: StepSizes)
     )
 
 
+def _rows_of(hidden: Float32[Array, "T D"], token: Int32[Array, " Q"]) -> Float32[Array, "Q D"]:
+    """Hidden states of some tokens; zeros for -1."""
+    return jnp.where((token >= 0)[:, None], hidden[jnp.maximum(token, 0)], 0.0)
+
+
 def _input_tokens(batch: BatchFields, sampler: SamplerState) -> Int32[Array, " T"]:
-    """Given tokens, and for rows whose input is still on the device the last one sampled in their slot."""
+    """Given tokens, and for rows whose input is still on the device the last one sampled in their slot; -1: padding."""
     from_slot = batch.from_slot[batch.row]  # [T]
     last = sampler.last_token[jnp.maximum(from_slot - 1, 0)]
-    return jnp.where(from_slot > 0, last, batch.tokens)
+    index = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
+    return jnp.where(index < batch.num_tokens[0], jnp.where(from_slot > 0, last, batch.tokens), -1)
 
 
 def _attention_batch(

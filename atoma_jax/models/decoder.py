@@ -40,10 +40,14 @@ class Decoder(nnx.Module):
         pages: ops.KVPages,
         batch: ops.AttentionBatch,
     ) -> tuple[Float32[Array, "T D"], ops.KVPages]:
-        """Runs all layers over the step's tokens; writes their K and V into `pages`."""
+        """Runs all layers over the step's tokens; writes their K and V into `pages`.
+
+        A token of -1 is padding: its row is zeros in front of every product, which native kernels leave out.
+        """
         spec = self.spec
         with jax.named_scope("embed"):
-            x = tables.embed(tokens, self.embed.get_value(), self.backend) * spec.embedding_scale
+            x = tables.embed(jnp.maximum(tokens, 0), self.embed.get_value(), self.backend) * spec.embedding_scale
+            x = jnp.where((tokens >= 0)[:, None], x, 0.0)
         rope = rope_tables(positions, spec.rope)
         windows = window_sizes(spec)
         graph, spread, whole, weights = nnx.split(

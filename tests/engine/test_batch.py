@@ -122,7 +122,7 @@ def test_every_token_has_its_place(wish: Wish) -> None:
             assert batch.chunk_start[row] == at - work.count
             assert batch.chunk_count[row] == work.count
             assert batch.chunk_position[row] == work.start
-        assert batch.logit_token[row] == at - 1
+        assert batch.logit_token[row] == (at - 1 if work.samples else -1)
 
 
 @given(wishes())
@@ -133,6 +133,7 @@ def test_padding_asks_for_nothing(wish: Wish) -> None:
     assert not batch.tokens[tokens:].any()
     assert not batch.from_slot[used:].any()
     assert not batch.decode_length[used:].any()
+    assert (batch.logit_token[used:] == -1).all()
     assert not batch.chunk_count[used:].any()
     assert not batch.page_table[used:].any()
     assert not batch.sampling[used:, Column.FLAGS].any()
@@ -173,6 +174,7 @@ def test_a_score_asks_for_every_following_token(lengths: list[int], data: st.Dat
     assert rows[:, Column.NUM_LOGPROBS].tolist() == wanted
     assert set(rows[:, Column.FLAGS].tolist()) == {int(RowFlag.SCORE | RowFlag.LOGPROBS)}
     assert batch.logit_token[:total].tolist() == list(range(total))
+    assert (batch.logit_token[total:] == -1).all()
     assert not batch.sampling[total:].any()
 
 

@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "half.h"
 #include "matmul.h"
 #include "pack.h"
 #include "pool.h"
@@ -47,15 +48,19 @@ void products(int variant, Codes kind, int subs, bool with_mins, FactorType type
   weight.codes = codes.get();
   const int64_t groups = weight.blocks * subs, size = weight.tiles() * groups * kTile;
   const auto floats = exactly<float>(size);
+  const auto halves = exactly<uint16_t>(size);
   const auto integers = exactly<int8_t>(size);
   const auto supers = exactly<float>(weight.tiles() * kTile);
   for (int64_t i = 0; i < size; i++) {
-    floats[i] = static_cast<float>(random() % 100) * 0.01f;
+    halves[i] = static_cast<uint16_t>(0x2000 + random() % 0x1900);  // 0.008 to 0.8
+    floats[i] = type == FactorType::kFloat16 ? float_of_half(halves[i]) : static_cast<float>(random() % 100) * 0.01f;
     integers[i] = static_cast<int8_t>(random() % 100);
   }
   for (int64_t i = 0; i < weight.tiles() * kTile; i++) supers[i] = 0.01f;
   const bool whole = type == FactorType::kInt8;
-  weight.scales.values = whole ? static_cast<const void*>(integers.get()) : floats.get();
+  weight.scales.values = floats.get();
+  if (whole) weight.scales.values = integers.get();
+  if (type == FactorType::kFloat16) weight.scales.values = halves.get();
   weight.scales.type = type;
   weight.scales.groups = groups;
   if (whole) {
@@ -154,6 +159,7 @@ int main() {
       for (int subs : {1, 2}) {
         products(variant, kind, subs, false, FactorType::kFloat32);
         products(variant, kind, subs, true, FactorType::kInt8);
+        products(variant, kind, subs, true, FactorType::kFloat16);
       }
     }
   }

@@ -15,7 +15,7 @@ from tests.native.weights import FORMATS, Tiled, activations, tiled
 
 # Of the largest number of a row: int8 rounds to 1/254 of a group's largest, and two planes to 1/254 of that.
 TOLERANCE = {"groups": 1.5e-2, "planes": 6e-5, "exact": 2e-6}
-ROW_COUNTS = (1, 2, 3, 5, 16, 17, 64)
+ROW_COUNTS = (1, 2, 3, 4, 5, 16, 17, 64)
 
 product = jax.jit(native.matmul, static_argnums=3)  # variants share the programs: they are chosen when these run
 rows = jax.jit(native.rows)
@@ -47,7 +47,11 @@ def test_few_inputs_and_blocks_that_they_do_not_fill(variant: str, group: int, K
 
 
 @pytest.mark.parametrize(
-    ("kind", "how"), [("Q4_1", "groups"), ("Q4_1", "planes"), ("Q6_K", "tokens"), ("TQ2_0", "exact")]
+    ("kind", "how"),
+    [
+        *((kind, "groups") for kind in FORMATS),  # few rows read factors as they are stored, many decode them first
+        *(("Q4_1", "planes"), ("Q6_K", "tokens"), ("TQ2_0", "exact")),
+    ],
 )
 def test_a_row_is_the_same_however_many_others_there_are(variant: str, kind: str, how: native.Activations) -> None:
     made = tiled(FORMATS[kind], 70, 256)
@@ -89,6 +93,28 @@ def test_zeros_and_denormal_numbers_give_zeros(variant: str, how: native.Activat
     x = jnp.zeros((3, 256), jnp.float32).at[1].set(1e-40).at[2].set(-1e-38)
     y = np.asarray(product(x, made.weight, 0, how))
     assert np.abs(y).max() < 1e-30
+
+
+@pytest.mark.parametrize("how", ["groups", "planes", "tokens", "exact"])
+def test_rows_that_fill_a_program_up_change_no_other_and_give_zeros(variant: str, how: native.Activations) -> None:
+    made = tiled(FORMATS["Q4_1"], 70, 96)
+    x = np.asarray(activations(5, 96))
+    filled = np.concatenate([x[:2], np.zeros_like(x[:1]), x[2:], np.zeros_like(x), -np.zeros_like(x)])
+    clean, y = (np.asarray(product(rows, made.weight, 0, how)) for rows in (x, filled))
+    np.testing.assert_array_equal(y[[0, 1, 3, 4, 5]], clean)
+    assert not y[2].any()
+    assert not y[6:].any()
+    assert not np.asarray(product(filled[6:], made.weight, 0, how)).any()
+
+
+def test_a_last_row_that_holds_nothing_but_nan_is_computed(variant: str) -> None:
+    made = tiled(FORMATS["Q4_1"], 70, 64)
+    x = np.zeros((3, 64), np.float32)
+    x[1, 63], x[2, 40] = 1.0, np.nan
+    y = np.asarray(product(x, made.weight, 0, "groups"))
+    assert not y[0].any()
+    assert y[1].any()
+    assert np.isnan(y[2]).all()
 
 
 def test_denormal_scales_count(variant: str) -> None:

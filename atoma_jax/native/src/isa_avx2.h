@@ -13,6 +13,7 @@ struct Avx2 {
   static constexpr int kLanes = 8;
   // Sums take eight of the sixteen registers, the weights' fields four.
   static constexpr int kMaxRows = 4;
+  static constexpr int kStoredRows = 4;  // up to which factors are read as they are stored
   static constexpr int vectors(int rows) { return rows < 4 ? 4 : 2; }
 
   using Floats = __m256;

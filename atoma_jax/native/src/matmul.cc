@@ -59,8 +59,7 @@ int64_t spread_of(const TiledWeight& weight, const Factors& factors) {
 // Asks for the factors of a tile, which the processor does not foresee: they lie apart from the codes.
 void prefetch(const Factors& factors, int64_t tile) {
   if (factors.values == nullptr) return;
-  constexpr int64_t kSizes[] = {4, 2, 2, 1};
-  const int64_t bytes = factors.groups * kTile * kSizes[static_cast<int>(factors.type)];
+  const int64_t bytes = factors.groups * kTile * size_of(factors.type);
   const char* from = static_cast<const char*>(factors.values) + tile * bytes;
   for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(from + at);
 }
@@ -69,28 +68,30 @@ void prefetch(const Factors& factors, int64_t tile) {
 void one_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, const RoundedRows* rounded,
               const float* x, int64_t K, int64_t first_row, int64_t rows, float* y) {
   static thread_local std::vector<float> scale_memory, min_memory, exact_memory, edge_memory;
-  const int64_t size = weight.blocks * weight.subs * kTile;
-  float* scales = scratch(scale_memory, size);
-  kernels.decode_factors(weight.scales, tile, spread_of(weight, weight.scales), scales);
-  float* mins = nullptr;
-  if (weight.mins.values != nullptr) {
-    mins = scratch(min_memory, size);
-    kernels.decode_factors(weight.mins, tile, spread_of(weight, weight.mins), mins);
-  }
-  if (tile + 1 < weight.tiles()) {
-    prefetch(weight.scales, tile + 1);
-    prefetch(weight.mins, tile + 1);
-  }
   // A tile that reaches over the last column is computed aside.
   const int64_t columns = std::min<int64_t>(kTile, weight.N - tile * kTile);
   float* out = y + first_row * weight.N + tile * kTile;
   float* to = columns == kTile ? out : scratch(edge_memory, rows * kTile);
   const int64_t ld = columns == kTile ? weight.N : kTile;
-  if (rounded != nullptr) {
-    kernels.tile_product(weight, tile, scales, mins, *rounded, first_row, rows, to, ld);
-  } else {
-    float* values = scratch(exact_memory, weight.blocks * kBlock * kTile);
-    kernels.exact_tile_product(weight, tile, scales, mins, x + first_row * K, K, rows, values, to, ld);
+  if (rounded == nullptr || !kernels.stored_tile_product(weight, tile, *rounded, first_row, rows, to, ld)) {
+    const int64_t size = weight.blocks * weight.subs * kTile;
+    float* scales = scratch(scale_memory, size);
+    kernels.decode_factors(weight.scales, tile, spread_of(weight, weight.scales), scales);
+    float* mins = nullptr;
+    if (weight.mins.values != nullptr) {
+      mins = scratch(min_memory, size);
+      kernels.decode_factors(weight.mins, tile, spread_of(weight, weight.mins), mins);
+    }
+    if (tile + 1 < weight.tiles()) {
+      prefetch(weight.scales, tile + 1);
+      prefetch(weight.mins, tile + 1);
+    }
+    if (rounded != nullptr) {
+      kernels.tile_product(weight, tile, scales, mins, *rounded, first_row, rows, to, ld);
+    } else {
+      float* values = scratch(exact_memory, weight.blocks * kBlock * kTile);
+      kernels.exact_tile_product(weight, tile, scales, mins, x + first_row * K, K, rows, values, to, ld);
+    }
   }
   if (columns == kTile) return;
   for (int64_t row = 0; row < rows; row++) std::copy_n(to + row * kTile, columns, out + row * weight.N);
@@ -98,9 +99,13 @@ void one_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t t
 
 }  // namespace
 
-void matmul(const TiledWeight& weight, const float* x, int64_t rows, int64_t K, Activations how, float* y) {
+void matmul(const TiledWeight& weight, const float* x, int64_t all_rows, int64_t K, Activations how, float* y) {
   const MatmulKernels& kernels = matmul_kernels();
   Pool& pool = Pool::shared();
+  int64_t rows = all_rows;
+  while (rows > 0 && kernels.is_zero(x + (rows - 1) * K, K)) rows--;
+  std::fill_n(y + rows * weight.N, (all_rows - rows) * weight.N, 0.0f);
+  if (rows == 0) return;
   RoundedRows rounded{};
   if (how != Activations::kExact) {
     rounded = rounded_rows(weight, rows, how);

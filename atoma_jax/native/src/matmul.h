@@ -24,6 +24,10 @@ inline constexpr int kBlock = 32;  // inputs
 enum class Codes : int { kBits8 = 0, kBits4 = 1, kTable4 = 2, kBits2 = 3 };
 enum class FactorType : int { kFloat32, kFloat16, kBfloat16, kInt8 };
 
+constexpr int64_t size_of(FactorType type) {
+  return type == FactorType::kFloat32 ? 4 : type == FactorType::kInt8 ? 1 : 2;
+}
+
 constexpr int bits_of(Codes codes) { return codes == Codes::kBits8 ? 8 : codes == Codes::kBits2 ? 2 : 4; }
 
 // How activations are rounded.
@@ -90,6 +94,9 @@ struct RoundedRows {
 
 // One variant's functions.
 struct MatmulKernels {
+  // Whether K numbers are all 0 or -0.
+  bool (*is_zero)(const float* x, int64_t K);
+
   // Rounds K numbers to row `row` of `out`.
   void (*round_row)(const float* x, int64_t K, Activations how, const RoundedRows& out, int64_t row);
 
@@ -100,6 +107,11 @@ struct MatmulKernels {
   void (*tile_product)(const TiledWeight& weight, int64_t tile, const float* scales, const float* mins,
                        const RoundedRows& x, int64_t first_row, int64_t rows, float* y, int64_t ld);
 
+  // The same for few rows, with factors as they are stored, which saves decoding them. False, and nothing done, where
+  // this variant has no code for them or would be no faster for it.
+  bool (*stored_tile_product)(const TiledWeight& weight, int64_t tile, const RoundedRows& x, int64_t first_row,
+                              int64_t rows, float* y, int64_t ld);
+
   // The same with x as it is, [rows][K], K up to `blocks · 32`. `scratch` holds [blocks · 32][32] floats.
   void (*exact_tile_product)(const TiledWeight& weight, int64_t tile, const float* scales, const float* mins,
                              const float* x, int64_t K, int64_t rows, float* scratch, float* y, int64_t ld);
@@ -107,7 +119,8 @@ struct MatmulKernels {
 
 const MatmulKernels& matmul_kernels();  // of the active variant
 
-// y [rows, N] = x [rows, K] · Wᵀ.
+// y [rows, N] = x [rows, K] · Wᵀ. The last rows of x, as far as they are zeros, cost nothing and give zeros: a step has
+// as many rows as its program, filled up with them.
 void matmul(const TiledWeight& weight, const float* x, int64_t rows, int64_t K, Activations how, float* y);
 
 // Rows `ids` of W, as floats [num_ids, K]. An id outside [0, N) gives NaN, as look-ups in XLA do.

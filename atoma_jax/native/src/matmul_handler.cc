@@ -51,10 +51,6 @@ bool FactorTypeOf(ffi::DataType type, FactorType* out) {
   }
 }
 
-int64_t SizeOf(FactorType type) {
-  return type == FactorType::kFloat32 ? 4 : type == FactorType::kInt8 ? 1 : 2;
-}
-
 // Scales or mins of matrix `index`, [..., tiles, groups, 32], checked against the blocks of a row.
 ffi::Error PickFactors(const ffi::AnyBuffer& values, const ffi::AnyBuffer& supers, const TiledWeight& weight,
                        int64_t matrices, int64_t index, Factors* out) {
@@ -66,7 +62,7 @@ ffi::Error PickFactors(const ffi::AnyBuffer& values, const ffi::AnyBuffer& super
   out->groups = shape[shape.size() - 2];
   const int64_t size = weight.tiles() * out->groups * atoma::kTile;
   if (static_cast<int64_t>(values.element_count()) != matrices * size) return Wrong("factors and codes differ in lead");
-  out->values = static_cast<const char*>(values.untyped_data()) + index * size * SizeOf(out->type);
+  out->values = static_cast<const char*>(values.untyped_data()) + index * size * size_of(out->type);
   if (supers.element_count() == 0) return ffi::Error::Success();
   const auto super_shape = supers.dimensions();
   if (super_shape.size() < 3 || supers.element_type() != ffi::DataType::F32) return Wrong("supers must be f32");

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "factors.h"
 #include "matmul.h"
 
 namespace atoma {
@@ -74,6 +75,18 @@ inline void spoil_block(const RoundedRows& out, int64_t row, int64_t block) {
 }
 
 template <class Isa>
+bool is_zero(const float* x, int64_t K) {
+  const int64_t whole = K / kBlock * kBlock;
+  for (int64_t k = 0; k < whole; k += kBlock) {
+    if (largest_bits<Isa>(x + k, kBlock) != 0) return false;
+  }
+  for (int64_t k = whole; k < K; k++) {
+    if (x[k] != 0.0f) return false;
+  }
+  return true;
+}
+
+template <class Isa>
 void round_row(const float* x, int64_t K, Activations how, const RoundedRows& out, int64_t row) {
   float token_factor = 0, token_scale = 0;
   bool token_is_finite = true;
@@ -118,48 +131,6 @@ void round_row(const float* x, int64_t K, Activations how, const RoundedRows& ou
   }
 }
 
-template <class Isa, FactorType type>
-typename Isa::Floats load_factors(const void* values, int64_t at) {
-  if constexpr (type == FactorType::kFloat32) return Isa::load(static_cast<const float*>(values) + at);
-  if constexpr (type == FactorType::kFloat16) return Isa::load_f16(static_cast<const uint16_t*>(values) + at);
-  if constexpr (type == FactorType::kBfloat16) return Isa::load_bf16(static_cast<const uint16_t*>(values) + at);
-  if constexpr (type == FactorType::kInt8) return Isa::load_int8(static_cast<const int8_t*>(values) + at);
-}
-
-template <class Isa, FactorType type>
-void decode_factors_of(const Factors& factors, int64_t tile, int64_t spread, float* out) {
-  const int64_t start = tile * factors.groups * kTile;
-  const float* supers = factors.supers == nullptr ? nullptr : factors.supers + tile * factors.supergroups * kTile;
-  const int64_t per_super = factors.supergroups == 0 ? 1 : factors.groups / factors.supergroups;
-  int64_t left = per_super;
-  for (int64_t group = 0; group < factors.groups; group++) {
-    for (int column = 0; column < kTile; column += Isa::kLanes) {
-      auto value = load_factors<Isa, type>(factors.values, start + group * kTile + column);
-      if (supers != nullptr) value = Isa::mul(value, Isa::load(supers + column));
-      for (int64_t i = 0; i < spread; i++) Isa::store(out + i * kTile + column, value);
-    }
-    out += spread * kTile;
-    if (supers != nullptr && --left == 0) {
-      supers += kTile;
-      left = per_super;
-    }
-  }
-}
-
-template <class Isa>
-void decode_factors(const Factors& factors, int64_t tile, int64_t spread, float* out) {
-  switch (factors.type) {
-    case FactorType::kFloat32:
-      return decode_factors_of<Isa, FactorType::kFloat32>(factors, tile, spread, out);
-    case FactorType::kFloat16:
-      return decode_factors_of<Isa, FactorType::kFloat16>(factors, tile, spread, out);
-    case FactorType::kBfloat16:
-      return decode_factors_of<Isa, FactorType::kBfloat16>(factors, tile, spread, out);
-    case FactorType::kInt8:
-      return decode_factors_of<Isa, FactorType::kInt8>(factors, tile, spread, out);
-  }
-}
-
 // Field `at` of the bytes of four or two bits; whole bytes of eight.
 template <class Isa, Codes kind, int at>
 typename Isa::Bytes codes_of(typename Isa::Bytes bytes, typename Isa::Bytes table) {
@@ -189,8 +160,8 @@ struct ArithmeticOf<Isa, Codes::kTable4> {
 // last tile may be asked for, too: that reads nothing.
 constexpr int kLine = 64, kAhead = 4096;  // bytes
 
-// `rows` rows of x by `vectors` vectors of columns, over all of K.
-template <class Isa, Codes kind, int subs, int planes, int rows, int vectors>
+// `rows` rows of x by `vectors` vectors of columns, over all of K. `Reader` finds the factors of each block.
+template <class Isa, Codes kind, int subs, int planes, int rows, int vectors, class Reader>
 struct Product {
   using Arithmetic = typename ArithmeticOf<Isa, kind>::Type;
   using Sum = typename Arithmetic::Sum;
@@ -250,16 +221,16 @@ struct Product {
   }
 
   // Adds scale · sum − min · Σx, times the activations' scale, to the floats of all rows.
-  template <bool with_mins>
+  template <int sub, bool with_mins>
   static inline __attribute__((always_inline)) void scale(const Sum (&sums)[planes][rows][vectors],
-                                                          const float* scales, const float* mins, const float* x_scales,
-                                                          const float* x_sums, int64_t blocks, int zero,
-                                                          typename Isa::Floats (&y)[rows][vectors]) {
+                                                          const Reader& scales, const Reader& mins,
+                                                          const float* x_scales, const float* x_sums, int64_t blocks,
+                                                          int zero, typename Isa::Floats (&y)[rows][vectors]) {
     typename Isa::Floats w_scales[vectors], w_mins[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
-      w_scales[v] = Isa::load(scales + v * Isa::kLanes);
-      if constexpr (with_mins) w_mins[v] = Isa::load(mins + v * Isa::kLanes);
+      w_scales[v] = scales.template load<sub>(v);
+      if constexpr (with_mins) w_mins[v] = mins.template load<sub>(v);
     }
     const auto zeros = Isa::set(static_cast<float>(zero));
 #pragma GCC unroll 8
@@ -285,8 +256,8 @@ struct Product {
     }
   }
 
-  static void run(const TiledWeight& weight, const uint8_t* codes, const float* scales, const float* mins,
-                  const RoundedRows& x, int64_t first_row, float* y, int64_t ld) {
+  static void run(const TiledWeight& weight, const uint8_t* codes, Reader scales, Reader mins, const RoundedRows& x,
+                  int64_t first_row, float* y, int64_t ld) {
     const int64_t plane_stride = x.blocks * kBlock, row_stride = planes * plane_stride;
     const int8_t* values = x.row_values(first_row);
     const float* x_scales = x.row_scales(first_row);
@@ -304,14 +275,13 @@ struct Product {
       one_sub<0>(codes, table, values, plane_stride, row_stride, scales, mins, x_scales, x_sums, x.blocks, weight.zero,
                  out);
       if constexpr (subs == 2) {
-        const float* second_mins = mins == nullptr ? nullptr : mins + kTile;
-        one_sub<1>(codes, table, values, plane_stride, row_stride, scales + kTile, second_mins, x_scales, x_sums + 1,
-                   x.blocks, weight.zero, out);
+        one_sub<1>(codes, table, values, plane_stride, row_stride, scales, mins, x_scales, x_sums + 1, x.blocks,
+                   weight.zero, out);
       }
       codes += kBlockBytes;
       values += kBlock;
-      scales += subs * kTile;
-      if (mins != nullptr) mins += subs * kTile;
+      scales.next();
+      if (mins.is_there()) mins.next();
       x_scales++;
       x_sums += subs;
     }
@@ -323,7 +293,7 @@ struct Product {
   template <int sub>
   static inline __attribute__((always_inline)) void one_sub(
       const uint8_t* codes, typename Isa::Bytes table, const int8_t* x, int64_t plane_stride, int64_t row_stride,
-      const float* scales, const float* mins, const float* x_scales, const float* x_sums, int64_t blocks, int zero,
+      const Reader& scales, const Reader& mins, const float* x_scales, const float* x_sums, int64_t blocks, int zero,
       typename Isa::Floats (&out)[rows][vectors]) {
     Sum sums[planes][rows][vectors];
 #pragma GCC unroll 2
@@ -335,72 +305,114 @@ struct Product {
       }
     }
     sub_block<sub>(codes, table, x, plane_stride, row_stride, sums);
-    if (mins != nullptr) {
-      scale<true>(sums, scales, mins, x_scales, x_sums, blocks, zero, out);
+    if (mins.is_there()) {
+      scale<sub, true>(sums, scales, mins, x_scales, x_sums, blocks, zero, out);
     } else {
-      scale<false>(sums, scales, mins, x_scales, x_sums, blocks, zero, out);
+      scale<sub, false>(sums, scales, mins, x_scales, x_sums, blocks, zero, out);
     }
   }
 };
 
-// All columns of a tile for `rows` rows.
-template <class Isa, Codes kind, int subs, int planes, int rows>
-void rows_product(const TiledWeight& weight, const uint8_t* codes, const float* scales, const float* mins,
+// All columns of a tile for `rows` rows. `scales` and `mins` make the readers, from the first column that each needs.
+template <class Isa, Codes kind, int subs, int planes, int rows, class Reader, class Source>
+void rows_product(const TiledWeight& weight, const uint8_t* codes, const Source& scales, const Source& mins,
                   const RoundedRows& x, int64_t first_row, float* y, int64_t ld) {
   constexpr int all = kTile / Isa::kLanes;
   constexpr int vectors = Isa::vectors(rows * planes);
   for (int v = 0; v < all; v += vectors) {
     const int column = v * Isa::kLanes;
-    Product<Isa, kind, subs, planes, rows, vectors>::run(weight, codes + column * 4, scales + column,
-                                                         mins == nullptr ? nullptr : mins + column, x, first_row,
-                                                         y + column, ld);
+    Product<Isa, kind, subs, planes, rows, vectors, Reader>::run(weight, codes + column * 4, Reader(scales, column),
+                                                                 Reader(mins, column), x, first_row, y + column, ld);
   }
 }
 
-template <class Isa, Codes kind, int subs, int planes>
-void tile_product_of(const TiledWeight& weight, const uint8_t* codes, const float* scales, const float* mins,
+// All rows by one tile, at most `most` at once.
+template <class Isa, Codes kind, int subs, int planes, int most, class Reader, class Source>
+void tile_product_of(const TiledWeight& weight, int64_t tile, const Source& scales, const Source& mins,
                      const RoundedRows& x, int64_t row, int64_t rows, float* y, int64_t ld) {
-  constexpr int most = Isa::kMaxRows / planes;
+  const uint8_t* codes = weight.codes + tile * weight.tile_bytes();
   if constexpr (most >= 4) {
     for (; rows >= 4; row += 4, rows -= 4, y += 4 * ld) {
-      rows_product<Isa, kind, subs, planes, 4>(weight, codes, scales, mins, x, row, y, ld);
+      rows_product<Isa, kind, subs, planes, 4, Reader>(weight, codes, scales, mins, x, row, y, ld);
     }
   }
   if constexpr (most >= 2) {
     for (; rows >= 2; row += 2, rows -= 2, y += 2 * ld) {
-      rows_product<Isa, kind, subs, planes, 2>(weight, codes, scales, mins, x, row, y, ld);
+      rows_product<Isa, kind, subs, planes, 2, Reader>(weight, codes, scales, mins, x, row, y, ld);
     }
   }
   for (; rows >= 1; row++, rows--, y += ld) {
-    rows_product<Isa, kind, subs, planes, 1>(weight, codes, scales, mins, x, row, y, ld);
+    rows_product<Isa, kind, subs, planes, 1, Reader>(weight, codes, scales, mins, x, row, y, ld);
   }
 }
 
-template <class Isa, Codes kind>
-void tile_product_of_kind(const TiledWeight& weight, int64_t tile, const float* scales, const float* mins,
-                          const RoundedRows& x, int64_t row, int64_t rows, float* y, int64_t ld) {
-  const uint8_t* codes = weight.codes + tile * weight.tile_bytes();
-  if (x.planes == 2) {
-    if (weight.subs == 2) return tile_product_of<Isa, kind, 2, 2>(weight, codes, scales, mins, x, row, rows, y, ld);
-    return tile_product_of<Isa, kind, 1, 2>(weight, codes, scales, mins, x, row, rows, y, ld);
+// Calls run.template operator()<kind, subs>() for those of the weight.
+template <class Run>
+auto for_kind(const TiledWeight& weight, Run&& run) {
+  const auto with_subs = [&]<Codes kind>() {
+    if (weight.subs == 2) return run.template operator()<kind, 2>();
+    return run.template operator()<kind, 1>();
+  };
+  switch (weight.kind) {
+    case Codes::kBits8:
+      return with_subs.template operator()<Codes::kBits8>();
+    case Codes::kBits4:
+      return with_subs.template operator()<Codes::kBits4>();
+    case Codes::kTable4:
+      return with_subs.template operator()<Codes::kTable4>();
+    default:
+      return with_subs.template operator()<Codes::kBits2>();
   }
-  if (weight.subs == 2) return tile_product_of<Isa, kind, 2, 1>(weight, codes, scales, mins, x, row, rows, y, ld);
-  return tile_product_of<Isa, kind, 1, 1>(weight, codes, scales, mins, x, row, rows, y, ld);
 }
 
 template <class Isa>
 void tile_product(const TiledWeight& weight, int64_t tile, const float* scales, const float* mins,
                   const RoundedRows& x, int64_t row, int64_t rows, float* y, int64_t ld) {
-  switch (weight.kind) {
-    case Codes::kBits8:
-      return tile_product_of_kind<Isa, Codes::kBits8>(weight, tile, scales, mins, x, row, rows, y, ld);
-    case Codes::kBits4:
-      return tile_product_of_kind<Isa, Codes::kBits4>(weight, tile, scales, mins, x, row, rows, y, ld);
-    case Codes::kTable4:
-      return tile_product_of_kind<Isa, Codes::kTable4>(weight, tile, scales, mins, x, row, rows, y, ld);
-    case Codes::kBits2:
-      return tile_product_of_kind<Isa, Codes::kBits2>(weight, tile, scales, mins, x, row, rows, y, ld);
+  for_kind(weight, [&]<Codes kind, int subs>() {
+    using Reader = DecodedFactors<Isa, subs>;
+    const auto with = [&]<int planes>() {
+      tile_product_of<Isa, kind, subs, planes, Isa::kMaxRows / planes, Reader>(weight, tile, scales, mins, x, row, rows,
+                                                                               y, ld);
+    };
+    x.planes == 2 ? with.template operator()<2>() : with.template operator()<1>();
+  });
+}
+
+// What `stored_tile_product` has code for: llama.cpp's formats, and the float32 factors of GPTQ and AWQ. All that could
+// be would take as long to compile as the rest of this file.
+template <Codes kind, int subs, FactorType type>
+constexpr bool has_stored_product() {
+  if (type == FactorType::kFloat32) return kind == Codes::kBits4 && subs == 1;
+  if (type == FactorType::kFloat16) return subs == 1;
+  if (kind == Codes::kTable4) return subs == 1;
+  if (kind == Codes::kBits2) return subs == 2;
+  return type == FactorType::kInt8;
+}
+
+template <class Isa>
+bool stored_tile_product(const TiledWeight& weight, int64_t tile, const RoundedRows& x, int64_t row, int64_t rows,
+                         float* y, int64_t ld) {
+  if constexpr (Isa::kStoredRows > 0) {
+    if (rows > Isa::kStoredRows || x.planes != 1 || !lie_as_read(weight)) return false;
+    const StoredTile scales(weight.scales, weight, tile), mins(weight.mins, weight, tile);
+    const auto with = [&]<FactorType type, bool with_supers>() {
+      return for_kind(weight, [&]<Codes kind, int subs>() {
+        if constexpr (has_stored_product<kind, subs, type>()) {
+          using Reader = StoredFactors<Isa, type, with_supers, subs>;
+          tile_product_of<Isa, kind, subs, 1, Isa::kStoredRows, Reader>(weight, tile, scales, mins, x, row, rows, y, ld);
+          return true;
+        }
+        return false;
+      });
+    };
+    const FactorType type = weight.scales.type;
+    if (weight.scales.supers != nullptr) {
+      return type == FactorType::kInt8 && with.template operator()<FactorType::kInt8, true>();
+    }
+    if (type == FactorType::kFloat16) return with.template operator()<FactorType::kFloat16, false>();
+    if (type == FactorType::kFloat32) return with.template operator()<FactorType::kFloat32, false>();
   }
+  return false;
 }
 
 template <class Isa>
@@ -430,7 +442,7 @@ void exact_tile_product(const TiledWeight& weight, int64_t tile, const float* sc
 
 template <class Isa>
 constexpr MatmulKernels matmul_kernels_of() {
-  return {round_row<Isa>, decode_factors<Isa>, tile_product<Isa>, exact_tile_product<Isa>};
+  return {is_zero<Isa>, round_row<Isa>, decode_factors<Isa>, tile_product<Isa>, stored_tile_product<Isa>, exact_tile_product<Isa>};
 }
 
 }  // namespace
