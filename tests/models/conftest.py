@@ -233,7 +233,8 @@ class Paged:
         for step in plan:
             only_decode = len(step) == self._B and all(work.decode for work in step)
             T = self._B if only_decode else tokens
-            ids, position, page, slot = (np.zeros(T, np.int32) for _ in range(4))
+            ids = np.full(T, -1, np.int32)  # padding
+            position, page, slot = (np.zeros(T, np.int32) for _ in range(3))
             start, count, first, length = (np.zeros(self._B, np.int32) for _ in range(4))
             table = np.zeros((self._B, self._W), np.int32)
             at = 0
@@ -255,6 +256,7 @@ class Paged:
             )
             for sequence, where in places:
                 logits[sequence].append(np.asarray(out)[where])
+            assert not np.asarray(out)[at:].any(), "padding is zeros in front of every product, the last one too"
         return [np.concatenate(pieces) for pieces in logits]
 
     def _step(self, weights, pages, ids, position, page, slot, table, start, count, first, length, blocks=True):
