@@ -30,7 +30,7 @@ from atoma_jax.loading.threads import checked_threads
 from atoma_jax.loading.weight_sources import Part
 from atoma_jax.quant.dequantized import dequantized
 from atoma_jax.quant.ggml_types import GGMLType
-from atoma_jax.quant.groups import GroupCodes
+from atoma_jax.quant.groups import F32, GroupCodes
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 
 _ALL_F32 = 0  # llama.cpp's number of the file type
@@ -44,6 +44,7 @@ class _NamedShape:
     shape: tuple[int, ...]
     format: None = None
     type_name: str = "F32"
+    float_dtype: np.dtype[Any] = F32
     permutation: Permutation | None = None
 
     @property

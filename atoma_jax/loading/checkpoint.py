@@ -40,6 +40,11 @@ class StoredTensor(Protocol):
         ...
 
     @property
+    def float_dtype(self) -> np.dtype[Any]:
+        """The narrowest of float32, bfloat16 and float16 that holds the values of plain floats; float32 of others."""
+        ...
+
+    @property
     def nbytes(self) -> int:
         """Bytes in the files, scales and the like included."""
         ...

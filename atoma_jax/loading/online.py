@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
+
+import numpy as np
 
 from atoma_jax.errors import ConfigError
 from atoma_jax.loading.checkpoint import Checkpoint, Floats, Permutation, Rows, StoredTensor
 from atoma_jax.loading.weight_sources import WeightSource
 from atoma_jax.models.params import ParamSpec
-from atoma_jax.quant.groups import GroupCodes, GroupFormat
+from atoma_jax.quant.groups import F32, GroupCodes, GroupFormat
 from atoma_jax.quant.online import LoadScheme, quantize_rows, scheme_format
 
 
@@ -44,6 +47,11 @@ class QuantizedOnLoad:
     def nbytes(self) -> int:
         """Of the dense tensor."""
         return self.dense.nbytes
+
+    @property
+    def float_dtype(self) -> np.dtype[Any]:
+        """Its values are products."""
+        return F32
 
     @property
     def permutation(self) -> Permutation | None:

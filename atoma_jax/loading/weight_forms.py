@@ -203,10 +203,8 @@ def form_of(checkpoint: Checkpoint, source: WeightSource, want: ParamSpec, backe
 def _one_form(checkpoint: Checkpoint, source: WeightSource, want: ParamSpec, backend: Backend) -> Form:
     kind = _common_format(checkpoint, source) if want.quantizable else None
     if kind is None:
-        # Norms and biases are small, and XLA:CPU would widen a bfloat16 weight again in every step.
-        wide = not want.quantizable or backend.platform == "cpu"
         lead = source.lead if len(want.shape) <= 2 else source.lead[:1]
-        return DenseForm(shape=(*lead, *want.shape), dtype=jnp.dtype("float32" if wide else backend.operands))
+        return DenseForm(shape=(*lead, *want.shape), dtype=_dense_dtype(checkpoint, source, want, backend))
     N, K = want.shape[-2:]
     layout: Layout = "rows" if kind.float_codes else backend.weight_layout
     plane = 0
@@ -223,6 +221,19 @@ def _one_form(checkpoint: Checkpoint, source: WeightSource, want: ParamSpec, bac
         plane=plane,
         permuted=any(tensor.permutation is not None for tensor in tensors),
     )
+
+
+def _dense_dtype(checkpoint: Checkpoint, source: WeightSource, want: ParamSpec, backend: Backend) -> jnp.dtype[Any]:
+    """Norms and biases are small and stay wide. On a CPU, XLA would widen a narrow weight again in every step; native
+    kernels, which multiply all but experts, read it as the file has it."""
+    if not want.quantizable:
+        return jnp.dtype(jnp.float32)
+    if backend.platform != "cpu":
+        return jnp.dtype(backend.operands)
+    stored = {checkpoint.tensors[part.tensor].float_dtype for parts in source.blocks for part in parts}
+    if backend.kernels == "native" and len(want.shape) == 2 and len(stored) == 1:
+        return jnp.dtype(stored.pop())
+    return jnp.dtype(jnp.float32)
 
 
 def _common_format(checkpoint: Checkpoint, source: WeightSource) -> GroupFormat | None:

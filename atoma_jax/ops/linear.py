@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
+from atoma_jax.native import dense as native_dense
 from atoma_jax.native import matmul as native_matmul
 from atoma_jax.ops.backend import Backend, Precision
 from atoma_jax.ops.parts import gathered, inputs_of, quantized_parts
@@ -55,6 +56,8 @@ def linear(
         return tiled_linear(x, weight, index, backend, int8_activations=int8_activations)
     if backend.gathers and layer is not None and _lead(weight) != ():
         weight = layer_of(weight, layer, backend)
+    if isinstance(weight, Array) and backend.kernels == "native":
+        return _native_linear(x, weight, layer, int8_activations=int8_activations)
     if isinstance(weight, QTensor) and has_kernel(weight, backend):
         return _kernel_linear(x, weight, backend, layer, int8_activations=int8_activations)
     if isinstance(weight, Array) and backend.uses_pallas and weight.ndim == 3 and weight.dtype == jnp.bfloat16:
@@ -120,6 +123,18 @@ def tiled_linear(
 
 
 _ACTIVATIONS: dict[Precision, native_matmul.Activations] = {"default": "groups", "high": "planes", "exact": "exact"}
+
+
+def _native_linear(
+    x: Float[Array, "T K"], stack: Array, layer: Int32[Array, ""] | None, *, int8_activations: bool
+) -> Float32[Array, "T N"]:
+    """`linear` of a dense matrix, or of one of a stack, by the native kernel, which reads it in place."""
+    place = jnp.int32(0) if layer is None or stack.ndim == 2 else layer
+    factor: Float32[Array, "T 1"] | None = None
+    if int8_activations:
+        x, factor = matmul_kernels.quantize_tokens(x)
+    y = native_dense.matmul(x.astype(jnp.float32), stack, place)
+    return y if factor is None else y * factor
 
 
 def _dense_linear(

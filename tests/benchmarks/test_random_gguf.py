@@ -10,6 +10,7 @@ from atoma_jax.loading.model_files import open_model
 from bench import random_gguf
 
 
+@pytest.mark.slow  # for gguf's own reader of a vocabulary
 @pytest.mark.model
 def test_a_model_of_the_shape_that_was_asked_for(smollm2_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "random.gguf"

@@ -126,6 +126,7 @@ MIXES |= {
     "Q4_0 and Q4_1 over layers": lambda name: Q.Q4_1 if "blk.0" in name else Q.Q4_0,
     "Q4_0 and Q8_0 over layers": lambda name: Q.Q4_0 if "blk.0" in name else Q.Q8_0,
     "Q5_K, Q5_0 and Q8_0": lambda name: Q.Q5_K if "_q" in name else Q.Q5_0 if "_k" in name else Q.Q8_0,
+    "F16 and BF16 inside of a weight": lambda name: Q.BF16 if "attn_k" in name else Q.F16,
     "quantized and F16 over layers": lambda name: Q.Q4_0 if "blk.0" in name else Q.F16,
 }
 
@@ -205,6 +206,15 @@ def test_what_is_loaded_fills_the_model(load):
 def test_dense_matrices_are_narrow_only_where_products_are(load, platform, operands, dtype):
     got = load(types=MIXES["F16"], platform=platform, operands=operands)
     assert got.values["layers.down"].dtype == dtype
+    assert got.values["layers.attn_norm"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("mix", ["F16", "BF16", "F32", "F16 and BF16 inside of a weight"])
+def test_native_kernels_get_dense_matrices_as_the_file_has_them(load, mix):
+    got = load(types=MIXES[mix], layout="tiles")
+    own = {"F16": jnp.float16, "BF16": jnp.bfloat16, "F32": jnp.float32}[mix[:4].strip()]
+    assert got.values["embed"].dtype == got.values["layers.down"].dtype == own
+    assert got.values["layers.qkv"].dtype == (jnp.float32 if "inside" in mix else own)
     assert got.values["layers.attn_norm"].dtype == jnp.float32
 
 

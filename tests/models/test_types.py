@@ -46,6 +46,8 @@ CASES = [pytest.param(kind, "rows", id=f"{kind.name}-rows") for kind in TYPES] +
     for kind in TYPES
     if kind not in FLOAT_TYPES
 ]
+NATIVE_FLOATS = {T.F32: "float32", T.F16: "float16", T.BF16: "bfloat16"}  # as native kernels read them
+CASES += [pytest.param(kind, "tiles", id=f"{kind.name}-tiles") for kind in NATIVE_FLOATS]
 
 
 @pytest.mark.parametrize(("ggml_type", "layout"), CASES)
@@ -53,6 +55,8 @@ def test_logits_are_those_of_the_values_in_the_file(ggml_type, layout, recipe, s
     model = narrow_llama()
     kind = gguf.GGMLQuantizationType(ggml_type)
     runner = paged(save(model, recipe(arch="llama", types=lambda name: kind)), layout=layout)
+    if layout == "tiles":
+        assert {str(runner.weight(name).dtype) for name in ("embed", "layers.qkv")} == {NATIVE_FLOATS[ggml_type]}
     rng = np.random.default_rng(3)
     ids = [rng.integers(0, VOCAB, length).astype(np.int32) for length in LENGTHS]
     got = runner.run(ids, [[work(i, length) for i, length in enumerate(LENGTHS)]], tokens=TOKENS)

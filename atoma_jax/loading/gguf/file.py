@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -21,8 +22,9 @@ from atoma_jax.loading.gguf.metadata import Metadata
 from atoma_jax.loading.mapped import map_file
 from atoma_jax.quant import ggml
 from atoma_jax.quant.ggml_types import GGMLType
-from atoma_jax.quant.groups import GroupCodes, GroupFormat
+from atoma_jax.quant.groups import BF16, F16, F32, GroupCodes, GroupFormat
 
+_FLOAT_DTYPES = {GGMLType.F16: F16, GGMLType.BF16: BF16}
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 _SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
@@ -50,6 +52,11 @@ class GGUFTensor:
     def type_name(self) -> str:
         """ggml's name of the type."""
         return self.type.name
+
+    @property
+    def float_dtype(self) -> np.dtype[Any]:
+        """Of plain floats."""
+        return _FLOAT_DTYPES.get(self.type, F32)
 
     @property
     def permutation(self) -> None:

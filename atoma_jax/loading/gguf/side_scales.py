@@ -9,6 +9,7 @@ says nothing. Names and meaning are llama.cpp's (`src/llama-model.cpp`, `build_l
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -61,6 +62,11 @@ class ScaledTensor:
     def type_name(self) -> str:
         """The weight's."""
         return self.base.type_name
+
+    @property
+    def float_dtype(self) -> np.dtype[Any]:
+        """The factors widen it."""
+        return F32
 
     @property
     def permutation(self) -> None:

@@ -130,6 +130,11 @@ class DenseTensor:
         return self.raw.dtype
 
     @property
+    def float_dtype(self) -> np.dtype[Any]:
+        """The file's."""
+        return FLOAT_DTYPES[self.raw.dtype]
+
+    @property
     def nbytes(self) -> int:
         """Bytes in the file."""
         return self.raw.data.nbytes
@@ -169,6 +174,11 @@ class QuantizedTensor:
     scales: ReadRows  # f32 [n, K/group]
     zeros: ReadRows | None = None  # zero points of codes [n, K/group]; without mins they must be the format's
     permutation: Permutation | None = None  # stored column j, once groups are neighbours, is input [j]
+
+    @property
+    def float_dtype(self) -> np.dtype[Any]:
+        """Its values are products."""
+        return F32
 
     def decode(self, rows: Rows) -> GroupCodes:
         """Rows with groups of neighbours. Thread-safe; results own their memory."""

@@ -120,9 +120,10 @@ class OrbaxModel:
         kernels = "xla" if preferred.kernels == "native" and stored.layout != "tiles" else preferred.kernels
         backend = replace(preferred, weight_layout=stored.layout, kernels=kernels)
         narrow = {str(form.dtype) for form in every if isinstance(form, DenseForm)} - {"float32"}
-        if backend.platform == "cpu":  # which widens such weights in every step
-            if narrow:
-                self._refuse("dtype", preferred.operands, "is what a CPU wants, and dense weights were stored narrower")
+        if backend.platform == "cpu":
+            if narrow and kernels != "native":  # XLA would widen them in every step
+                problem = "is what XLA wants on a CPU, and dense weights were stored narrower"
+                self._refuse("dtype", preferred.operands, problem)
         elif narrow and preferred.operands not in narrow:
             if config.dtype != "auto":
                 self._refuse("dtype", config.dtype, f"is asked for, and dense weights were stored as {min(narrow)}")

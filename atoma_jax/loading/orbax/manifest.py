@@ -31,7 +31,8 @@ MAX_DIMENSION = 2**31 - 1
 MAX_PLANE = 64
 _FILE = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*){0,3}", re.ASCII)  # no part begins with a dot
 _DTYPES = {str(dtype): dtype for dtype in (F32, BF16, F16, I8)}
-_DENSE = ("float32", "bfloat16")
+_OPERANDS = ("float32", "bfloat16")
+_DENSE = ("float32", "bfloat16", "float16")
 
 SourceKind = Literal["gguf", "folder"]
 
@@ -137,7 +138,7 @@ def read_manifest(folder: Path) -> Manifest:
         spec=read_spec(top.section("spec")),
         rope_tokens=optional(top, "rope_tokens", lambda key: top.integer(key, minimum=1)),
         layout=choice(top, "layout", get_args(Layout)),
-        operands=choice(top, "operands", _DENSE),
+        operands=choice(top, "operands", _OPERANDS),
         forms={path: _read_form(_object(forms, path)) for path in forms.values},
         tensors=_read_tensors(top.section("tensors")),
         files=_read_files(top.section("files")),

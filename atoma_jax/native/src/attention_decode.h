@@ -5,6 +5,7 @@
 // their logits (flash decoding; the arithmetic is that of arXiv:2205.14135).
 #pragma once
 
+#include "dots.h"
 #include "float_vectors.h"
 #include "kv_rows.h"
 #include "paged_attention.h"
@@ -29,38 +30,6 @@ inline void for_each_heads(int G, Use&& use) {
     else
       use.template operator()<1>(g);
     g += heads;
-  }
-}
-
-// Logits of Keys rows of K, which lie one behind the other, for Heads queries.
-template <class Isa, int Keys, int Heads, class Stored>
-inline void dots(const float* q, int64_t q_stride, const Stored* k, int H, float* logits, int64_t stride) {
-  using V = typename Isa::V;
-  constexpr int W = Isa::kWidth;
-  V acc[Heads][Keys];  // set one by one: compilers clear a whole array in memory
-#pragma GCC unroll 16
-  for (int g = 0; g < Heads; g++)
-#pragma GCC unroll 16
-    for (int i = 0; i < Keys; i++) acc[g][i] = Isa::zero();
-  auto add = [&](int h, auto&& load_key) {
-    V queries[Heads];
-#pragma GCC unroll 16
-    for (int g = 0; g < Heads; g++) queries[g] = Isa::load(q + g * q_stride + h);
-#pragma GCC unroll 16
-    for (int i = 0; i < Keys; i++) {
-      const V key = load_key(k + static_cast<int64_t>(i) * H + h);
-#pragma GCC unroll 16
-      for (int g = 0; g < Heads; g++) acc[g][i] = Isa::fma(queries[g], key, acc[g][i]);
-    }
-  };
-  int h = 0;
-  for (; h + W <= H; h += W) add(h, [](const Stored* from) { return Isa::load(from); });
-  if (h < H) add(h, [&](const Stored* from) { return load_part<Isa>(from, H - h); });
-#pragma GCC unroll 16
-  for (int g = 0; g < Heads; g++) {
-    int i = 0;
-    for (; i + 4 <= Keys; i += 4) Isa::sums4(acc[g] + i, logits + g * stride + i);
-    for (; i < Keys; i++) logits[g * stride + i] = Isa::sum(acc[g][i]);
   }
 }
 

@@ -7,6 +7,7 @@
 
 #include "half.h"
 #include "pool.h"
+#include "product_pieces.h"
 #include "variant.h"
 
 namespace atoma {
@@ -26,8 +27,6 @@ const MatmulKernels& matmul_kernels() {
 
 namespace {
 
-constexpr int64_t kRowsOfAPiece = 256;  // their activations stay in a core's second cache while tiles go by
-constexpr int64_t kPiecesOfAThread = 4;
 constexpr int64_t kRoundedAlone = 1 << 14;  // activations: waking a thread costs more than rounding as many
 constexpr int64_t kCacheLine = 64;  // bytes
 
@@ -99,11 +98,15 @@ void one_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t t
 
 }  // namespace
 
+int64_t rows_in_use(const float* x, int64_t rows, int64_t K) {
+  while (rows > 0 && matmul_kernels().is_zero(x + (rows - 1) * K, K)) rows--;
+  return rows;
+}
+
 void matmul(const TiledWeight& weight, const float* x, int64_t all_rows, int64_t K, Activations how, float* y) {
   const MatmulKernels& kernels = matmul_kernels();
   Pool& pool = Pool::shared();
-  int64_t rows = all_rows;
-  while (rows > 0 && kernels.is_zero(x + (rows - 1) * K, K)) rows--;
+  const int64_t rows = rows_in_use(x, all_rows, K);
   std::fill_n(y + rows * weight.N, (all_rows - rows) * weight.N, 0.0f);
   if (rows == 0) return;
   RoundedRows rounded{};
@@ -121,18 +124,8 @@ void matmul(const TiledWeight& weight, const float* x, int64_t all_rows, int64_t
       pool.for_each(pieces, round);
     }
   }
-  const int64_t tiles = weight.tiles();
-  const int64_t spans = (rows + kRowsOfAPiece - 1) / kRowsOfAPiece;
-  const int64_t wanted = std::max<int64_t>(1, kPiecesOfAThread * pool.threads() / spans);
-  const int64_t tiles_at_once = std::max<int64_t>(1, tiles / wanted);
-  const int64_t tile_pieces = (tiles + tiles_at_once - 1) / tiles_at_once;
-  pool.for_each(spans * tile_pieces, [&](int64_t piece) {
-    const int64_t first_row = piece / tile_pieces * kRowsOfAPiece;
-    const int64_t first_tile = piece % tile_pieces * tiles_at_once;
-    const int64_t count = std::min(kRowsOfAPiece, rows - first_row);
-    for (int64_t tile = first_tile; tile < std::min(tiles, first_tile + tiles_at_once); tile++) {
-      one_tile(kernels, weight, tile, how == Activations::kExact ? nullptr : &rounded, x, K, first_row, count, y);
-    }
+  for_each_tile(pool, rows, weight.tiles(), [&](int64_t first_row, int64_t count, int64_t tile) {
+    one_tile(kernels, weight, tile, how == Activations::kExact ? nullptr : &rounded, x, K, first_row, count, y);
   });
 }
 

@@ -119,6 +119,9 @@ struct MatmulKernels {
 
 const MatmulKernels& matmul_kernels();  // of the active variant
 
+// How many of the rows of x [rows, K] there are up to the last one that is not zeros.
+int64_t rows_in_use(const float* x, int64_t rows, int64_t K);
+
 // y [rows, N] = x [rows, K] · Wᵀ. The last rows of x, as far as they are zeros, cost nothing and give zeros: a step has
 // as many rows as its program, filled up with them.
 void matmul(const TiledWeight& weight, const float* x, int64_t rows, int64_t K, Activations how, float* y);

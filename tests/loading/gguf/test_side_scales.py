@@ -64,6 +64,8 @@ def test_every_kind_of_weight_takes_them(tmp_path: Path, kind: str) -> None:
             np.testing.assert_allclose(found, values, rtol=2**-22, atol=2**-22 * np.abs(values).max(), err_msg=name)
             if f"{name.removesuffix('weight')}scale" not in exact:
                 np.testing.assert_array_equal(found, exact[name])
+            if tensors[name].format is None:
+                np.testing.assert_array_equal(found.astype(tensors[name].float_dtype), found, "float_dtype holds them")
 
 
 def test_each_expert_has_its_own(tmp_path: Path) -> None:

@@ -1,0 +1,28 @@
+// How a product of many rows with a weight becomes pieces for the pool.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "pool.h"
+
+namespace atoma {
+
+inline constexpr int64_t kRowsOfAPiece = 256;  // their activations stay in a core's second cache while tiles go by
+inline constexpr int64_t kPiecesOfAThread = 4;
+
+// Calls use(first row, count of rows, tile) for each tile of columns and each run of rows, on all threads.
+template <class Use>
+void for_each_tile(Pool& pool, int64_t rows, int64_t tiles, Use&& use) {
+  const int64_t spans = (rows + kRowsOfAPiece - 1) / kRowsOfAPiece;
+  const int64_t wanted = std::max<int64_t>(1, kPiecesOfAThread * pool.threads() / spans);
+  const int64_t at_once = std::max<int64_t>(1, tiles / wanted);
+  const int64_t pieces = (tiles + at_once - 1) / at_once;
+  pool.for_each(spans * pieces, [&](int64_t piece) {
+    const int64_t first_row = piece / pieces * kRowsOfAPiece, first_tile = piece % pieces * at_once;
+    const int64_t count = std::min(kRowsOfAPiece, rows - first_row);
+    for (int64_t tile = first_tile; tile < std::min(tiles, first_tile + at_once); tile++) use(first_row, count, tile);
+  });
+}
+
+}  // namespace atoma
