@@ -379,7 +379,9 @@ class TestWhereItIsWritten:
             def write(path: Path, content: bytes) -> None:
                 true_write(path, content)
                 file = some_file(path.parent)
-                file.write_bytes(file.read_bytes()[:-1] + b"?")
+                damaged = bytearray(file.read_bytes())
+                damaged[-1] ^= 1  # never what it was
+                file.write_bytes(damaged)
 
             monkeypatch.setattr(convert, "_write_synced", write)
         with pytest.raises(UserError, match=r"other values of|CRC-32"):
