@@ -100,6 +100,7 @@ def test_a_checkpoint_of_the_first_stage_serves_any_second_stage(tmp_path):
         Run.start(replace(RECIPE, anneal_from=10), TINY, TOKENS, tmp_path / "run")
 
 
+@pytest.mark.slow  # compiles the training step
 def test_weights_are_three_values_a_matrix_and_gradients_pass_through():
     w = initial_weights(TINY, 0)["model.layers.0.mlp.up_proj.weight"]
     codes, scale = ternary(w)
