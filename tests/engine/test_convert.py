@@ -275,8 +275,17 @@ class TestSettings:
         with pytest.raises(ConfigError, match="--dtype float32"):
             model.backend(ModelConfig(model="m", dtype="float32", weight_layout="rows"), gpu)
         assert model.backend(ModelConfig(model="m", weight_layout="rows"), gpu).operands == "bfloat16"
-        with pytest.raises(ConfigError, match="stored narrower"):
+        with pytest.raises(ConfigError, match=r"stored narrower.*--dtype float32"):
             load(dense)
+
+    def test_dense_weights_that_native_kernels_keep_narrow_are_for_them(self, dense: Path) -> None:
+        edit(dense, lambda values: values["forms"]["embed"].update(dtype="float16"))
+        edit(dense, lambda values: values.update(layout="tiles"))
+        model = OrbaxModel.open(dense)
+        native = Backend(platform="cpu", operands="float32", weight_layout="tiles", kernels="native")
+        assert model.backend(ModelConfig(model="m"), native) == native
+        with pytest.raises(ConfigError, match=r"stored narrower.*--weight-layout rows"):
+            model.backend(ModelConfig(model="m"), Backend(platform="cpu", operands="float32", weight_layout="rows"))
 
     @pytest.mark.usefixtures("any_tokenizer")
     def test_frequencies_for_another_context_are_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,8 @@ class OrbaxModel:
         if backend.platform == "cpu":
             if narrow and kernels != "native":  # XLA would widen them in every step
                 problem = "is what XLA wants on a CPU, and dense weights were stored narrower"
+                if stored.layout == "tiles":  # by a CPU with native kernels, which keep what a file has
+                    self._refuse("weight_layout", preferred.weight_layout, problem)
                 self._refuse("dtype", preferred.operands, problem)
         elif narrow and preferred.operands not in narrow:
             if config.dtype != "auto":

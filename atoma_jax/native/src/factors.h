@@ -64,9 +64,7 @@ class DecodedFactors {
     return Isa::load(at_ + sub * kTile + v * Isa::kLanes);
   }
   // Goes to the next block.
-  void next() {
-    at_ += subs * kTile;
-  }
+  void next() { at_ += subs * kTile; }
 
  private:
   const float* at_;

@@ -442,7 +442,8 @@ void exact_tile_product(const TiledWeight& weight, int64_t tile, const float* sc
 
 template <class Isa>
 constexpr MatmulKernels matmul_kernels_of() {
-  return {is_zero<Isa>, round_row<Isa>, decode_factors<Isa>, tile_product<Isa>, stored_tile_product<Isa>, exact_tile_product<Isa>};
+  return {is_zero<Isa>,      round_row<Isa>,           decode_factors<Isa>,
+          tile_product<Isa>, stored_tile_product<Isa>, exact_tile_product<Isa>};
 }
 
 }  // namespace
