@@ -8,6 +8,9 @@ PYTEST_ARGS ?=
 MODEL ?= smollm2-135m-instruct
 PROMPT ?= Explain in three sentences why the sky is blue.
 
+# Without bytecode, every start would parse JAX and all else anew: seconds. Container images often forbid to write it.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 comma := ,
 # One stamp for each set of extras: asking for more installs more, asking again installs nothing.
