@@ -53,6 +53,11 @@ class MeshModel:
         assert self.backend.mesh is not None
         return self.backend.mesh
 
+    @property
+    def cutting(self) -> Cutting:
+        """Where its arrays are cut."""
+        return Cutting.of(self.served, self.mesh)
+
 
 def mesh_model(spec: ModelSpec, type_name: str, backend: Backend, mesh: MeshShape, devices: Any) -> MeshModel:
     """A model with weights of a type of `real_models.FORMATS`, cut over the first of some devices.
@@ -60,10 +65,11 @@ def mesh_model(spec: ModelSpec, type_name: str, backend: Backend, mesh: MeshShap
     Raises:
         ConfigError: it cannot be cut so.
     """
-    grid, backend, vocab_size = mesh.build(devices), replace(backend, mesh=mesh), spec.vocab_size
+    grid, cutting, vocab_size = mesh.build(devices), Cutting.of(spec, mesh), spec.vocab_size
+    backend = replace(backend, mesh=mesh, whole_heads=cutting.whole_heads)
     served = served_spec(with_type(spec, type_name), mesh)
     planned = abstract_values(served, type_name, backend)
-    cuts = Cutting(mesh).weights(planned, specs_of(Decoder(served, backend)))
+    cuts = cutting.weights(planned, specs_of(Decoder(served, backend)))
     placed = {path: with_shardings(planned[path], cut, grid) for path, cut in cuts.items()}
     part = device_spec(served, mesh, vocab_size)
     return MeshModel(
@@ -105,12 +111,12 @@ def new_state(model: MeshModel, shape: StepShape) -> EngineState:
 def abstract_state(model: MeshModel, shape: StepShape) -> EngineState:
     """The same without values; every array says where it lies."""
     state = jax.eval_shape(partial(new_state, model, shape))
-    return MeshStep(model.mesh, model.devices).abstract_state(state)
+    return MeshStep(model.cutting, model.devices).abstract_state(state)
 
 
 def lowered_step(model: MeshModel, shape: StepShape) -> jax.stages.Lowered:
     """The step as an engine lowers it: arguments are weights, state (donated) and words."""
-    mesh = MeshStep(model.mesh, model.devices)
+    mesh = MeshStep(model.cutting, model.devices)
     state = abstract_state(model, shape)
     sizes = StepSizes(table_width=shape.table_width, page_size=PAGE_SIZE, max_logprobs=20, fixed_parts=False)
     step = partial(run_step, graph=model.graph, program=shape.program, sizes=sizes)

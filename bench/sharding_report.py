@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from atoma_jax.engine.cutting import device_spec, served_spec
+from atoma_jax.ops.residual import is_cut
 from bench.compile_gate import table
 from bench.sharding_steps import MODELS, PROGRAMS
 from bench.step_model import (
@@ -44,9 +45,9 @@ Rows and tokens are those of all slices together; a slice (of `data` × `fsdp`) 
 _BYTES = """
 ## Bytes of a device
 
-Weights; KV of {sequences} sequences of {context} tokens; temporaries of a step of eight rows of decode and of one with
-512 tokens of prefill in each slice, as simulated devices need them, which attend in another way than GPUs do. Under
-`fsdp` two whole layers are among them.
+Weights; KV of {sequences} sequences of {context} tokens; temporaries of a step of eight rows of decode and of
+those with 512 to 2048 tokens of prefill in each slice, as simulated devices need them, which attend in another way than
+GPUs do. Under `fsdp` two whole layers are among them.
 """
 
 _EXCHANGES = """
@@ -133,9 +134,9 @@ def modelled(name: str, mesh: str, programs: Mapping[str, Any], machine: Machine
     shape = parse_mesh(mesh)
     own = max(1, -(-tokens // shape.num_slices))
     load = decode_load(own, CONTEXT) if kind == "decode" else prefill_load(own, CONTEXT)
-    decode, prefill = (Exchange(**programs[str(program)]["exchange"]) for program in PROGRAMS)
-    sizes = PROGRAMS[0].tokens, PROGRAMS[1].tokens
-    exchange = exchange_at(decode, prefill, sizes, PROGRAMS[0].rows, load)
+    few, many = PROGRAMS[2:] if is_cut(own, shape) else PROGRAMS[:2]
+    steps = Exchange(**programs[str(few)]["exchange"]), Exchange(**programs[str(many)]["exchange"])
+    exchange = exchange_at(steps, (few.tokens, many.tokens), few.rows, load)
     part, vocab_size = _part(name, shape)
     return step_time(part, shape, vocab_size, load, exchange, machine)
 

@@ -32,7 +32,8 @@ from sharding.mesh import parse_mesh
 MESHES = ("data=1", "tensor=2", "tensor=4", "tensor=8", "fsdp=2", "fsdp=4", "fsdp=8", "fsdp=2,tensor=2", "data=2")
 MODELS = {"Llama-3.1-8B": LLAMA_8B, "Llama-3.2-1B": LLAMA_1B}
 SMALL = replace(TINY, dim=512, num_layers=4, num_heads=8, num_kv_heads=8, ffn_dim=2048, vocab_size=8192)
-PROGRAMS = Program("decode", 8, 8), Program("mixed", 512, 8)  # of each slice; those of the compile gate
+# Of each slice: two whose residual stream is whole, and two that cut it over `tensor`.
+PROGRAMS = Program("decode", 8, 8), Program("mixed", 512, 8), Program("mixed", 1024, 8), Program("mixed", 2048, 8)
 TABLE_WIDTH = 64  # pages of a sequence
 ROWS, CONTEXT = 16, 128  # that the small model decodes, in all slices together
 WARM, STEPS = 3, 40
@@ -93,7 +94,7 @@ class _Running:
         model = mesh_model(SMALL, "bf16", backend, shape, jax.devices())
         self._step = lowered_step(model, sizes).compile()
         self._weights = jax.tree.map(lambda leaf: jax.device_put(random_value(leaf), leaf.sharding), model.weights)
-        devices = MeshStep(shape, model.devices)
+        devices = MeshStep(model.cutting, model.devices)
         self._state = devices.new_state(partial(new_state, model, sizes))
         self._words = devices.words_on_devices(np.tile(_decode(sizes), shape.num_slices))
 

@@ -107,24 +107,23 @@ def prefill_load(tokens: int, context: int) -> Load:
     return Load(tokens=tokens, rows=rows, context=min(tokens, context) / 2, read_context=tokens)
 
 
-def exchange_at(decode: Exchange, prefill: Exchange, tokens: tuple[int, int], rows: int, load: Load) -> Exchange:
+def exchange_at(steps: tuple[Exchange, Exchange], tokens: tuple[int, int], rows: int, load: Load) -> Exchange:
     """What a slice of another load exchanges, from two compiled steps that differ in tokens alone. Weights are the same
     whatever a step holds; activations in front of the layers and in them grow with tokens, those behind with rows.
 
     Args:
-        decode: of the step with fewer tokens.
-        prefill: of the one with more.
+        steps: with fewer and with more tokens, whose residual streams lie as that of the load.
         tokens: of these two.
         rows: of logits, of both.
         load: the other one.
     """
-    few, many = tokens
-    of_token = (prefill.once - decode.once) / (many - few)
-    of_row = (decode.once - decode.ahead - few * of_token) / rows  # the first layer is gathered in front of the others
+    (one, other), (few, many) = steps, tokens
+    of_token = (other.once - one.once) / (many - few)
+    of_row = (one.once - one.ahead - few * of_token) / rows  # the first layer is gathered in front of the others
     return replace(
-        decode,
-        waited=decode.waited / few * load.tokens,
-        once=decode.ahead + of_token * load.tokens + of_row * load.rows,
+        one,
+        waited=one.waited / few * load.tokens,
+        once=one.ahead + of_token * load.tokens + of_row * load.rows,
     )
 
 

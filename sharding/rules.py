@@ -48,6 +48,17 @@ FSDP: Rules = _only("data", "fsdp")
 PRESETS: Mapping[str, Rules] = MappingProxyType({"tensor": TENSOR, "fsdp": FSDP, "fsdp_tensor": FSDP_TENSOR})
 
 
+def with_whole_heads(rules: Rules) -> Rules:
+    """The same where each device of `tensor` has all heads, as they do not divide."""
+    heads = ("heads_out", "heads", "kv_heads")
+    return MappingProxyType(
+        {
+            name: tuple(axis for axis in over if axis != "tensor") if name in heads else over
+            for name, over in rules.items()
+        }
+    )
+
+
 def preset_of(shape: MeshShape) -> str:
     """The name of the smallest preset that uses every axis of a mesh."""
     if shape.fsdp == 1:

@@ -21,7 +21,14 @@ from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from sharding.apply import cut, divisors, parts_of
 from sharding.errors import ShardingError
 from sharding.mesh import MeshShape
-from sharding.rules import PRESETS, Rules, partition, preset_of
+from sharding.rules import PRESETS, Rules, partition, preset_of, with_whole_heads
+
+
+def heads_divide(spec: ModelSpec, mesh: MeshShape) -> bool:
+    """Whether heads are cut over `tensor`. Where not, each of its devices has all of them, and all of their cache. The
+    same of a model and of what `served_spec` makes of it."""
+    tensor, kv_heads = mesh.tensor, spec.num_kv_heads
+    return spec.num_heads % tensor == 0 and (kv_heads % tensor == 0 or tensor % kv_heads == 0)
 
 
 def served_spec(spec: ModelSpec, mesh: MeshShape) -> ModelSpec:
@@ -29,12 +36,10 @@ def served_spec(spec: ModelSpec, mesh: MeshShape) -> ModelSpec:
     each device has a copy of the one that its queries read; a vocabulary is filled up with rows of zeros.
 
     Raises:
-        ConfigError: heads, feed-forward nets or experts do not divide.
+        ConfigError: feed-forward nets or experts do not divide.
     """
     tensor, kv_heads = mesh.tensor, spec.num_kv_heads
-    sizes = {"num_heads": spec.num_heads, "ffn_dim": spec.ffn_dim}
-    if kv_heads >= tensor or tensor % kv_heads:
-        sizes["num_kv_heads"] = kv_heads
+    sizes = {"ffn_dim": spec.ffn_dim}
     if spec.experts is not None:
         sizes["ffn_dim"] = spec.experts.ffn_dim
         if spec.experts.shared_ffn_dim:
@@ -49,7 +54,7 @@ def served_spec(spec: ModelSpec, mesh: MeshShape) -> ModelSpec:
     parts = tensor * mesh.fsdp
     return replace(
         spec,
-        num_kv_heads=max(kv_heads, tensor) if tensor % kv_heads == 0 else kv_heads,
+        num_kv_heads=max(kv_heads, tensor) if heads_divide(spec, mesh) else kv_heads,
         vocab_size=-(-spec.vocab_size // parts) * parts,
     )
 
@@ -62,13 +67,14 @@ def _refuse(mesh: MeshShape, axis: str, name: str, size: int) -> None:
 def device_spec(spec: ModelSpec, mesh: MeshShape, vocab_size: int) -> ModelSpec:
     """The model as one device computes it, of what `served_spec` gave and the vocabulary without what fills it up."""
     tensor, experts = mesh.tensor, spec.experts
+    parts = tensor if heads_divide(spec, mesh) else 1
     if experts is not None:
         experts = replace(experts, ffn_dim=experts.ffn_dim // tensor, shared_ffn_dim=experts.shared_ffn_dim // tensor)
     return replace(
         spec,
         vocab_size=vocab_size,
-        num_heads=spec.num_heads // tensor,
-        num_kv_heads=spec.num_kv_heads // tensor,
+        num_heads=spec.num_heads // parts,
+        num_kv_heads=spec.num_kv_heads // parts,
         ffn_dim=spec.ffn_dim // tensor,
         experts=experts,
     )
@@ -76,14 +82,26 @@ def device_spec(spec: ModelSpec, mesh: MeshShape, vocab_size: int) -> ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Cutting:
-    """Where every array of an engine is cut over a mesh: trees of `PartitionSpec`s."""
+    """Where every array of an engine is cut over a mesh: trees of `PartitionSpec`s.
+
+    Attributes:
+        mesh: which one.
+        whole_heads: heads do not divide over `tensor`, and none are cut.
+    """
 
     mesh: MeshShape
+    whole_heads: bool = False
+
+    @classmethod
+    def of(cls, spec: ModelSpec, mesh: MeshShape) -> "Cutting":
+        """Of a model."""
+        return cls(mesh, whole_heads=not heads_divide(spec, mesh))
 
     @property
     def rules(self) -> Rules:
         """Of the preset that uses every axis of the mesh."""
-        return PRESETS[preset_of(self.mesh)]
+        preset = PRESETS[preset_of(self.mesh)]
+        return with_whole_heads(preset) if self.whole_heads else preset
 
     @property
     def slices(self) -> PartitionSpec:

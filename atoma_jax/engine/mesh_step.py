@@ -21,7 +21,7 @@ from atoma_jax.engine.step import EngineState, StepOutput, Weights
 from atoma_jax.quant.cuts import parts_of_tree
 from sharding.apply import with_shardings
 from sharding.collectives import join_over, part_index
-from sharding.mesh import SLICES, MeshShape
+from sharding.mesh import SLICES
 
 Step = Callable[[Weights, EngineState, Any], tuple[EngineState, StepOutput]]
 
@@ -29,8 +29,8 @@ Step = Callable[[Weights, EngineState, Any], tuple[EngineState, StepOutput]]
 class MeshStep:
     """Functions of one device made into functions of a mesh."""
 
-    def __init__(self, shape: MeshShape, devices: Mesh):
-        self.shape, self._devices, self._cutting = shape, devices, Cutting(shape)
+    def __init__(self, cutting: Cutting, devices: Mesh):
+        self.shape, self._devices, self._cutting = cutting.mesh, devices, cutting
         # Whether devices of other processes take part: every process then reads the results of all.
         self._spans_processes = any(device.process_index != jax.process_index() for device in devices.devices.flat)
 

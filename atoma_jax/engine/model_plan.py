@@ -134,7 +134,7 @@ def plan_model(
             layout=setup.backend.weight_layout,
             context_length=spec.context_length,
             kv_dtype=kv_dtype,
-            kv_bytes_per_token=spec.kv_bytes_per_token(kv_dtype) // (1 if mesh is None else mesh.tensor),
+            kv_bytes_per_token=setup.device_spec.kv_bytes_per_token(kv_dtype),
             page_tokens=config.cache.block_size,
             workspace=reserved_workspace(memory or 2**60, is_cpu=is_cpu),
             memory=memory,

@@ -3,6 +3,7 @@
 From headers alone. What a start, a plan of memory and an evaluation have in common.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ import jax
 from flax import nnx
 
 from atoma_jax.config import ModelConfig
-from atoma_jax.engine.cutting import Cutting, device_spec, served_spec
+from atoma_jax.engine.cutting import Cutting, device_spec, heads_divide, served_spec
 from atoma_jax.engine.host import cpu_multiplies_bfloat16
 from atoma_jax.engine.progress import loading_bar
 from atoma_jax.engine.step import Weights
@@ -35,6 +36,7 @@ from sharding.mesh import MeshShape
 from sharding.plan import bytes_per_device
 
 Check = Callable[[], None]
+_log = logging.getLogger(__name__)
 
 
 def unchecked() -> None:
@@ -82,8 +84,14 @@ class ModelSetup:
     def graph(self) -> Any:
         """The model's `nnx.GraphDef`, which merges with `abstract` or with what `load` returns."""
         if self.backend.mesh is not None:
-            return nnx.graphdef(Decoder(device_spec(self.spec, self.backend.mesh, self.vocab_size), self.backend))
+            return nnx.graphdef(Decoder(self.device_spec, self.backend))
         return nnx.graphdef(self._decoder(self.planned))
+
+    @property
+    def device_spec(self) -> ModelSpec:
+        """The model's shape as one device computes it."""
+        mesh = self.backend.mesh
+        return self.spec if mesh is None else device_spec(self.spec, mesh, self.vocab_size)
 
     def abstract(self) -> Weights:
         """The model's state with `ShapeDtypeStruct`s as leaves, which say where they lie on a mesh."""
@@ -175,7 +183,7 @@ def set_up_model(
         if mesh.tensor > 1:
             problem = "must be 1: a converted folder has its rows in the order of one device; serve what it was made of"
             raise ConfigError("mesh.tensor", mesh.tensor, problem)
-        return replace(setup, spec=served_spec(spec, mesh), cuts=Cutting(mesh).weights(setup.planned, wanted))
+        return replace(setup, spec=served_spec(spec, mesh), cuts=Cutting.of(spec, mesh).weights(setup.planned, wanted))
     if config.quantization == "w8a8":
         if config.weight_layout == "planar":
             problem = "contradicts --quantization w8a8, whose integer products read rows; leave one of them out"
@@ -190,6 +198,12 @@ def set_up_model(
         checkpoint = quantized_on_load(checkpoint, sources, wanted, config.quantization)
     if mesh is not None:
         served = served_spec(spec, mesh)
+        if not heads_divide(spec, mesh):
+            backend = replace(backend, whole_heads=True)
+            _log.warning(
+                "%d heads, %d of keys and values, do not divide over tensor=%d: each of its devices has all of them",
+                *(spec.num_heads, spec.num_kv_heads, mesh.tensor),
+            )
         sources = in_parts(sources, wanted, spec, served, mesh.tensor)
         spec, wanted = served, specs_of(Decoder(served, backend))
     planned = abstract_weights(checkpoint, sources, wanted, backend)
@@ -201,7 +215,7 @@ def set_up_model(
         sources=sources,
         planned=planned,
         vocab_size=files.spec.vocab_size,
-        cuts=None if mesh is None else Cutting(mesh).weights(planned, wanted),
+        cuts=None if mesh is None else Cutting.of(spec, mesh).weights(planned, wanted),
     )
 
 

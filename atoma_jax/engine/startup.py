@@ -19,6 +19,7 @@ from atoma_jax.engine.buckets import Buckets, make_buckets
 from atoma_jax.engine.cluster import Cluster, join
 from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.compile_cache import use_compile_cache
+from atoma_jax.engine.cutting import Cutting
 from atoma_jax.engine.engine import Engine
 from atoma_jax.engine.grammars import has_llguidance
 from atoma_jax.engine.host import free_host_bytes, keep_freed_memory
@@ -319,15 +320,11 @@ def _beside(config: EngineConfig, limits: EngineLimits, memory: DeviceMemory, wo
 
 
 def _limits(config: EngineConfig, plan: _Plan, setup: ModelSetup, memory: DeviceMemory) -> EngineLimits:
-    spec, weight_bytes = setup.spec, setup.weight_bytes
-    mesh = setup.backend.mesh
-    # Of one device: kv heads are cut over `tensor`, and each slice has pages of its own.
-    token_bytes = spec.kv_bytes_per_token(plan.kv_dtype) // (1 if mesh is None else mesh.tensor)
-    page_bytes = token_bytes * config.cache.block_size
+    spec, weight_bytes = setup.device_spec, setup.weight_bytes
+    page_bytes = spec.kv_bytes_per_token(plan.kv_dtype) * config.cache.block_size  # each slice has pages of its own
     pages = plan_pages(config.cache, memory, page_bytes=page_bytes, max_model_len=plan.max_model_len)
     if setup.backend.kernels == "pallas" and plan.kv_dtype in ("fp8_e4m3", "int8"):
-        kv_heads = spec.num_kv_heads if mesh is None else spec.num_kv_heads // mesh.tensor
-        codes = spec.num_layers * kv_heads * spec.head_dim * config.cache.block_size
+        codes = spec.num_layers * spec.num_kv_heads * spec.head_dim * config.cache.block_size
         pages = addressable_pages(config.cache, pages, page_codes=codes, max_model_len=plan.max_model_len)
     return EngineLimits(
         model=config.model.model,
@@ -366,7 +363,7 @@ def _runner(
         num_pages=limits.num_pages,
         kv_dtype=plan.kv_dtype,
         split_prefill=config.compile.deterministic,
-        mesh=None if mesh is None or setup.devices is None else MeshStep(mesh, setup.devices),
+        mesh=None if mesh is None or setup.devices is None else MeshStep(Cutting.of(setup.spec, mesh), setup.devices),
         cluster=cluster,
         guided=has_llguidance() and limits.pooling is None,
     )

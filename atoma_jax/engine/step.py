@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, no_type_check
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Int32
 
 from atoma_jax import ops
 from atoma_jax.engine.batch import BatchFields, unpack
@@ -94,7 +94,7 @@ def run_step(
     hidden, pages = model.hidden(tokens, batch.position, state.pages, attention)
     if program.kind == "pool":
         return EngineState(pages=pages, sampler=state.sampler), _pooled(model, hidden, batch, sizes)
-    logits = model.logits(_rows_of(hidden, batch.logit_token))
+    logits = model.logits(model.rows(hidden, batch.logit_token, program.tokens))
     with jax.named_scope("sample"):
         rows, shards = decode_rows(batch.sampling), VocabShards(model.backend.mesh)
         if program.kind == "score":
@@ -114,7 +114,7 @@ def _pooled(model: Decoder, hidden: Array, batch: BatchFields, sizes: StepSizes)
     """The prompts' vectors, of hidden states behind the final norm. Nothing is sampled."""
     with jax.named_scope("pool"):
         if sizes.pooling == "last":
-            pooled = model.normed(_rows_of(hidden, batch.logit_token))  # [B, D]
+            pooled = model.normed(model.rows(hidden, batch.logit_token, hidden.shape[0]))  # [B, D]
         else:
             (B,), T = batch.chunk_count.shape, hidden.shape[0]
             row = jnp.where(jnp.arange(T) < batch.num_tokens[0], batch.row, B)  # padding: a row that is cut off
@@ -126,11 +126,6 @@ def _pooled(model: Decoder, hidden: Array, batch: BatchFields, sizes: StepSizes)
     return StepOutput(
         tokens_ok=jnp.stack([nothing, ok]), logprob=none, rank=nothing, top_ids=none, top_logprobs=none, pooled=pooled
     )
-
-
-def _rows_of(hidden: Float32[Array, "T D"], token: Int32[Array, " Q"]) -> Float32[Array, "Q D"]:
-    """Hidden states of some tokens; zeros for -1."""
-    return jnp.where((token >= 0)[:, None], hidden[jnp.maximum(token, 0)], 0.0)
 
 
 def _input_tokens(batch: BatchFields, sampler: SamplerState) -> Int32[Array, " T"]:

@@ -39,15 +39,17 @@ class Decoder(nnx.Module):
         positions: Int32[Array, " T"],
         pages: ops.KVPages,
         batch: ops.AttentionBatch,
-    ) -> tuple[Float32[Array, "T D"], ops.KVPages]:
+    ) -> tuple[Float32[Array, "t D"], ops.KVPages]:
         """Runs all layers over the step's tokens; writes their K and V into `pages`.
+
+        What comes back may be this device's part of the tokens; `rows` picks from all.
 
         A token of -1 is padding: its row is zeros in front of every product, which native kernels leave out.
         """
         spec = self.spec
         with jax.named_scope("embed"):
             x = tables.embed(jnp.maximum(tokens, 0), self.embed.get_value(), self.backend) * spec.embedding_scale
-            x = jnp.where((tokens >= 0)[:, None], x, 0.0)
+            x = jnp.where((ops.own_tokens(tokens, self.backend.mesh) >= 0)[:, None], x, 0.0)
         rope = rope_tables(positions, spec.rope)
         windows = window_sizes(spec)
         graph, spread, whole, weights = nnx.split(
@@ -90,6 +92,10 @@ class Decoder(nnx.Module):
             )
 
         return gather
+
+    def rows(self, hidden: Float32[Array, "t D"], token: Int32[Array, " Q"], tokens: int) -> Float32[Array, "Q D"]:
+        """Hidden states of some of a step's `tokens`, on every device; zeros for -1."""
+        return ops.rows_of(hidden, token, tokens, self.backend.mesh)
 
     def normed(self, x: Float32[Array, "B D"]) -> Float32[Array, "B D"]:
         """What the head reads of hidden states, and what embeddings are made of."""

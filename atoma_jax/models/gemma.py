@@ -19,7 +19,7 @@ class GemmaLayer(LlamaLayer):
 
     def __call__(
         self,
-        x: Float32[Array, "T D"],
+        x: Float32[Array, "t D"],
         pages: ops.KVPages,
         rope: Rope,
         batch: ops.AttentionBatch,
@@ -27,11 +27,11 @@ class GemmaLayer(LlamaLayer):
         layer: Int32[Array, ""],
         window: Int32[Array, ""],
         windowed: Bool[Array, ""],
-    ) -> tuple[Float32[Array, "T D"], ops.KVPages]:
+    ) -> tuple[Float32[Array, "t D"], ops.KVPages]:
         """One layer over the step's tokens; `layer` is its place in the cache."""
         eps = self.spec.norm_eps
         h = rms_norm(x, self.attn_norm[...], eps)
         h, pages = self.attention(h, pages, rope, batch, layer=layer, window=window, windowed=windowed)
         x = x + rms_norm(h, self.post_attn_norm[...], eps)
-        h = self.feed_forward(rms_norm(x, self.ffn_norm[...], eps), layer)
+        h = self.feed_forward(rms_norm(x, self.ffn_norm[...], eps), rope.tokens, layer)
         return x + rms_norm(h, self.post_ffn_norm[...], eps), pages

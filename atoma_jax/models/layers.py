@@ -18,6 +18,11 @@ class Rope(NamedTuple):
     cos: Float32[Array, "2 T half"]
     sin: Float32[Array, "2 T half"]
 
+    @property
+    def tokens(self) -> int:
+        """T, of the whole step."""
+        return self.cos.shape[1]
+
 
 def rms_norm(
     x: Float32[Array, "*lead D"], scale: Float[Array, " D"], eps: float, *, cut_over: MeshShape | None = None

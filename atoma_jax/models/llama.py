@@ -47,7 +47,7 @@ class LlamaLayer(nnx.Module):
 
     def __call__(
         self,
-        x: Float32[Array, "T D"],
+        x: Float32[Array, "t D"],
         pages: ops.KVPages,
         rope: Rope,
         batch: ops.AttentionBatch,
@@ -55,16 +55,20 @@ class LlamaLayer(nnx.Module):
         layer: Int32[Array, ""],
         window: Int32[Array, ""],
         windowed: Bool[Array, ""],
-    ) -> tuple[Float32[Array, "T D"], ops.KVPages]:
-        """One layer over the step's tokens; `layer` is its place in the cache."""
+    ) -> tuple[Float32[Array, "t D"], ops.KVPages]:
+        """One layer over the step's tokens; `layer` is its place in the cache.
+
+        Of the T tokens, devices that share a layer may have t each in front of the norms and behind the branches.
+        """
         h = rms_norm(x, self.attn_norm[...], self.spec.norm_eps)
         h, pages = self.attention(h, pages, rope, batch, layer=layer, window=window, windowed=windowed)
         x = x + h
-        return x + self.feed_forward(rms_norm(x, self.ffn_norm[...], self.spec.norm_eps), layer), pages
+        h = rms_norm(x, self.ffn_norm[...], self.spec.norm_eps)
+        return x + self.feed_forward(h, rope.tokens, layer), pages
 
     def attention(
         self,
-        x: Float32[Array, "T D"],
+        x: Float32[Array, "t D"],
         pages: ops.KVPages,
         rope: Rope,
         batch: ops.AttentionBatch,
@@ -72,11 +76,11 @@ class LlamaLayer(nnx.Module):
         layer: Int32[Array, ""],
         window: Int32[Array, ""],
         windowed: Bool[Array, ""],
-    ) -> tuple[Float32[Array, "T D"], ops.KVPages]:
+    ) -> tuple[Float32[Array, "t D"], ops.KVPages]:
         """Projections, rotation, paged attention, output projection."""
-        spec = self.spec
-        T, N, K, H = x.shape[0], spec.num_heads, spec.num_kv_heads, spec.head_dim
-        qkv = self.linear(x, self.qkv, layer)
+        spec, whole = self.spec, self.backend.whole_heads
+        T, N, K, H = rope.tokens, spec.num_heads, spec.num_kv_heads, spec.head_dim
+        qkv = self.linear_of_stream(x, self.qkv, T, layer)
         if spec.qkv_bias:
             qkv = qkv + self.qkv_bias[...]
         qkv = qkv.reshape(T, K, N // K + 2, H)
@@ -98,28 +102,44 @@ class LlamaLayer(nnx.Module):
         )
         out = out.reshape(T, N * H)
         if spec.sub_norms:
-            out = rms_norm(out, self.attn_sub_norm[...], spec.norm_eps, cut_over=self.backend.mesh)
-        return self.linear_of_parts(out, self.attn_out, layer), pages
+            out = rms_norm(out, self.attn_sub_norm[...], spec.norm_eps, cut_over=None if whole else self.backend.mesh)
+        return self.linear_of_parts(out, self.attn_out, layer, whole=whole), pages
 
-    def feed_forward(self, x: Float32[Array, "T D"], layer: Int32[Array, ""]) -> Float32[Array, "T D"]:
-        """down(activation(gate · x) · (up · x))."""
-        return self.gated_net(x, self.gate_up, self.down, layer)
+    def feed_forward(self, x: Float32[Array, "t D"], tokens: int, layer: Int32[Array, ""]) -> Float32[Array, "t D"]:
+        """down(activation(gate · x) · (up · x)), of a step of so many tokens."""
+        return self.gated_net(x, self.gate_up, self.down, tokens, layer)
 
     def gated_net(
-        self, x: Float32[Array, "T D"], gate_up: Any, down: Any, layer: Int32[Array, ""]
-    ) -> Float32[Array, "T D"]:
+        self, x: Float32[Array, "t D"], gate_up: Any, down: Any, tokens: int, layer: Int32[Array, ""]
+    ) -> Float32[Array, "t D"]:
         """The same with the weights given."""
-        h = gated(self.linear(x, gate_up, layer), self.spec.activation)
+        h = gated(self.linear_of_stream(x, gate_up, tokens, layer), self.spec.activation)
         if self.spec.sub_norms:
             h = rms_norm(h, self.ffn_sub_norm[...], self.spec.norm_eps, cut_over=self.backend.mesh)
         return self.linear_of_parts(h, down, layer)
 
-    def linear(self, x: Float32[Array, "T K"], weight: Any, layer: Int32[Array, ""]) -> Float32[Array, "T N"]:
-        """A projection as this model was trained; `weight` is a parameter of this layer."""
-        return ops.linear(x, weight.get_value(), self.backend, layer=layer, int8_activations=self.spec.int8_activations)
+    def linear_of_stream(
+        self, x: Float32[Array, "t K"], weight: Any, tokens: int, layer: Int32[Array, ""]
+    ) -> Float32[Array, "T N"]:
+        """A projection of all of a step's tokens as this model was trained; `weight` is a parameter of this layer."""
+        return ops.linear_of_stream(
+            x,
+            weight.get_value(),
+            self.backend,
+            tokens=tokens,
+            layer=layer,
+            int8_activations=self.spec.int8_activations,
+        )
 
-    def linear_of_parts(self, x: Float32[Array, "T K"], weight: Any, layer: Int32[Array, ""]) -> Float32[Array, "T N"]:
-        """The same where heads or the feed-forward net may be cut over devices."""
+    def linear_of_parts(
+        self, x: Float32[Array, "T K"], weight: Any, layer: Int32[Array, ""], *, whole: bool = False
+    ) -> Float32[Array, "t N"]:
+        """A projection into the stream; heads or the feed-forward net may be cut over devices, unless `whole`."""
         return ops.linear_of_parts(
-            x, weight.get_value(), self.backend, layer=layer, int8_activations=self.spec.int8_activations
+            x,
+            weight.get_value(),
+            self.backend,
+            layer=layer,
+            int8_activations=self.spec.int8_activations,
+            whole=whole,
         )

@@ -27,12 +27,13 @@ class MixtureLayer(LlamaLayer):
             self.shared_down = matrix(D, shared, ("embed_out", "ffn"))
             self.shared_gate = vector(D, "embed")
 
-    def feed_forward(self, x: Float32[Array, "T D"], layer: Int32[Array, ""]) -> Float32[Array, "T D"]:
+    def feed_forward(self, x: Float32[Array, "t D"], tokens: int, layer: Int32[Array, ""]) -> Float32[Array, "t D"]:
         """The chosen experts' outputs by their weights, and the shared expert's behind its own gate."""
         assert self.spec.experts is not None
-        experts, weights = self.route(x)
+        whole = ops.all_tokens(x, tokens, self.backend.mesh)  # in float32, for the router
+        experts, weights = self.route(whole)
         out = ops.grouped_feed_forward(
-            x,
+            whole,
             experts,
             weights,
             self.experts_gate_up.get_value(),
@@ -44,7 +45,7 @@ class MixtureLayer(LlamaLayer):
         )
         if self.spec.experts.shared_ffn_dim:
             gate = jax.nn.sigmoid(jnp.sum(x * self.shared_gate[...], axis=-1, keepdims=True))
-            out = out + gate * self.gated_net(x, self.shared_gate_up, self.shared_down, layer)
+            out = out + gate * self.gated_net(x, self.shared_gate_up, self.shared_down, tokens, layer)
         return out
 
     def route(self, x: Float32[Array, "T D"]) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:

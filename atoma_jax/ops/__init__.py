@@ -9,7 +9,8 @@ from atoma_jax.native.tiles import put_codes, put_factors
 from atoma_jax.ops.attention import AttentionBatch, Chunks, attend, attention_batch, empty_pages
 from atoma_jax.ops.backend import Backend, Kernels, Platform, has_native_kernels
 from atoma_jax.ops.experts import grouped_feed_forward
-from atoma_jax.ops.linear import PACKED_ROWS, layer_of, linear, linear_of_parts
+from atoma_jax.ops.linear import PACKED_ROWS, layer_of, linear, linear_of_parts, linear_of_stream
+from atoma_jax.ops.residual import all_tokens, own_tokens, rows_of
 from pallas_kernels.kv_pages import KVPages
 from pallas_kernels.quantized_matmul import pack_planar
 
@@ -22,6 +23,7 @@ __all__ = [
     "KVPages",
     "Kernels",
     "Platform",
+    "all_tokens",
     "attend",
     "attention_batch",
     "empty_pages",
@@ -30,7 +32,10 @@ __all__ = [
     "layer_of",
     "linear",
     "linear_of_parts",
+    "linear_of_stream",
+    "own_tokens",
     "pack_planar",
     "put_codes",
     "put_factors",
+    "rows_of",
 ]

@@ -24,6 +24,7 @@ class Backend:
     precision: Precision = "default"  # of activations in native products: int8, two int8 planes, float32
     device: str = ""  # its kind, as JAX calls it, for sizes that were measured there; empty: not known
     mesh: MeshShape | None = None  # that a step's arrays are cut over; None: one device
+    whole_heads: bool = False  # each device of `tensor` has all heads, as they do not divide
 
     @property
     def uses_pallas(self) -> bool:

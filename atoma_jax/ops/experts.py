@@ -9,12 +9,13 @@ from jaxtyping import Array, Float, Float32, Int32
 from atoma_jax.ops.backend import Backend
 from atoma_jax.ops.linear import format_of, has_kernel, in_variant, layer_of, linear, picked, stack_of, tiled_linear
 from atoma_jax.ops.parts import inputs_of, own_experts, quantized_parts, stacked, without_last
+from atoma_jax.ops.residual import sum_of_parts
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from pallas_kernels import grouped_matmul as grouped_kernels
 from pallas_kernels import quantized_matmul as matmul_kernels
 from pallas_kernels.planar_matmul import planar_grouped_matmul
 from pallas_kernels.tuning import matmul_tiles
-from sharding.collectives import size_of, sum_over
+from sharding.collectives import size_of
 
 
 def grouped_feed_forward(
@@ -28,8 +29,9 @@ def grouped_feed_forward(
     *,
     layer: Int32[Array, ""],
     int8_activations: bool,
-) -> Float32[Array, "T D"]:
-    """The weighted sum of each token's experts: down(activate(gate_up · x)). Only experts that are chosen are read.
+) -> Float32[Array, "t D"]:
+    """The weighted sum of each token's experts: down(activate(gate_up · x)), of the tokens that this device has of the
+    stream. Only experts that are chosen are read.
 
     Args:
         x: tokens.
@@ -85,7 +87,7 @@ def grouped_feed_forward(
         (hidden, factor), int8_activations = quantized_parts(hidden, mesh), False
     y = grouped(hidden, down, cut_inputs=in_parts, int8_activations=int8_activations)
     y = y if factor is None else y * factor
-    return sum_over(grouped_kernels.combine(y, blocks, weights), mesh, "tensor", "expert")
+    return sum_of_parts(grouped_kernels.combine(y, blocks, weights), mesh, "expert")
 
 
 def _kernel_grouped(

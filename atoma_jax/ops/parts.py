@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from atoma_jax.ops.residual import sum_of_parts
 from atoma_jax.quant.cuts import SIDES, part_of, sides_of
 from atoma_jax.quant.qtensor import QTensor
 from pallas_kernels.grouped_matmul import ExpertBlocks
 from pallas_kernels.quantized_matmul import quantize_tokens
-from sharding.collectives import join_over, max_over, part_index, sum_and_cut, sum_over
+from sharding.collectives import join_over, max_over, part_index, sum_and_cut
 from sharding.mesh import MeshShape
 
 
@@ -81,6 +82,6 @@ def own_rows(
     return jnp.where(there, rows, 0), there
 
 
-def from_all_rows(rows: Float32[Array, "slices D"], mesh: MeshShape | None) -> Float32[Array, "T D"]:
-    """This slice's rows, each of which one device has and all others hold as zeros."""
-    return sum_over(sum_and_cut(rows, mesh, "fsdp", 0), mesh, "tensor")
+def from_all_rows(rows: Float32[Array, "slices D"], mesh: MeshShape | None) -> Float32[Array, "t D"]:
+    """This slice's rows, each of which one device has and all others hold as zeros: as the stream lies."""
+    return sum_of_parts(sum_and_cut(rows, mesh, "fsdp", 0), mesh)

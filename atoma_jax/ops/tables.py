@@ -15,8 +15,8 @@ from pallas_kernels import quantized_matmul as matmul_kernels
 from sharding.collectives import join_over, part_index, size_of, swap_cut
 
 
-def embed(ids: Int32[Array, " T"], table: QTensor | Array, backend: Backend) -> Float32[Array, "T D"]:
-    """Rows of a table `[V, D]`, which may be cut along V."""
+def embed(ids: Int32[Array, " T"], table: QTensor | Array, backend: Backend) -> Float32[Array, "t D"]:
+    """Rows of a table `[V, D]`, which may be cut along V: of the tokens that this device has of the stream."""
     mesh = backend.mesh
     if size_of(mesh, "tensor", "fsdp") == 1:
         return _rows(ids, table)

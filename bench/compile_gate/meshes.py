@@ -8,6 +8,7 @@ import jax
 
 from atoma_jax.engine.buckets import Program
 from atoma_jax.ops import Backend
+from atoma_jax.ops.residual import CUT_TOKENS
 from bench.collectives import Collective, collectives, differences, listed
 from bench.compile_gate import aot, table
 from bench.compile_gate.cases import Target
@@ -17,7 +18,7 @@ from bench.real_models import LLAMA_8B
 from sharding.mesh import parse_mesh
 
 MESHES = ("tensor=4", "fsdp=4", "fsdp=2,tensor=2", "tensor=8", "fsdp=8", "fsdp=2,tensor=4")
-DECODE, MIXED = Program("decode", 8, 8), Program("mixed", 512, 8)
+DECODE, MIXED = Program("decode", 8, 8), Program("mixed", CUT_TOKENS, 8)
 Case = tuple[str, str, Program]  # mesh, type of weights, what each slice computes
 QUICK: tuple[Case, ...] = (("fsdp=2,tensor=2", "bf16", DECODE), ("tensor=8", "Q4_K", DECODE))
 CASES: tuple[Case, ...] = (

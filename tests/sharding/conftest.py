@@ -45,12 +45,18 @@ def _hf(name: str) -> Callable[[Path], Path]:
                 )
             )
 
+        def llama_of_eight_groups() -> Any:
+            return families.llama(
+                hidden_size=256, intermediate_size=256, num_attention_heads=8, num_key_value_heads=2,
+                initializer_range=0.08,
+            )  # fmt: skip
+
         makers: dict[str, Callable[[], Any]] = {
             "gemma": lambda: families.gemma(num_hidden_layers=3, sliding_window=6, head_dim=16, intermediate_size=128),
             "mixtral": mixtral,
             "biases": families.llama_with_biases,
-            "GPTQ": test_hf_quantized.wide_llama,
-            "AWQ": test_hf_quantized.wide_llama,
+            "GPTQ": llama_of_eight_groups,
+            "AWQ": llama_of_eight_groups,
         }
         model = families.randomized(makers[name])
         if name in test_hf_quantized.FORMATS:
@@ -65,6 +71,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "Q4_1": _tiny("Q4_1", width=256, heads=(8, 2)),
     "Q4_K": _mixture,  # two supergroups of inputs, and layers of several types
     "F32": _tiny("F32", heads=(8, 8)),
+    "three heads": _tiny("Q4_1", width=192, heads=(3, 3)),
     "ternary": lambda folder: TERNARY / "hf",
     **{name: _hf(name) for name in ("gemma", "mixtral", "biases", "GPTQ", "AWQ")},
     "smollm2": lambda _: pulled("smollm2-135m-instruct"),  # in Q4_1

@@ -13,6 +13,7 @@ import jax
 
 from atoma_jax.config import ModelConfig
 from atoma_jax.engine.buckets import Buckets, Program
+from atoma_jax.engine.cutting import Cutting
 from atoma_jax.engine.mesh_step import MeshStep
 from atoma_jax.engine.model_setup import set_up_model
 from atoma_jax.engine.runner import Runner
@@ -20,14 +21,15 @@ from atoma_jax.engine.sampler_state import SamplerShape
 from atoma_jax.engine.step import StepSizes
 from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import open_model
+from atoma_jax.ops.residual import CUT_TOKENS
 from bench.collectives import collectives, listed
 from sharding.mesh import parse_mesh
 from tests.tiny_model import write_tiny_llama
 
 LIST = Path(__file__).with_name("collectives.json")
-DECODE, MIXED, SCORE = Program("decode", 4, 4), Program("mixed", 32, 4), Program("score", 16, 4)
-# Mixed steps and scores exchange what decodes do, in other sizes: on the mesh that exchanges all of it they are held to
-# the list, too.
+# The mixed step has so many tokens that its residual stream is cut, too.
+DECODE, MIXED, SCORE = Program("decode", 4, 4), Program("mixed", CUT_TOKENS, 4), Program("score", 16, 4)
+# Scores exchange what decodes do, in other sizes: on the mesh that exchanges all of it they are held to the list, too.
 PROGRAMS = {
     **dict.fromkeys(["data=2", "tensor=2", "tensor=4", "tensor=8", "fsdp=2", "fsdp=4", "fsdp=8"], (DECODE,)),
     "data=2,fsdp=2,tensor=2": (DECODE,),
@@ -57,7 +59,7 @@ def exchanged(path: Path, mesh: str, programs: tuple[Program, ...]) -> dict[str,
         num_pages=16,
         kv_dtype="float32",
         split_prefill=False,
-        mesh=MeshStep(shape, setup.devices),
+        mesh=MeshStep(Cutting.of(setup.spec, shape), setup.devices),
     )
     with runner.compile(setup.abstract(), threads=1):
         compiled = {str(program): runner._programs[program].result() for program in programs}

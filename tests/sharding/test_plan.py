@@ -97,3 +97,14 @@ def test_a_device_holds_its_share_of_weights_and_cache(mesh: str, one_billion: P
     assert part.weight_bytes == pytest.approx(whole.weight_bytes / shape.num_devices, rel=0.05)
     # A token's pages lie on the devices of its slice, and the slices share the tokens.
     assert part.kv_bytes_per_token / shape.num_slices == pytest.approx(whole.kv_bytes_per_token / 8, rel=0.05)
+
+
+def test_heads_that_do_not_divide_are_on_every_device(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_header(tmp_path / "3.gguf", D=192, F=384, L=2, heads=(3, 3), V=512)
+    whole, part = planned(path, None), planned(path, "tensor=2")
+    assert "3 heads, 3 of keys and values, do not divide over tensor=2" in caplog.text
+    assert part.kv_bytes_per_token == whole.kv_bytes_per_token
+    one, other = dict(whole.weights), dict(part.weights)
+    assert {name: one[name] // other[name] for name in one} == {
+        name: 2 if name.endswith(("embed", "head", "gate_up", "down")) else 1 for name in one
+    }

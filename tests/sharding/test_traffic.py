@@ -12,6 +12,7 @@ from atoma_jax import LLM, SamplingParams
 from atoma_jax.engine.model_tokenizer import tokenizer_of
 from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import open_model
+from atoma_jax.ops import residual
 from tests.engine.traffic import Ask, answers_alike, run_all
 from tests.sharding.test_engine import SIZES
 from tests.sharding.test_parity import REAL, REFUSED
@@ -54,6 +55,7 @@ def start(model_path: Callable[[str], Path]) -> Callable[..., LLM]:
 
     def of(name: str, mesh: str | None) -> LLM:
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(residual, "CUT_TOKENS", SIZES["max_num_batched_tokens"])
             patch.setattr("atoma_jax.engine.startup.has_llguidance", lambda: False)  # two programs less
             if name not in REAL:
                 patch.setattr("atoma_jax.engine.startup.tokenizer_of", lambda _: tokenizer)
