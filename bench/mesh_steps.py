@@ -56,7 +56,7 @@ class MeshModel:
     @property
     def cutting(self) -> Cutting:
         """Where its arrays are cut."""
-        return Cutting.of(self.served, self.mesh)
+        return Cutting(self.mesh, whole_heads=self.backend.whole_heads)
 
 
 def mesh_model(spec: ModelSpec, type_name: str, backend: Backend, mesh: MeshShape, devices: Any) -> MeshModel:

@@ -93,6 +93,12 @@ class ModelSetup:
         mesh = self.backend.mesh
         return self.spec if mesh is None else device_spec(self.spec, mesh, self.vocab_size)
 
+    @property
+    def cutting(self) -> Cutting:
+        """Where arrays are cut over `backend.mesh`, which is one."""
+        assert self.backend.mesh is not None
+        return Cutting(self.backend.mesh, whole_heads=self.backend.whole_heads)
+
     def abstract(self) -> Weights:
         """The model's state with `ShapeDtypeStruct`s as leaves, which say where they lie on a mesh."""
         planned = self.planned

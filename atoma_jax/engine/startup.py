@@ -19,7 +19,6 @@ from atoma_jax.engine.buckets import Buckets, make_buckets
 from atoma_jax.engine.cluster import Cluster, join
 from atoma_jax.engine.compilations import COMPILATIONS
 from atoma_jax.engine.compile_cache import use_compile_cache
-from atoma_jax.engine.cutting import Cutting
 from atoma_jax.engine.engine import Engine
 from atoma_jax.engine.grammars import has_llguidance
 from atoma_jax.engine.host import free_host_bytes, keep_freed_memory
@@ -363,7 +362,7 @@ def _runner(
         num_pages=limits.num_pages,
         kv_dtype=plan.kv_dtype,
         split_prefill=config.compile.deterministic,
-        mesh=None if mesh is None or setup.devices is None else MeshStep(Cutting.of(setup.spec, mesh), setup.devices),
+        mesh=None if mesh is None or setup.devices is None else MeshStep(setup.cutting, setup.devices),
         cluster=cluster,
         guided=has_llguidance() and limits.pooling is None,
     )

@@ -110,9 +110,9 @@ class LlamaLayer(nnx.Module):
         return self.gated_net(x, self.gate_up, self.down, tokens, layer)
 
     def gated_net(
-        self, x: Float32[Array, "t D"], gate_up: Any, down: Any, tokens: int, layer: Int32[Array, ""]
+        self, x: Float32[Array, "any D"], gate_up: Any, down: Any, tokens: int, layer: Int32[Array, ""]
     ) -> Float32[Array, "t D"]:
-        """The same with the weights given."""
+        """The same with the weights given; `x` is of all tokens or of this device's."""
         h = gated(self.linear_of_stream(x, gate_up, tokens, layer), self.spec.activation)
         if self.spec.sub_norms:
             h = rms_norm(h, self.ffn_sub_norm[...], self.spec.norm_eps, cut_over=self.backend.mesh)

@@ -45,7 +45,7 @@ class MixtureLayer(LlamaLayer):
         )
         if self.spec.experts.shared_ffn_dim:
             gate = jax.nn.sigmoid(jnp.sum(x * self.shared_gate[...], axis=-1, keepdims=True))
-            out = out + gate * self.gated_net(x, self.shared_gate_up, self.shared_down, tokens, layer)
+            out = out + gate * self.gated_net(whole, self.shared_gate_up, self.shared_down, tokens, layer)
         return out
 
     def route(self, x: Float32[Array, "T D"]) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:

@@ -12,7 +12,7 @@ from atoma_jax.native import dense as native_dense
 from atoma_jax.native import matmul as native_matmul
 from atoma_jax.ops.backend import Backend, Precision
 from atoma_jax.ops.parts import gathered, inputs_of, quantized_parts
-from atoma_jax.ops.residual import all_tokens, is_cut, own_tokens, sum_of_parts
+from atoma_jax.ops.residual import all_tokens, own_tokens, sum_of_parts
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from pallas_kernels import quantized_matmul as matmul_kernels
 from pallas_kernels.dense_matmul import dense_matmul
@@ -99,7 +99,7 @@ def linear_of_parts(
 
 
 def linear_of_stream(
-    x: Float32[Array, "t K"],
+    x: Float[Array, "t K"],
     weight: QTensor | LayerVariants | Array,
     backend: Backend,
     *,
@@ -108,11 +108,9 @@ def linear_of_stream(
     int8_activations: bool = False,
 ) -> Float32[Array, "T N"]:
     """`linear` of all `tokens` of a step, of which this device may have a part."""
-    if is_cut(tokens, backend.mesh) and not int8_activations and _rounds_inputs(weight, backend):
-        x = all_tokens(x.astype(jnp.bfloat16), tokens, backend.mesh)  # products would round them: half the bytes
-    else:
-        x = all_tokens(x, tokens, backend.mesh)
-    return linear(x, weight, backend, layer=layer, int8_activations=int8_activations)
+    if x.shape[0] != tokens and not int8_activations and _rounds_inputs(weight, backend):
+        x = x.astype(jnp.bfloat16)  # as the product would: half the bytes
+    return linear(all_tokens(x, tokens, backend.mesh), weight, backend, layer=layer, int8_activations=int8_activations)
 
 
 def _rounds_inputs(weight: QTensor | LayerVariants | Array, backend: Backend) -> bool:

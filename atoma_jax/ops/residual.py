@@ -2,9 +2,9 @@
 
 In front of a layer's products each device needs all tokens, behind them each has a part of every sum. What lies
 between products (the stream itself, its norms) is the same everywhere; cut, each device holds and computes its share
-("Reducing Activation Recomputation in Large Transformer Models", arXiv:2205.05198). A sum over devices
-is then a sum that is cut and, behind the norm, a join: no more bytes, and fewer where products take bfloat16. All of
-this runs under `shard_map`; where nothing is cut, nothing happens.
+("Reducing Activation Recomputation in Large Transformer Models", arXiv:2205.05198). A sum over devices is
+then a sum that is cut and, behind the norm, a join: no more bytes, and fewer where products take bfloat16. All of this
+runs under `shard_map`; where nothing is cut, nothing happens.
 """
 
 import jax.numpy as jnp
@@ -34,8 +34,8 @@ def own_tokens(x: Shaped[Array, "T *n"], mesh: MeshShape | None) -> Shaped[Array
 
 
 def all_tokens(x: Shaped[Array, "t *n"], tokens: int, mesh: MeshShape | None) -> Shaped[Array, "T *n"]:
-    """All `tokens` of the stream, of which this device has a part."""
-    return join_over(x, mesh, "tensor", 0) if is_cut(tokens, mesh) else x
+    """All `tokens` of the stream, of which this device may have a part."""
+    return x if x.shape[0] == tokens else join_over(x, mesh, "tensor", 0)
 
 
 def sum_of_parts(x: Float32[Array, "T D"], mesh: MeshShape | None, *others: str) -> Float32[Array, "t D"]:

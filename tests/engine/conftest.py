@@ -1,13 +1,17 @@
 """Engines over a tiny model. Programs are compiled once; tests make as many engines over them as they like."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from atoma_jax import LLM, AsyncLLM
+from atoma_jax.config import ModelConfig
+from atoma_jax.engine.convert import convert_model
 from atoma_jax.engine.engine import Engine
 from atoma_jax.engine.pages import PagePool
 from atoma_jax.engine.prefix_cache import PrefixCache
@@ -58,6 +62,29 @@ def llm(shared_llm: LLM) -> Iterator[LLM]:
 def deterministic_llm(shared_deterministic_llm: LLM) -> Iterator[LLM]:
     """The same with deterministic=True."""
     yield from _lent(shared_deterministic_llm)
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Q8_0 model and its folder, in this machine's own layout; never changed."""
+    folder = tmp_path_factory.mktemp("converted")
+    write_tiny_llama(folder / "tiny.gguf", embedding_scale=0.35)
+    convert_model(ModelConfig(model=str(folder / "tiny.gguf")), folder / "tiny")
+    return folder
+
+
+@pytest.fixture
+def copied(converted: Path, tmp_path: Path) -> Path:
+    """A folder to break."""
+    return shutil.copytree(converted / "tiny", tmp_path / "tiny")
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    """A folder of float32 to break, that any device reads."""
+    write_tiny_llama(tmp_path / "dense.gguf", kind=gguf.GGMLQuantizationType.F32)
+    convert_model(ModelConfig(model=str(tmp_path / "dense.gguf"), weight_layout="rows"), tmp_path / "dense")
+    return tmp_path / "dense"
 
 
 @pytest.fixture

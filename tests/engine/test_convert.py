@@ -1,7 +1,5 @@
 """A converted model is the model: the same bits on the device, the same answers, and the same file again."""
 
-import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +16,6 @@ from atoma_jax.config import EngineConfig, ModelConfig
 from atoma_jax.engine import convert, model_setup
 from atoma_jax.engine.convert import convert_model
 from atoma_jax.engine.export import export_gguf
-from atoma_jax.engine.model_setup import ModelSetup, set_up_model
 from atoma_jax.engine.model_tokenizer import tokenizer_of
 from atoma_jax.errors import ConfigError, UnsupportedModelError, UserError, WeightFileError
 from atoma_jax.loading.fetch.hub import resolve
@@ -28,13 +25,12 @@ from atoma_jax.loading.orbax.checkpoint import OrbaxModel
 from atoma_jax.loading.orbax.manifest import read_manifest
 from atoma_jax.native.library import library
 from atoma_jax.ops import Backend
-from tests.engine.conftest import BUCKETS, SIZES
+from tests.engine.converted import edit, load, some_file
 from tests.loading.conftest import TinyModel
-from tests.tiny_model import SMALL_ENGINE, write_tiny_llama
+from tests.tiny_model import SMALL_ENGINE
 
 ROOT = Path(__file__).parents[2]
 Q = gguf.GGMLQuantizationType
-Loaded = tuple[ModelSetup, dict[str, Any]]
 
 INSIDE = {"attn_q": Q.Q4_K, "attn_k": Q.Q8_0, "attn_v": Q.Q6_K, "ffn_gate": Q.Q5_0, "ffn_up": Q.Q6_K}
 MIXES: dict[str, Callable[[str], Q]] = {
@@ -70,42 +66,11 @@ def any_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atoma_jax.engine.convert.tokenizer_of", lambda files: None)
 
 
-def load(model: Path, **settings: Any) -> Loaded:
-    """A model's plan and its weights."""
-    config = ModelConfig(model=str(model), **settings)
-    with open_model(resolve(config.model), max_model_len=config.max_model_len) as files:
-        setup = set_up_model(config, files)
-        return setup, setup.load_values(threads=2)
-
-
 def assert_same_bits(a: Any, b: Any) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert (left.shape, left.dtype) == (right.shape, right.dtype)
         assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Q8_0 model and its folder, in this machine's own layout; never changed."""
-    folder = tmp_path_factory.mktemp("converted")
-    write_tiny_llama(folder / "tiny.gguf", embedding_scale=0.35)
-    convert_model(ModelConfig(model=str(folder / "tiny.gguf")), folder / "tiny")
-    return folder
-
-
-@pytest.fixture
-def copied(converted: Path, tmp_path: Path) -> Path:
-    """A folder to break."""
-    return shutil.copytree(converted / "tiny", tmp_path / "tiny")
-
-
-@pytest.fixture
-def dense(tmp_path: Path) -> Path:
-    """A folder of float32 to break, that any device reads."""
-    write_tiny_llama(tmp_path / "dense.gguf", kind=Q.F32)
-    convert_model(ModelConfig(model=str(tmp_path / "dense.gguf"), weight_layout="rows"), tmp_path / "dense")
-    return tmp_path / "dense"
 
 
 class TestTheWeights:
@@ -401,75 +366,3 @@ class TestWhereItIsWritten:
         (copied / "model.json").unlink()
         with pytest.raises(WeightFileError):  # what is left names a GGUF file without tensors
             load(copied)
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Changes `model.json`."""
-    values = json.loads((folder / "model.json").read_text())
-    change(values)
-    (folder / "model.json").write_text(json.dumps(values))
-
-
-def some_file(folder: Path) -> Path:
-    """The largest file of the weights."""
-    return max(
-        (path for path in (folder / "weights").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
-    )
-
-
-class TestDamage:
-    def test_a_truncated_file(self, copied: Path) -> None:
-        path = some_file(copied)
-        path.write_bytes(path.read_bytes()[:-1])
-        with pytest.raises(WeightFileError) as caught:
-            load(copied)
-        assert path.name in caught.value.field
-
-    def test_a_missing_file(self, copied: Path) -> None:
-        some_file(copied).unlink()
-        with pytest.raises(WeightFileError, match="is missing"):
-            load(copied)
-
-    def test_a_file_that_nobody_wrote(self, copied: Path) -> None:
-        (copied / "weights" / "d" / "more").touch()
-        with pytest.raises(WeightFileError, match="not named in"):
-            load(copied)
-
-    def test_a_link(self, copied: Path, tmp_path: Path) -> None:
-        path = some_file(copied)
-        shutil.move(path, tmp_path / "elsewhere")
-        path.symlink_to(tmp_path / "elsewhere")
-        with pytest.raises(WeightFileError, match="regular file"):
-            load(copied)
-
-    @pytest.mark.parametrize("place", [0.0, 0.3, 0.9])
-    def test_a_changed_byte(self, copied: Path, place: float) -> None:
-        path = some_file(copied)
-        content = bytearray(path.read_bytes())
-        content[int(place * len(content))] ^= 1
-        path.write_bytes(content)
-        with pytest.raises(WeightFileError, match="CRC-32") as caught:
-            load(copied)
-        assert path.name in caught.value.field
-
-    def test_weights_of_another_type_than_the_folder_says(self, dense: Path) -> None:
-        edit(dense, lambda values: values["forms"]["embed"].update(dtype="bfloat16"))
-        with pytest.raises(WeightFileError, match=r"must be an array \(\d+, 64\) of bfloat16") as caught:
-            OrbaxModel.open(dense).load(threads=1, on_bytes=lambda _: None)
-        assert "'embed'" in caught.value.field
-
-    def test_weights_of_another_model(self, copied: Path, tmp_path: Path) -> None:
-        write_tiny_llama(tmp_path / "wide.gguf", width=128)
-        convert_model(ModelConfig(model=str(tmp_path / "wide.gguf")), tmp_path / "wide")
-        shutil.rmtree(copied / "weights")
-        shutil.copytree(tmp_path / "wide" / "weights", copied / "weights")
-        other = json.loads((tmp_path / "wide" / "model.json").read_text())
-        edit(copied, lambda values: values.update(files=other["files"]))
-        with pytest.raises(WeightFileError, match="must be an array"):
-            load(copied)
-
-    def test_a_tokenizer_of_another_model(self, copied: Path) -> None:
-        (copied / "metadata.gguf").write_bytes(b"GGUF")
-        with pytest.raises(WeightFileError) as caught:
-            LLM(str(copied), **SIZES, **BUCKETS)
-        assert "metadata.gguf" in caught.value.field

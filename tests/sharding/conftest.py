@@ -54,6 +54,7 @@ def _hf(name: str) -> Callable[[Path], Path]:
         makers: dict[str, Callable[[], Any]] = {
             "gemma": lambda: families.gemma(num_hidden_layers=3, sliding_window=6, head_dim=16, intermediate_size=128),
             "mixtral": mixtral,
+            "shared expert": families.qwen2_moe,
             "biases": families.llama_with_biases,
             "GPTQ": llama_of_eight_groups,
             "AWQ": llama_of_eight_groups,
@@ -73,7 +74,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "F32": _tiny("F32", heads=(8, 8)),
     "three heads": _tiny("Q4_1", width=192, heads=(3, 3)),
     "ternary": lambda folder: TERNARY / "hf",
-    **{name: _hf(name) for name in ("gemma", "mixtral", "biases", "GPTQ", "AWQ")},
+    **{name: _hf(name) for name in ("gemma", "mixtral", "shared expert", "biases", "GPTQ", "AWQ")},
     "smollm2": lambda _: pulled("smollm2-135m-instruct"),  # in Q4_1
     "gemma3": lambda _: pulled("gemma3-270m"),  # in Q4_K_M
 }

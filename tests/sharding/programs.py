@@ -13,7 +13,6 @@ import jax
 
 from atoma_jax.config import ModelConfig
 from atoma_jax.engine.buckets import Buckets, Program
-from atoma_jax.engine.cutting import Cutting
 from atoma_jax.engine.mesh_step import MeshStep
 from atoma_jax.engine.model_setup import set_up_model
 from atoma_jax.engine.runner import Runner
@@ -59,7 +58,7 @@ def exchanged(path: Path, mesh: str, programs: tuple[Program, ...]) -> dict[str,
         num_pages=16,
         kv_dtype="float32",
         split_prefill=False,
-        mesh=MeshStep(Cutting.of(setup.spec, shape), setup.devices),
+        mesh=MeshStep(setup.cutting, setup.devices),
     )
     with runner.compile(setup.abstract(), threads=1):
         compiled = {str(program): runner._programs[program].result() for program in programs}

@@ -9,7 +9,6 @@ import numpy as np
 
 from atoma_jax.config import ModelConfig
 from atoma_jax.engine.buckets import Buckets, Program
-from atoma_jax.engine.cutting import Cutting
 from atoma_jax.engine.mesh_config import resolved_mesh
 from atoma_jax.engine.mesh_step import MeshStep
 from atoma_jax.engine.model_setup import ModelSetup, set_up_model
@@ -57,7 +56,7 @@ def log_probabilities(
         num_pages=pages + 1,
         kv_dtype="float32",
         split_prefill=False,
-        mesh=None if shape is None or setup.devices is None else MeshStep(Cutting.of(setup.spec, shape), setup.devices),
+        mesh=None if shape is None or setup.devices is None else MeshStep(setup.cutting, setup.devices),
     )
     with runner.compile(setup.abstract(), threads=1):
         runner.start(weights)

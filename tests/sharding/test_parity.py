@@ -55,7 +55,22 @@ def marks_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
 
 EVERY = [
     (name, layout, mesh)
-    for name in ("Q4_1", "Q4_K", "F32", "three heads", "gemma", "mixtral", "biases", "GPTQ", "AWQ", "ternary", *REAL)
+    for name in (
+        *(
+            "Q4_1",
+            "Q4_K",
+            "F32",
+            "three heads",
+            "gemma",
+            "mixtral",
+            "shared expert",
+            "biases",
+            "GPTQ",
+            "AWQ",
+            "ternary",
+        ),
+        *REAL,
+    )
     for layout in LAYOUTS.get(name, ("rows",))
     for mesh in (*MESHES, *(("expert=2", "expert=4,tensor=2", "fsdp=2,expert=2") if name == "mixtral" else ()))
     if (name, layout, mesh) not in QUICK
