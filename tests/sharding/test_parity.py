@@ -11,6 +11,7 @@ import pytest
 from atoma_jax.errors import ConfigError
 from atoma_jax.ops import residual
 from sharding.mesh import parse_mesh
+from tests.sharding.conftest import MODELS
 from tests.sharding.steps import log_probabilities, set_up
 
 CLOSE = 1e-3  # in float32, of log-probabilities
@@ -55,22 +56,7 @@ def marks_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
 
 EVERY = [
     (name, layout, mesh)
-    for name in (
-        *(
-            "Q4_1",
-            "Q4_K",
-            "F32",
-            "three heads",
-            "gemma",
-            "mixtral",
-            "shared expert",
-            "biases",
-            "GPTQ",
-            "AWQ",
-            "ternary",
-        ),
-        *REAL,
-    )
+    for name in MODELS
     for layout in LAYOUTS.get(name, ("rows",))
     for mesh in (*MESHES, *(("expert=2", "expert=4,tensor=2", "fsdp=2,expert=2") if name == "mixtral" else ()))
     if (name, layout, mesh) not in QUICK
