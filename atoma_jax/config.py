@@ -74,7 +74,8 @@ class CacheConfig:
     kv_cache_memory_bytes: int | None = None  # of a device; None: a share of its memory, see engine/memory.py
     kv_cache_memory_fraction: float | None = None  # the same as a share of what weights leave; --kv-cache-memory 0.5
     gpu_memory_utilization: float | None = None  # share of a GPU's memory for weights, KV and workspace; None: 0.92
-    # auto: float32 on a CPU, bfloat16 elsewhere. Those of one byte keep a scale for each token and kv head beside it.
+    # auto: bfloat16 on a GPU; on a CPU float16 with native kernels of the default cpu_precision, or else float32; see
+    # `Backend.kv_dtype`. Those of one byte keep a scale for each token and kv head beside it.
     # Short spellings are taken as well: `_SPELLINGS`.
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"] = "auto"
     enable_prefix_caching: bool = True

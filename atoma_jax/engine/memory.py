@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from atoma_jax.config import CacheConfig
 from atoma_jax.errors import ConfigError
-from atoma_jax.model_spec import KVDtype
 
 CPU_KV_BYTES = 1 << 30  # of a CPU's memory, unless one full context takes more
 CPU_KV_SHARE = 0.5  # of a CPU's free memory, at most
@@ -21,13 +20,6 @@ class DeviceMemory:
     is_cpu: bool
     free: int  # bytes
     weights: int  # bytes that the model will take
-
-
-def kv_cache_dtype(config: CacheConfig, *, is_cpu: bool) -> KVDtype:
-    """The type of the cache, decided where the configuration leaves it open."""
-    if config.kv_cache_dtype != "auto":
-        return config.kv_cache_dtype
-    return "float32" if is_cpu else "bfloat16"
 
 
 def reserved_workspace(memory: int, *, is_cpu: bool) -> int:

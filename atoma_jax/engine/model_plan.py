@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from atoma_jax.config import EngineConfig
-from atoma_jax.engine.memory import kv_cache_dtype, reserved_workspace
+from atoma_jax.engine.memory import reserved_workspace
 from atoma_jax.engine.mesh_config import planned_mesh
 from atoma_jax.engine.model_setup import ModelSetup, served_length, set_up_model
 from atoma_jax.loading.fetch.hub import resolve
@@ -123,7 +123,7 @@ def plan_model(
         setup = set_up_model(config.model, files, platform, mesh)
         spec, is_cpu = setup.spec, setup.backend.platform == "cpu"
         length = served_length(config.model, setup)
-        kv_dtype = kv_cache_dtype(config.cache, is_cpu=is_cpu)
+        kv_dtype = setup.kv_dtype(config.cache)
         return ModelPlan(
             architecture=spec.architecture,
             types=_types(setup),

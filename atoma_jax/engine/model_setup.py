@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from atoma_jax.config import ModelConfig
+from atoma_jax.config import CacheConfig, ModelConfig
 from atoma_jax.engine.cutting import Cutting, device_spec, heads_divide, served_spec
 from atoma_jax.engine.host import cpu_multiplies_bfloat16
 from atoma_jax.engine.progress import loading_bar
@@ -26,7 +26,7 @@ from atoma_jax.loading.orbax.checkpoint import OrbaxModel
 from atoma_jax.loading.orbax.weights import Weight
 from atoma_jax.loading.weight_sources import WeightSource
 from atoma_jax.loading.weights import abstract_weights, load_weights
-from atoma_jax.model_spec import ModelSpec
+from atoma_jax.model_spec import KVDtype, ModelSpec
 from atoma_jax.models.decoder import Decoder
 from atoma_jax.models.params import ParamSpec, fill, specs_of
 from atoma_jax.ops import Backend, Kernels, Platform, has_native_kernels
@@ -92,6 +92,10 @@ class ModelSetup:
         """The model's shape as one device computes it."""
         mesh = self.backend.mesh
         return self.spec if mesh is None else device_spec(self.spec, mesh, self.vocab_size)
+
+    def kv_dtype(self, config: CacheConfig) -> KVDtype:
+        """The type of the KV cache, decided where the configuration leaves it open."""
+        return self.backend.kv_dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
 
     @property
     def cutting(self) -> Cutting:

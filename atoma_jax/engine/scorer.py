@@ -19,7 +19,6 @@ from atoma_jax import ops
 from atoma_jax.config import EngineConfig
 from atoma_jax.cores import usable_cores
 from atoma_jax.engine.compile_cache import use_compile_cache
-from atoma_jax.engine.memory import kv_cache_dtype
 from atoma_jax.engine.model_setup import ModelSetup, served_length, set_up_model
 from atoma_jax.engine.model_tokenizer import tokenizer_of
 from atoma_jax.engine.step import Weights
@@ -49,7 +48,7 @@ class Scorer:
         self.tokenizer = tokenizer
         self._spec = spec
         self._backend = setup.backend
-        self._kv_dtype: KVDtype = kv_cache_dtype(config.cache, is_cpu=setup.backend.platform == "cpu")
+        self._kv_dtype: KVDtype = setup.kv_dtype(config.cache)
         self._weights = setup.load(threads=usable_cores(), progress=progress)
         jax.block_until_ready(self._weights)
         self._run = jax.jit(

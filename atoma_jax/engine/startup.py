@@ -26,7 +26,6 @@ from atoma_jax.engine.limits import EngineLimits
 from atoma_jax.engine.memory import (
     DeviceMemory,
     addressable_pages,
-    kv_cache_dtype,
     pages_beside,
     plan_pages,
     reserved_workspace,
@@ -286,7 +285,7 @@ def _plan(config: EngineConfig, setup: ModelSetup) -> _Plan:
             pooling=pools,
         ),
         sampler=SamplerShape(slots=seqs, vocab_size=spec.vocab_size, max_model_len=length),
-        kv_dtype=kv_cache_dtype(config.cache, is_cpu=is_cpu),
+        kv_dtype=setup.kv_dtype(config.cache),
         threads=usable_cores(),
     )
 

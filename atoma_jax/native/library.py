@@ -46,6 +46,12 @@ class Library:
         """What kernels run with."""
         return VARIANTS[self._loaded.atoma_active_variant()]
 
+    @property
+    def converts_halves(self) -> bool:
+        """Whether kernels convert float16 by an instruction. C++ alone takes three times as long for all of attention
+        as with a float32 cache."""
+        return self.variant != "portable"
+
     def supported_variants(self) -> tuple[str, ...]:
         """Those that this CPU can run."""
         return tuple(name for index, name in enumerate(VARIANTS) if self._loaded.atoma_is_supported(index))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from atoma_jax.model_spec import KVDtype
 from atoma_jax.native import library as native_library
 from atoma_jax.quant.qtensor import Layout
 from sharding.collectives import size_of
@@ -30,6 +31,17 @@ class Backend:
     def uses_pallas(self) -> bool:
         """Whether Pallas kernels run, compiled or interpreted."""
         return self.kernels in ("pallas", "interpret")
+
+    @property
+    def kv_dtype(self) -> KVDtype:
+        """The type of a KV cache for which none is asked: as narrow as changes results less than products do, which
+        round their inputs to int8 in native kernels and to bfloat16 on a GPU."""
+        if self.platform != "cpu":
+            return "bfloat16"
+        if self.kernels != "native" or self.precision != "default":
+            return "float32"
+        library = native_library.library()
+        return "float16" if library is not None and library.converts_halves else "float32"
 
     @property
     def gathers(self) -> bool:

@@ -26,7 +26,7 @@ def planned(run, *arguments):
 
 
 def test_the_numbers_add_up(run, model):
-    plan = planned(run, model, "--memory", "4MB", "--max-model-len", "100")
+    plan = planned(run, model, "--memory", "4MB", "--max-model-len", "100", "--kv-cache-dtype", "float32")
     assert plan["parameters"] == sum(kind["parameters"] for kind in plan["types"].values())
     assert plan["file_bytes"] == sum(kind["file_bytes"] for kind in plan["types"].values())
     assert plan["weight_bytes"] == sum(plan["weights"].values())

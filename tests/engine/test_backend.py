@@ -8,6 +8,7 @@ from atoma_jax.config import ModelConfig
 from atoma_jax.engine import model_setup
 from atoma_jax.engine.model_setup import _backend
 from atoma_jax.errors import ConfigError
+from atoma_jax.native import library
 
 
 @pytest.fixture(params=[True, False], ids=["built", "not built"])
@@ -72,3 +73,26 @@ def test_native_kernels_that_are_not_built_are_not_replaced_where_they_are_asked
 
 def test_a_gpu_has_none() -> None:
     assert "is for CPUs" in str(refused("cuda", kernels="native"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, "float16"),
+        ({"cpu_precision": "high"}, "float32"),
+        ({"cpu_precision": "exact"}, "float32"),
+        ({"kernels": "xla"}, "float32"),
+        ({"dtype": "float32"}, "float32"),
+    ],
+)
+def test_a_cache_is_rounded_only_where_products_are(settings: dict[str, Any], wanted: str) -> None:
+    native = library.library()
+    assert native is not None
+    backend = _backend(ModelConfig(model="m", **settings), "cpu", None)
+    assert backend.kv_dtype == (wanted if native.converts_halves else "float32")
+    with native.forced(variant="portable"):
+        assert backend.kv_dtype == "float32"
+
+
+def test_a_gpus_cache_is_bfloat16() -> None:
+    assert _backend(ModelConfig(model="m"), "cuda", None).kv_dtype == "bfloat16"

@@ -14,7 +14,6 @@ from atoma_jax.engine.memory import (
     WORKSPACE_BYTES,
     DeviceMemory,
     addressable_pages,
-    kv_cache_dtype,
     pages_beside,
     plan_pages,
     reserved_workspace,
@@ -35,13 +34,6 @@ def cpu(free: int = 64 * GIB, weights: int = GIB) -> DeviceMemory:
 
 def gpu(free: int = 80 * GIB, weights: int = GIB) -> DeviceMemory:
     return DeviceMemory(is_cpu=False, free=free, weights=weights)
-
-
-def test_auto_is_float32_on_a_cpu_and_bfloat16_elsewhere() -> None:
-    assert kv_cache_dtype(CacheConfig(), is_cpu=True) == "float32"
-    assert kv_cache_dtype(CacheConfig(), is_cpu=False) == "bfloat16"
-    for is_cpu in (True, False):
-        assert kv_cache_dtype(CacheConfig(kv_cache_dtype="int8"), is_cpu=is_cpu) == "int8"
 
 
 def test_a_number_of_pages_is_taken_as_it_is() -> None:

@@ -59,7 +59,7 @@ class TestSettingsAgainstTheModel:
                 "must end with max_num_batched_tokens = 64",
             ),
             ({"num_pages": 16}, "num_pages", 16, "one sequence of max_model_len = 256 tokens needs 17 pages"),
-            ({"kv_cache_memory_bytes": 5000}, "kv_cache_memory_bytes", 5000, "there is room for 0"),
+            ({"kv_cache_memory_bytes": 4000}, "kv_cache_memory_bytes", 4000, "there is room for 0"),
             ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization", 0.5, "there is no GPU"),
             ({"kernels": "pallas"}, "kernels", "pallas", "needs an NVIDIA GPU: on a CPU use xla, or interpret"),
             ({"kernels": "interpret", "dtype": "float32"}, "dtype", "float32", "contradicts --kernels interpret"),

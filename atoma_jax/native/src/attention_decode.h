@@ -116,12 +116,17 @@ void decode(const AttentionProblem& p, const DecodePiece& piece, float* scratch)
 
   const auto* k = static_cast<const Stored*>(p.k_pages);
   const auto* v = static_cast<const Stored*>(p.v_pages);
-  for_each_page(p, piece.row, piece.kv_head, piece.first, piece.end, [&](int at, int count, int64_t index) {
+  auto for_pages = [&](auto&& use) { for_each_page(p, piece.row, piece.kv_head, piece.first, piece.end, use); };
+  const Stored* first_values = v + token_index(p, piece.row, piece.kv_head, piece.first) * H;
+  for_pages([&](int at, int count, int64_t index, int64_t next) {
     float* here = logits + at - piece.first;
+    const Stored* ahead = next < 0 ? first_values : k + next * H;
     for_each_heads(G, [&]<int Heads>(int g) {
       int i = 0;
-      for (; i + 4 <= count; i += 4)
+      for (; i + 4 <= count; i += 4) {
+        if (g == 0) fetch_rows(ahead + static_cast<int64_t>(i) * H, 4, H);
         dots<Isa, 4, Heads>(queries + g * padded, padded, k + (index + i) * H, H, here + g * stride + i, stride);
+      }
       for (; i < count; i++)
         dots<Isa, 1, Heads>(queries + g * padded, padded, k + (index + i) * H, H, here + g * stride + i, stride);
     });
@@ -139,8 +144,9 @@ void decode(const AttentionProblem& p, const DecodePiece& piece, float* scratch)
     piece.partial[g * (H + 2) + H + 1] = *total;
     for (int h = 0; h < padded; h++) sums[g * padded + h] = 0.0f;
   }
-  for_each_page(p, piece.row, piece.kv_head, piece.first, piece.end, [&](int at, int count, int64_t index) {
+  for_pages([&](int at, int count, int64_t index, int64_t next) {
     float* here = logits + at - piece.first;
+    if (next >= 0) fetch_rows(v + next * H, count, H);
     if (p.v_scale)
       for (int g = 0; g < G; g++)
         for (int i = 0; i < count; i++) here[g * stride + i] *= p.v_scale[index + i];

@@ -206,7 +206,7 @@ void prefill(const AttentionProblem& p, const PrefillPiece& piece, float* scratc
     const int boundary = (at / kChunk + 1) * kChunk, end = boundary < stop ? boundary : stop;
     const float *k_rows[kChunk], *v_rows[kChunk];
     const int row = p.block_row[piece.block];
-    for_each_page(p, row, piece.kv_head, at, end, [&](int from, int count, int64_t index) {
+    for_each_page(p, row, piece.kv_head, at, end, [&](int from, int count, int64_t index, int64_t) {
       const int i = from - at;
       find_rows<Isa>(k_pages, p.k_scale, index, count, H, tile.k_rows + static_cast<int64_t>(i) * H, k_rows + i);
       find_rows<Isa>(v_pages, p.v_scale, index, count, H, tile.v_rows + static_cast<int64_t>(i) * H, v_rows + i);

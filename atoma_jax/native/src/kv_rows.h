@@ -13,16 +13,31 @@ inline int64_t slot_index(const AttentionProblem& p, int page, int kv_head, int 
   return (static_cast<int64_t>(page) * p.K + kv_head) * p.S + slot;
 }
 
-// Calls use(first, count, index of the first slot) for each page's part of the tokens first … end - 1 of a row's context.
+// That of a token of a row's context.
+inline int64_t token_index(const AttentionProblem& p, int row, int kv_head, int token) {
+  return slot_index(p, p.page_table[static_cast<int64_t>(row) * p.W + token / p.S], kv_head, token % p.S);
+}
+
+// Calls use(first, count, index of the first slot, that of the next page or -1) for each page's part of the tokens
+// first … end - 1 of a row's context.
 template <class Use>
 inline void for_each_page(const AttentionProblem& p, int row, int kv_head, int first, int end, Use&& use) {
-  const int32_t* table = p.page_table + static_cast<int64_t>(row) * p.W;
   for (int at = first; at < end;) {
-    const int page = at / p.S, slot = at % p.S;
-    const int count = end - at < p.S - slot ? end - at : p.S - slot;
-    use(at, count, slot_index(p, table[page], kv_head, slot));
+    const int left = end - at, of_page = p.S - at % p.S, count = left < of_page ? left : of_page;
+    const int64_t next = count < left ? token_index(p, row, kv_head, at + count) : -1;
+    use(at, count, token_index(p, row, kv_head, at), next);
     at += count;
   }
+}
+
+// Asks for rows that will be read soon. The processor itself looks ahead in the 4 KiB that it reads, and pages lie
+// anywhere; behind the last row may lie anything: that reads nothing.
+template <class Stored>
+inline void fetch_rows(const Stored* rows, int count, int H) {
+  constexpr int64_t kLine = 64;
+  const char* from = reinterpret_cast<const char*>(rows);
+  const int64_t bytes = static_cast<int64_t>(count) * H * sizeof(Stored);
+  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at);
 }
 
 inline uint16_t to_bfloat16(float x) {
