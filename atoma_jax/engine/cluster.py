@@ -105,6 +105,7 @@ class Cluster:
         """
         self.process, self.count = process, count
         self.lost: str | None = None
+        self._has_failed = False  # this process, or it has lost another: they end one by one
         self._on_lost: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._waiting: set[Future[Any]] = set()
@@ -230,7 +231,8 @@ class Cluster:
             call()
 
     def close(self, reason: str = "") -> None:
-        """Says farewell, upon which the others end: well, or with the reason as their error."""
+        """Says farewell, upon which the others end: well, or with the reason as their error, and wait for nobody."""
+        self._has_failed |= bool(reason)
         for other in self._others:
             other.close(reason)
 
@@ -275,7 +277,7 @@ class Cluster:
 
     def _at_exit(self) -> None:
         """Before JAX waits for processes that are gone, and for programs that never end."""
-        if self.lost is None:
+        if not self._has_failed:
             self.close()
             return
         logging.shutdown()

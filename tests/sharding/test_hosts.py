@@ -156,3 +156,13 @@ def test_processes_that_do_not_go_together_are_refused_at_all_of_them(start_all:
         _, said = process.communicate(timeout=60)
         assert process.returncode == 1, "as Python ends with an error"
         assert "every process must have the same max_num_seqs: process 0 has 4, process 1 has 2" in said
+
+
+@pytest.mark.slow
+def test_all_end_at_once_when_one_cannot_start(start_all: StartAll, path: Path) -> None:
+    """None waits for the others' farewell to JAX's coordinator, which comes no more."""
+    processes = start_all("fsdp=2", 2, 1, last={"max_num_batched_tokens": 2})
+    for process in processes.started:
+        _, said = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 1
+        assert "max_num_batched_tokens: must be at least max_num_seqs = 4, got 2" in said
