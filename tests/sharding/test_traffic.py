@@ -18,6 +18,14 @@ from tests.sharding.test_engine import SIZES
 from tests.sharding.test_parity import REAL, REFUSED
 
 NUM_ASKS = 100
+# A real model's step takes about as long for many rows as for one: weights are dequantized for each.
+REAL_SIZES = SIZES | {
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 128,
+    "num_pages": 80,
+    "decode_rows": (16,),
+    "prefill_tokens": (128,),
+}
 MESHES = ("tensor=2", "tensor=4", "tensor=8", "fsdp=2", "fsdp=4", "fsdp=8", "fsdp=2,tensor=2", "data=2")
 TOYS = ("Q4_1", "gemma", "mixtral", "ternary", "AWQ", "GPTQ")
 CASES = [
@@ -55,11 +63,12 @@ def start(model_path: Callable[[str], Path]) -> Callable[..., LLM]:
 
     def of(name: str, mesh: str | None) -> LLM:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(residual, "CUT_TOKENS", SIZES["max_num_batched_tokens"])
+            sizes = REAL_SIZES if name in REAL else SIZES
+            patch.setattr(residual, "CUT_TOKENS", sizes["max_num_batched_tokens"])
             patch.setattr("atoma_jax.engine.startup.has_llguidance", lambda: False)  # two programs less
             if name not in REAL:
                 patch.setattr("atoma_jax.engine.startup.tokenizer_of", lambda _: tokenizer)
-            return LLM(str(model_path(name)), mesh=mesh, **SIZES)
+            return LLM(str(model_path(name)), mesh=mesh, **sizes)
 
     return of
 
