@@ -13,19 +13,12 @@ from atoma_jax.engine.model_tokenizer import tokenizer_of
 from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import open_model
 from atoma_jax.ops import residual
+from sharding.mesh import parse_mesh
 from tests.engine.traffic import Ask, answers_alike, run_all
 from tests.sharding.test_engine import SIZES
 from tests.sharding.test_parity import REAL, REFUSED
 
 NUM_ASKS = 100
-# A real model's step takes about as long for many rows as for one: weights are dequantized for each.
-REAL_SIZES = SIZES | {
-    "max_num_seqs": 16,
-    "max_num_batched_tokens": 128,
-    "num_pages": 80,
-    "decode_rows": (16,),
-    "prefill_tokens": (128,),
-}
 MESHES = ("tensor=2", "tensor=4", "tensor=8", "fsdp=2", "fsdp=4", "fsdp=8", "fsdp=2,tensor=2", "data=2")
 TOYS = ("Q4_1", "gemma", "mixtral", "ternary", "AWQ", "GPTQ")
 CASES = [
@@ -55,6 +48,18 @@ def _tokens(rng: Random, count: int) -> tuple[int, ...]:
     return tuple(rng.randrange(3, 200) for _ in range(count))
 
 
+def _real_sizes(mesh: str | None) -> dict[str, Any]:
+    """Of real models, whose steps take about as long for many rows as for one: they dequantize all weights anew."""
+    slices = 1 if mesh is None else parse_mesh(mesh).num_slices
+    return SIZES | {
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 128,
+        "num_pages": 320 // max(4, slices),  # of each slice: too few for its share of the requests
+        "decode_rows": (16,),
+        "prefill_tokens": (128,),
+    }
+
+
 @pytest.fixture(scope="module")
 def start(model_path: Callable[[str], Path]) -> Callable[..., LLM]:
     """Starts an engine. Models without a tokenizer get another one's, which their requests have no use for."""
@@ -63,7 +68,7 @@ def start(model_path: Callable[[str], Path]) -> Callable[..., LLM]:
 
     def of(name: str, mesh: str | None) -> LLM:
         with pytest.MonkeyPatch.context() as patch:
-            sizes = REAL_SIZES if name in REAL else SIZES
+            sizes = _real_sizes(mesh) if name in REAL else SIZES
             patch.setattr(residual, "CUT_TOKENS", sizes["max_num_batched_tokens"])
             patch.setattr("atoma_jax.engine.startup.has_llguidance", lambda: False)  # two programs less
             if name not in REAL:
