@@ -64,7 +64,14 @@ def stack_over(x: Shaped[Array, "*n"], mesh: MeshShape | None, axis: str) -> Sha
 
 def join_over(x: Shaped[Array, "*n"], mesh: MeshShape | None, axis: str, dim: int) -> Shaped[Array, "*m"]:
     """The parts of an array that is cut along a dimension, joined."""
-    return lax.all_gather(x, axis, axis=dim, tiled=True) if size_of(mesh, axis) > 1 else x
+    if size_of(mesh, axis) == 1:
+        return x
+    if dim == 0:
+        return lax.all_gather(x, axis, tiled=True)
+    # Devices send what lies together. Joined along another dimension than the first, XLA would lay `x` out anew for that,
+    # and with it the whole stack of layers that it is one of; so only what has come is.
+    parts = jnp.moveaxis(lax.all_gather(x, axis), 0, dim)
+    return parts.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
 
 
 def sum_and_cut(x: Shaped[Array, "*n"], mesh: MeshShape | None, axis: str, dim: int) -> Shaped[Array, "*m"]:

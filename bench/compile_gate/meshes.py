@@ -25,6 +25,7 @@ CASES: tuple[Case, ...] = (
     *QUICK,
     *(case for mesh in MESHES for program in (DECODE, MIXED) if (case := (mesh, "bf16", program)) not in QUICK),
     ("fsdp=8", "Q4_K", DECODE),
+    ("fsdp=2,tensor=2", "Q4_K", DECODE),
 )
 PAGES, TABLE_WIDTH = 512, 64  # of each slice
 
