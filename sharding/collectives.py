@@ -68,8 +68,8 @@ def join_over(x: Shaped[Array, "*n"], mesh: MeshShape | None, axis: str, dim: in
         return x
     if dim == 0:
         return lax.all_gather(x, axis, tiled=True)
-    # Devices send what lies together. Joined along another dimension than the first, XLA would lay `x` out anew for that,
-    # and with it the whole stack of layers that it is one of; so only what has come is.
+    # Devices send what lies together. Joined along another dimension than the first, XLA would lay `x` out anew for
+    # that, and with it the whole stack of layers that it is one of; so only what has come is put in order.
     parts = jnp.moveaxis(lax.all_gather(x, axis), 0, dim)
     return parts.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
 
