@@ -1,10 +1,15 @@
 """The compiled kernels, and each of their variants."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from atoma_jax.native.library import VARIANTS, Library, library
+
+# The kernels' own tests, programs that say at their end that all is well.
+OWN_TESTS = tuple(Path(__file__).with_name(f"{name}.cc") for name in ("kernels_test", "attention_test"))
+HOLD = "all kernels hold"
 
 
 @pytest.fixture(scope="session")

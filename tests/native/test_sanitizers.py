@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from atoma_jax.native.build import BuildError, build_programs, compiler
+from tests.native.conftest import HOLD, OWN_TESTS
 
 # Not optimized: that would take five times as long to compile as it saves.
 SANITIZERS = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-SOURCES = ("kernels_test", "attention_test")
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +18,13 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         compiler()
     except BuildError as error:
         pytest.skip(str(error))
-    mains = [Path(__file__).with_name(f"{name}.cc") for name in SOURCES]
-    return dict(zip(SOURCES, build_programs(mains, tmp_path_factory.mktemp("programs"), *SANITIZERS), strict=True))
+    built = build_programs(OWN_TESTS, tmp_path_factory.mktemp("programs"), *SANITIZERS)
+    return {program.name: program for program in built}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", [main.stem for main in OWN_TESTS])
 def test_every_variant_and_the_pool_hold(name: str, programs: dict[str, Path]) -> None:
     done = subprocess.run([str(programs[name])], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip() == "all kernels hold"
+    assert done.stdout.strip() == HOLD
