@@ -22,7 +22,17 @@ from atoma_jax.models.params import ParamSpec
 from atoma_jax.ops import Backend
 from atoma_jax.quant.groups import GroupFormat
 from atoma_jax.quant.merging import merged_format, widened
-from atoma_jax.quant.qtensor import TILE, TILE_BLOCK, LayerVariants, Layout, QTensor, planar_plane, tile_groups
+from atoma_jax.quant.qtensor import (
+    PLANAR_WIDTHS,
+    TILE,
+    TILE_BLOCK,
+    LayerVariants,
+    Layout,
+    QTensor,
+    planar_plane,
+    planar_width,
+    tile_groups,
+)
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -185,6 +195,8 @@ def form_of(checkpoint: Checkpoint, source: WeightSource, want: ParamSpec, backe
         return _one_form(checkpoint, source, want, backend)
     layers = [layer_source(source, layer) for layer in range(source.lead[0])]
     kinds = [_common_format(checkpoint, layer) for layer in layers]
+    if backend.weight_layout == "planar":  # what it widens to one width is one format
+        kinds = [None if kind is None else widened(kind, planar_width(kind.bits)) for kind in kinds]
     distinct = list(dict.fromkeys(kinds))
     if len(distinct) == 1:
         return _one_form(checkpoint, source, want, backend)
@@ -263,7 +275,7 @@ def _same_order(tensors: list[StoredTensor]) -> bool:
 
 def _planar_format(checkpoint: Checkpoint, source: WeightSource, K: int, kind: GroupFormat) -> tuple[GroupFormat, int]:
     """The format with codes as wide as K inputs need to fill whole words, and the elements of a plane."""
-    for bits in (2, 4, 8):
+    for bits in PLANAR_WIDTHS:
         plane = planar_plane(K, math.gcd(kind.group, K), bits)
         if bits >= kind.bits and plane is not None:
             return widened(kind, bits), plane

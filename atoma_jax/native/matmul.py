@@ -3,6 +3,8 @@
 A call gets the arrays of a whole stack and the index of one matrix in it: a slice would be copied before every call.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final, Literal
 
 import jax
@@ -18,6 +20,8 @@ Activations = Literal["groups", "planes", "tokens", "exact"]
 _ACTIVATIONS: Final[dict[Activations, int]] = {"groups": 0, "planes": 1, "tokens": 2, "exact": 3}
 
 _TABLE = 16  # numbers
+_CODES: Final[Mapping[int, int]] = MappingProxyType({8: 0, 4: 1, 2: 3, 6: 4, 5: 5, 3: 6})  # of `enum class Codes`
+_TABLE_CODES = 2
 
 
 def matmul(
@@ -51,13 +55,12 @@ def _arrays(weight: QTensor) -> tuple[Array, ...]:
 
 
 def _attributes(weight: QTensor) -> dict[str, np.int64 | np.ndarray]:
-    kinds = {8: 0, 4: 1 if weight.table is None else 2, 2: 3}
     table = np.zeros(0 if weight.table is None else _TABLE, np.int32)
     if weight.table is not None:
         table[: len(weight.table)] = weight.table
     return {
         "columns": np.int64(weight.shape[0]),
-        "codes": np.int64(kinds[weight.bits]),
+        "codes": np.int64(_CODES[weight.bits] if weight.table is None else _TABLE_CODES),
         "zero": np.int64(weight.zero),
         "table": table,
     }

@@ -10,6 +10,7 @@ from jaxtyping import Int64, Num, UInt8, UInt32
 
 from atoma_jax.native.library import library
 from atoma_jax.quant.qtensor import TILE, TILE_BLOCK
+from atoma_jax.quant.tile_fields import STEPS, tile_fields
 
 Rows: TypeAlias = np.ndarray[Any, np.dtype[np.int64]] | slice
 
@@ -21,7 +22,7 @@ def put_codes(
 
     Args:
         codes: below 2**bits.
-        bits: 2, 4 or 8.
+        bits: 2, 3, 4, 5, 6 or 8.
         to: where each row goes in the weight.
         out: its codes; rows that fill it up are left as they are, inputs that do become zeros.
     """
@@ -69,14 +70,14 @@ def put_factors_with_numpy(
 
 
 def _packed(codes: UInt8[np.ndarray, "n K"], bits: int, blocks: int) -> UInt32[np.ndarray, "n blocks words"]:
-    """Four inputs a word and, of fewer bits than eight, as many steps."""
     n, K = codes.shape
     if blocks * TILE_BLOCK > K:
         codes = np.pad(codes, ((0, 0), (0, blocks * TILE_BLOCK - K)))
-    fields = np.ascontiguousarray(codes).view(np.uint32).reshape(n, blocks, 8 // bits, bits)
-    words = fields[:, :, 0].copy()
-    for at in range(1, 8 // bits):
-        words |= fields[:, :, at] << np.uint32(bits * at)  # a code has no bits that reach the next byte
+    steps = np.ascontiguousarray(codes).view(np.uint32).reshape(n, blocks, STEPS)
+    words = np.zeros((n, blocks, bits), np.uint32)
+    for field in tile_fields(bits):
+        part = steps[..., field.step] >> np.uint32(field.shift) & np.uint32((2**field.width - 1) * 0x01010101)
+        words[..., field.word] |= part << np.uint32(field.bit)
     return words
 
 

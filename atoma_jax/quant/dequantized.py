@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from atoma_jax.quant.qtensor import TILE, TILE_BLOCK, QTensor
+from atoma_jax.quant.tile_fields import STEPS, tile_fields
 
 _Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 _Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
@@ -57,10 +58,12 @@ def _by_row(factors: _Floats) -> _Floats:
 def _untiled(tiles: _Array, bits: int) -> _Array:
     """Codes `[N, K]`, filled up likewise, from tiles (`native/tiles.py`)."""
     count, blocks, _ = tiles.shape
-    words = tiles.reshape(count, blocks, 1, bits, TILE, 4)
-    fields = np.arange(0, 8, bits, dtype=np.uint8)[:, None, None, None]
-    codes = words >> fields & np.uint8(2**bits - 1)  # [tiles, blocks, 8/bits, bits, 32 rows, 4 inputs]
-    return codes.transpose(0, 4, 1, 2, 3, 5).reshape(count * TILE, blocks * TILE_BLOCK)
+    words = tiles.reshape(count, blocks, bits, TILE, 4)
+    codes = np.zeros((count, blocks, STEPS, TILE, 4), np.uint8)
+    for field in tile_fields(bits):
+        part = words[:, :, field.word] >> field.bit & (2**field.width - 1)
+        codes[:, :, field.step] |= part << field.shift
+    return codes.transpose(0, 3, 1, 2, 4).reshape(count * TILE, blocks * TILE_BLOCK)
 
 
 def _unpacked(words: _Array, bits: int, plane: int) -> _Array:

@@ -22,13 +22,15 @@ F32 = np.dtype(np.float32)
 I8 = np.dtype(np.int8)
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
+WIDTHS = (2, 3, 4, 5, 6, 8)  # of codes, in bits
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupFormat:
     """What is the same for every tensor of a quantized type: enough to plan arrays from a file's header alone.
 
     Attributes:
-        bits: width of a code on the device; codes of three, five or six bits take the next width.
+        bits: of a code. The planar layout stores codes of three, five or six bits in the next width.
         group: neighbours along K that share one scale.
         zero: subtracted from a code before it is scaled; 0 where there is a table.
         table: the number that each code stands for; None where a code is its own number.
@@ -39,7 +41,7 @@ class GroupFormat:
         float_codes: a code is the bits of a float8_e4m3fn; 8 bits, no zero, no table, no mins.
     """
 
-    bits: int  # 2, 4 or 8
+    bits: int  # one of WIDTHS
     group: int
     zero: int = 0
     table: tuple[int, ...] | None = None
@@ -49,7 +51,7 @@ class GroupFormat:
     float_codes: bool = False
 
     def __post_init__(self) -> None:
-        assert self.bits in (2, 4, 8), self
+        assert self.bits in WIDTHS, self
         assert (self.scale_dtype == I8) == (self.supergroup is not None), self
         assert self.supergroup is None or self.supergroup % self.group == 0, self
         assert self.zero == 0 or self.table is None, self
@@ -62,7 +64,7 @@ class GroupFormat:
 
     @property
     def packed_bits(self) -> float:
-        """Bits a weight on the device, packed: its code, and its share of scales, mins and their supers."""
+        """Bits a weight: its code, and its share of scales, mins and their supers."""
         factors = [dtype for dtype in (self.scale_dtype, self.min_dtype) if dtype is not None]
         shares = (8 * dtype.itemsize / self.group for dtype in factors)
         supers = 0 if self.supergroup is None else len(factors) * 8 * F32.itemsize / self.supergroup

@@ -10,11 +10,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from atoma_jax.quant.groups import F32, Factors, GroupCodes, GroupFormat
+from atoma_jax.quant.groups import F32, WIDTHS, Factors, GroupCodes, GroupFormat
 
 _Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 _CENTER = 128  # zero point of eight-bit codes that hold signed numbers
+_EXACT_BITS = 4  # of codes up to which a zero point can become a min, see `recast`
 
 
 def merged_format(formats: Collection[GroupFormat]) -> GroupFormat | None:
@@ -24,18 +25,21 @@ def merged_format(formats: Collection[GroupFormat]) -> GroupFormat | None:
         return distinct[0]
     if any(kind.float_codes for kind in distinct):
         return None
-    bits = max(kind.bits for kind in distinct)
     tables = {kind.table for kind in distinct}
-    table = None
-    if len(tables) == 1:
-        table = distinct[0].table
-    elif tables != {None}:
-        bits = 8  # codes become the numbers that the tables name
+    table = distinct[0].table if len(tables) == 1 else None
     with_mins = any(kind.has_mins for kind in distinct)
+    bits, zero = max(kind.bits for kind in distinct), max(kind.zero for kind in distinct)
+    if len(tables) > 1:  # codes become the numbers that the tables name
+        bits, zero = 8, max(zero, _CENTER)
+    elif bits <= _EXACT_BITS and with_mins:
+        zero = 0
+    elif table is None:  # codes with a smaller zero are shifted up
+        largest = max(2**kind.bits - 1 + zero - kind.zero for kind in distinct)
+        bits = next((width for width in WIDTHS if width >= bits and largest < 2**width), 8)
     return GroupFormat(
         bits=bits,
         group=math.gcd(*(kind.group for kind in distinct)),
-        zero=_zero(distinct, bits, table is not None or with_mins, len(tables) > 1),
+        zero=zero,
         table=table,
         scale_dtype=_common_dtype([kind.scale_dtype for kind in distinct]),
         min_dtype=_common_dtype([kind.min_dtype or kind.scale_dtype for kind in distinct]) if with_mins else None,
@@ -51,6 +55,8 @@ def recast(weights: GroupCodes, to: GroupFormat) -> GroupCodes:
     own = weights.format
     if own == to:
         return weights
+    if widened(own, to.bits) == to:
+        return replace(weights, format=to)
     repeat = own.group // to.group
     scales = _spread(weights.scales, repeat)
     mins = None if weights.mins is None else _spread(weights.mins, repeat)
@@ -72,17 +78,8 @@ def recast(weights: GroupCodes, to: GroupFormat) -> GroupCodes:
 
 def widened(kind: GroupFormat, bits: int) -> GroupFormat:
     """The same format with wider codes."""
-    assert bits in (2, 4, 8), bits
     assert bits >= kind.bits, (bits, kind)
     return replace(kind, bits=bits)
-
-
-def _zero(formats: Collection[GroupFormat], bits: int, nowhere: bool, centered: bool) -> int:
-    """The common zero point. Eight bits have room for the largest one, codes with a smaller one are shifted up."""
-    largest = max(kind.zero for kind in formats)
-    if bits < 8:
-        return 0 if nowhere else largest
-    return max(largest, _CENTER) if centered else largest
 
 
 def _common_dtype(dtypes: Collection[np.dtype[Any]]) -> np.dtype[Any]:

@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 Layout = Literal["rows", "planar", "tiles"]
 
+PLANAR_WIDTHS = (2, 4, 8)  # bits of a code in the planar layout
 TILE = 32  # rows of a weight that lie together in the tiles layout
 TILE_BLOCK = 32  # and inputs
 
@@ -32,7 +33,7 @@ class QTensor:
     layout: Layout = field(metadata={"static": True})
     shape: tuple[int, int] = field(metadata={"static": True})  # (N, K)
     group: int = field(metadata={"static": True})
-    bits: int = field(metadata={"static": True})  # of a stored code
+    bits: int = field(metadata={"static": True})  # of a stored code; planar: 2, 4 or 8; rows: 8
     zero: int = field(metadata={"static": True})
     table: tuple[int, ...] | None = field(metadata={"static": True})
     plane: int = field(metadata={"static": True})  # planar: elements of a plane; rows: 0
@@ -65,6 +66,11 @@ class LayerVariants:
     def nbytes(self) -> int:
         """Bytes on all devices together."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
+def planar_width(bits: int) -> int:
+    """Bits that the planar layout stores a code of `bits` bits in."""
+    return next(width for width in PLANAR_WIDTHS if width >= bits)
 
 
 def planar_plane(K: int, group: int, bits: int) -> int | None:

@@ -94,13 +94,22 @@ def values_of(weight) -> np.ndarray:
 
 
 def untiled(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes `[*lead, N, K]` from tiles of 32 rows and blocks of 32 inputs, as native/src/matmul.h says."""
+    """Codes `[*lead, N, K]` from tiles of 32 rows and blocks of 32 inputs, as native/src/codes.h says."""
     *lead, tiles, blocks, _ = codes.shape
-    steps = codes.reshape(*lead, tiles, blocks, bits, 32, 4)
-    out = np.zeros((*lead, tiles, 32, blocks, 8, 4), np.uint8)
-    for step in range(8):
-        field = steps[..., step % bits, :, :] >> (step // bits * bits) & (2**bits - 1)  # [*lead, tiles, blocks, 32, 4]
-        out[..., step, :] = field.swapaxes(-2, -3)
+    words = np.moveaxis(codes.reshape(*lead, tiles, blocks, bits, 32, 4), -3, 0)
+    if bits == 6:
+        a, b, c, d, e, f = words >> 6
+        steps = [*(words & 63), a | b << 2 | c << 4, d | e << 2 | f << 4]
+    elif bits == 5:
+        a, b, c, d, e = words >> 5
+        steps = [*(words & 31), a | d >> 1 << 3, b | e >> 1 << 3, c | (d & 1) << 3 | (e & 1) << 4]
+    elif bits == 3:
+        a, b, c = words >> 6
+        whole = [word >> bit & 7 for word in words for bit in (0, 3)]
+        steps = [*whole, a | (c & 1) << 2, b | c >> 1 << 2]
+    else:
+        steps = [words[step % bits] >> (step // bits * bits) & (2**bits - 1) for step in range(8)]
+    out = np.stack(steps, axis=-2).swapaxes(-3, -4)  # [*lead, tiles, 32, blocks, 8, 4]
     return out.reshape(*lead, tiles * 32, blocks * 32)
 
 

@@ -40,7 +40,7 @@ void products(int variant, Codes kind, int subs, bool with_mins, FactorType type
   weight.N = N;
   weight.blocks = 3;  // the last one half full
   weight.subs = subs;
-  weight.zero = kind == Codes::kBits4 ? 8 : kind == Codes::kBits2 ? 1 : 0;
+  weight.zero = kind == Codes::kBits8 || kind == Codes::kTable4 ? 0 : 1 << (bits_of(kind) - 1);
   for (int i = 0; i < 16; i++) weight.table[i] = static_cast<uint8_t>(random());
   const int64_t bytes = weight.tiles() * weight.tile_bytes();
   const auto codes = exactly<uint8_t>(bytes);
@@ -155,7 +155,8 @@ int main() {
   for (int variant = 0; variant < kNumVariants; variant++) {
     if (!is_supported(static_cast<Variant>(variant))) continue;
     force_variant(static_cast<Variant>(variant));
-    for (Codes kind : {Codes::kBits8, Codes::kBits4, Codes::kTable4, Codes::kBits2}) {
+    for (int kind_number = 0; kind_number < kStoredCodes; kind_number++) {
+      const auto kind = static_cast<Codes>(kind_number);
       for (int subs : {1, 2}) {
         products(variant, kind, subs, false, FactorType::kFloat32);
         products(variant, kind, subs, true, FactorType::kInt8);
@@ -163,7 +164,9 @@ int main() {
       }
     }
   }
-  for (Codes kind : {Codes::kBits8, Codes::kBits4, Codes::kBits2}) packing(kind);
+  for (Codes kind : {Codes::kBits8, Codes::kBits6, Codes::kBits5, Codes::kBits4, Codes::kBits3, Codes::kBits2}) {
+    packing(kind);
+  }
   pool();
   std::printf(failures == 0 ? "all kernels hold\n" : "%d checks failed\n", failures);
   return failures == 0 ? 0 : 1;

@@ -19,7 +19,7 @@ ROWS = {
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("K", [64, 80, 16])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_compiled_codes_are_those_of_numpy(kernels: Library, bits: int, K: int, rows: np.ndarray) -> None:
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 2**bits, (len(rows), K), dtype=np.uint8)

@@ -17,9 +17,11 @@ FORMATS: dict[str, GroupFormat] = {
     "Q4_0": GroupFormat(bits=4, group=32, zero=8, scale_dtype=F16),
     "Q4_1": GroupFormat(bits=4, group=32, scale_dtype=F16, min_dtype=F16),
     "Q4_K": GroupFormat(bits=4, group=32, scale_dtype=I8, min_dtype=I8, supergroup=256),
-    "Q3_K": GroupFormat(bits=4, group=16, zero=4, scale_dtype=I8, supergroup=256),
-    "Q5_1": GroupFormat(bits=8, group=32, scale_dtype=F16, min_dtype=F16),
-    "Q6_K": GroupFormat(bits=8, group=16, zero=32, scale_dtype=I8, supergroup=256),
+    "Q3_K": GroupFormat(bits=3, group=16, zero=4, scale_dtype=I8, supergroup=256),
+    "Q5_0": GroupFormat(bits=5, group=32, zero=16, scale_dtype=F16),
+    "Q5_1": GroupFormat(bits=5, group=32, scale_dtype=F16, min_dtype=F16),
+    "Q5_K": GroupFormat(bits=5, group=32, scale_dtype=I8, min_dtype=I8, supergroup=256),
+    "Q6_K": GroupFormat(bits=6, group=16, zero=32, scale_dtype=I8, supergroup=256),
     "Q8_0": GroupFormat(bits=8, group=32, zero=128, scale_dtype=F16),
     "MXFP4": GroupFormat(
         bits=4, group=32, table=(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), scale_dtype=BF16
@@ -33,6 +35,7 @@ FORMATS: dict[str, GroupFormat] = {
     ),
     "TQ2_0": GroupFormat(bits=2, group=256, zero=1, scale_dtype=F16),
     "Q2_K": GroupFormat(bits=2, group=16, scale_dtype=I8, min_dtype=I8, supergroup=256),
+    "Q4_K and Q6_K": GroupFormat(bits=6, group=16, zero=32, scale_dtype=F32, min_dtype=F32),
     "GPTQ": GroupFormat(bits=4, group=128, scale_dtype=F32, min_dtype=F32),
 }
 

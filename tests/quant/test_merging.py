@@ -57,8 +57,19 @@ def test_floats_and_integers_do_not_meet() -> None:
 def test_the_merged_format_is_no_wider_than_it_has_to_be() -> None:
     four = merged_format([GROUP_FORMATS[GGMLType.Q4_0], GROUP_FORMATS[GGMLType.Q4_1]])
     assert four == GroupFormat(bits=4, group=32, scale_dtype=F16, min_dtype=F16)
+    five = merged_format([GROUP_FORMATS[GGMLType.Q4_0], GROUP_FORMATS[GGMLType.Q5_0]])
+    assert five == GroupFormat(bits=5, group=32, zero=16, scale_dtype=F16)
+    no_zero = merged_format([GROUP_FORMATS[GGMLType.Q5_0], GROUP_FORMATS[GGMLType.Q5_1]])
+    assert no_zero == GroupFormat(bits=6, group=32, zero=16, scale_dtype=F16, min_dtype=F16)
     six = merged_format([GROUP_FORMATS[GGMLType.Q4_K], GROUP_FORMATS[GGMLType.Q6_K]])
-    assert six == GroupFormat(bits=8, group=16, zero=32, scale_dtype=F32, min_dtype=F32)
+    assert six == GroupFormat(bits=6, group=16, zero=32, scale_dtype=F32, min_dtype=F32)
+
+
+def test_wider_codes_keep_integer_scales_and_their_supers() -> None:
+    weights = rows_of(GGMLType.Q6_K)
+    wide = recast(weights, widened(weights.format, 8))
+    assert wide.scales is weights.scales
+    np.testing.assert_array_equal(wide.values(), weights.values())
 
 
 def test_wider_codes_have_the_same_numbers() -> None:

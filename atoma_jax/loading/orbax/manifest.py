@@ -18,8 +18,8 @@ from atoma_jax.loading.spec_json import read_spec
 from atoma_jax.loading.spec_limits import MAX_LAYERS
 from atoma_jax.loading.weight_forms import DenseForm, Form, QuantizedForm, Shape, VariantsForm
 from atoma_jax.model_spec import ModelSpec
-from atoma_jax.quant.groups import BF16, F16, F32, I8, GroupFormat
-from atoma_jax.quant.qtensor import LayerVariants, Layout, tile_groups
+from atoma_jax.quant.groups import BF16, F16, F32, I8, WIDTHS, GroupFormat
+from atoma_jax.quant.qtensor import PLANAR_WIDTHS, LayerVariants, Layout, tile_groups
 
 FILE_NAME = "model.json"
 FORMAT = "atoma-jax weights"
@@ -224,6 +224,8 @@ def _read_one_form(section: Section) -> Form:
     elif layout == "tiles":
         fits = plane == 0 and tile_groups(shape[1], kind.group) is not None
     else:
+        if kind.bits not in PLANAR_WIDTHS:
+            raise WeightFileError(section.field("format.bits"), kind.bits, "must be 2, 4 or 8 in the planar layout")
         fits = plane >= 16 and kind.group % plane == 0 and shape[1] % (plane * 16 // kind.bits) == 0
     if not fits:
         problem = f"does not fit groups of {kind.group} and {kind.bits} bits in the {layout} layout"
@@ -251,7 +253,7 @@ def _read_format(section: Section, *, K: int) -> GroupFormat:
     supergroup = optional(section, "supergroup", lambda key: _divisor(section, key, K))
     zero, float_codes = section.integer("zero", maximum=255), section.boolean("float_codes")
     rules = {
-        "bits": (bits in (2, 4, 8), "must be 2, 4 or 8"),
+        "bits": (bits in WIDTHS, "must be 2, 3, 4, 5, 6 or 8"),
         "zero": (zero == 0 or table is None, "must be 0 beside a table"),
         # Codes of four bits may be stored wider, where a row's inputs fill no whole words of four-bit codes.
         "table": (table is None or len(table) in (16, 2**bits), f"must have 16 or {2**bits} numbers"),

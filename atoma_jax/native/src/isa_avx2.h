@@ -73,10 +73,13 @@ struct Avx2 {
   }
   template <int shift, int mask>
   static Bytes field(Bytes x) {
+    if constexpr (shift < 0) x = _mm256_slli_epi16(x, -shift);
     if constexpr (shift > 0) x = _mm256_srli_epi16(x, shift);
     if constexpr (mask < 255) x = _mm256_and_si256(x, _mm256_set1_epi8(mask));
     return x;
   }
+  static Bytes either(Bytes x, Bytes y) { return _mm256_or_si256(x, y); }
+  static void store_bytes(uint8_t* to, Bytes x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x); }
   static Bytes load_table(const uint8_t* sixteen) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen)));
   }
@@ -103,6 +106,18 @@ struct Avx2 {
     static Sum zero() { return _mm256_setzero_si256(); }
     static Sum step(Sum sum, Weights w, Bytes x) {
       const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.number));
+      return in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
+    }
+    static Ints finish(Sum sum) { return sum; }
+  };
+  // 2 steps × 2 products of at most 63 · 127 fit 16 bits.
+  struct Medium {
+    using Weights = __m256i;
+    using Sum = __m256i;
+    static Weights prepare(Bytes codes) { return codes; }
+    static Sum zero() { return _mm256_setzero_si256(); }
+    static Sum two_steps(Sum sum, Weights w0, Bytes x0, Weights w1, Bytes x1) {
+      const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w0, x0), _mm256_maddubs_epi16(w1, x1));
       return in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
     }
     static Ints finish(Sum sum) { return sum; }

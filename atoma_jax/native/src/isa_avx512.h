@@ -63,10 +63,13 @@ struct Avx512 {
   }
   template <int shift, int mask>
   static Bytes field(Bytes x) {
+    if constexpr (shift < 0) x = _mm512_slli_epi16(x, -shift);
     if constexpr (shift > 0) x = _mm512_srli_epi16(x, shift);
     if constexpr (mask < 255) x = _mm512_and_si512(x, _mm512_set1_epi8(mask));
     return x;
   }
+  static Bytes either(Bytes x, Bytes y) { return _mm512_or_si512(x, y); }
+  static void store_bytes(uint8_t* to, Bytes x) { _mm512_storeu_si512(to, x); }
   static Bytes load_table(const uint8_t* sixteen) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen)));
   }
@@ -85,6 +88,9 @@ struct Avx512 {
     static constexpr int kBias = 128;  // codes are numbers + 128, and the sum is the codes'
   };
   struct Small : Products {};
+  struct Medium : Products {
+    static Sum two_steps(Sum sum, Weights w0, Bytes x0, Weights w1, Bytes x1) { return step(step(sum, w0, x0), w1, x1); }
+  };
 };
 
 }  // namespace

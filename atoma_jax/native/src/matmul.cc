@@ -29,6 +29,7 @@ namespace {
 
 constexpr int64_t kRoundedAlone = 1 << 14;  // activations: waking a thread costs more than rounding as many
 constexpr int64_t kCacheLine = 64;  // bytes
+constexpr int64_t kBlocksOfASpan = 16;
 
 // Memory that a thread keeps for the next call.
 template <class T>
@@ -63,6 +64,27 @@ void prefetch(const Factors& factors, int64_t tile) {
   for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(from + at);
 }
 
+// `tile_product` of all blocks. Spread codes are joined in spans that the first cache has room for.
+void rounded_product(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, const float* scales,
+                     const float* mins, const RoundedRows& x, int64_t first_row, int64_t rows, float* y, int64_t ld) {
+  static thread_local std::vector<uint8_t> joined_memory;
+  const uint8_t* codes = weight.codes + tile * weight.tile_bytes();
+  TiledWeight joined = weight;
+  if (is_spread(weight.kind)) joined.kind = Codes::kBytes;
+  const int64_t factors = weight.subs * kTile;  // of a block
+  for (Blocks span{0, 0}; span.first < weight.blocks; span.first += span.count) {
+    span.count = is_spread(weight.kind) ? std::min(kBlocksOfASpan, weight.blocks - span.first) : weight.blocks;
+    const uint8_t* own = codes + span.first * weight.block_bytes();
+    if (is_spread(weight.kind)) {
+      uint8_t* bytes = scratch(joined_memory, kBlocksOfASpan * joined.block_bytes());
+      kernels.join_codes(weight.kind, own, span.count, bytes);
+      own = bytes;
+    }
+    kernels.tile_product(joined, own, scales + span.first * factors,
+                         mins == nullptr ? nullptr : mins + span.first * factors, x, span, first_row, rows, y, ld);
+  }
+}
+
 // One tile by some rows.
 void one_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, const RoundedRows* rounded,
               const float* x, int64_t K, int64_t first_row, int64_t rows, float* y) {
@@ -86,7 +108,7 @@ void one_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t t
       prefetch(weight.mins, tile + 1);
     }
     if (rounded != nullptr) {
-      kernels.tile_product(weight, tile, scales, mins, *rounded, first_row, rows, to, ld);
+      rounded_product(kernels, weight, tile, scales, mins, *rounded, first_row, rows, to, ld);
     } else {
       float* values = scratch(exact_memory, weight.blocks * kBlock * kTile);
       kernels.exact_tile_product(weight, tile, scales, mins, x + first_row * K, K, rows, values, to, ld);

@@ -2,11 +2,8 @@
 //
 //   weight = scale · number − min,   number = code − zero, or table[code], or code − 128 of eight bits
 //
-// A tile is 32 rows of W, the columns of the product. Its codes come in blocks of 32 inputs, block by block:
-//   8 bits: [8 steps][32 columns][4 inputs] bytes; number + 128
-//   4 bits: the same for four steps; the low halves are steps 0 to 3, the high halves steps 4 to 7
-//   2 bits: the same for two steps; bits 2f and 2f + 1 are those of steps 2f and 2f + 1
-// so that four inputs of a column lie together, as instructions for products of bytes want them. Scales and mins lie
+// A tile is 32 rows of W, the columns of the product. Its codes come in blocks of 32 inputs, block by block (codes.h).
+// Scales and mins lie
 // [groups][32 columns] for each tile, in the type that holds them; integers have floats beside them, for supergroups.
 // N is filled up to whole tiles and K to whole blocks with zeros.
 //
@@ -16,19 +13,15 @@
 
 #include <cstdint>
 
+#include "codes.h"
+
 namespace atoma {
 
-inline constexpr int kTile = 32;   // columns
-inline constexpr int kBlock = 32;  // inputs
-
-enum class Codes : int { kBits8 = 0, kBits4 = 1, kTable4 = 2, kBits2 = 3 };
 enum class FactorType : int { kFloat32, kFloat16, kBfloat16, kInt8 };
 
 constexpr int64_t size_of(FactorType type) {
   return type == FactorType::kFloat32 ? 4 : type == FactorType::kInt8 ? 1 : 2;
 }
-
-constexpr int bits_of(Codes codes) { return codes == Codes::kBits8 ? 8 : codes == Codes::kBits2 ? 2 : 4; }
 
 // How activations are rounded.
 enum class Activations : int {
@@ -54,20 +47,18 @@ struct TiledWeight {
   int64_t N = 0;
   int64_t blocks = 0;  // of a row of W
   int subs = 1;        // groups in a block: 2 where a group has 16 inputs
-  int zero = 0;        // of codes of four and two bits
+  int zero = 0;        // of codes of fewer bits than eight
   uint8_t table[16] = {};  // numbers + 128
 
   int64_t tiles() const { return (N + kTile - 1) / kTile; }
-  int64_t tile_bytes() const { return blocks * kTile * kBlock * bits_of(kind) / 8; }
+  int64_t tile_bytes() const { return blocks * block_bytes(); }
+  int64_t block_bytes() const { return kTile * kBlock * bits_of(kind) / 8; }
 };
 
 // The number of row 32 · tile + column of W at input k.
 inline int number_at(const TiledWeight& weight, int64_t tile, int64_t k, int column) {
-  const int bits = bits_of(weight.kind), words = bits;  // of a block, 32 columns × 4 inputs each
-  const int64_t block = k / kBlock, step = k % kBlock / 4;
-  const uint8_t* codes = weight.codes + tile * weight.tile_bytes() + block * words * kTile * 4;
-  const int byte = codes[(step % words * kTile + column) * 4 + k % 4];
-  const int code = byte >> (step / words * bits) & ((1 << bits) - 1);
+  const uint8_t* block = weight.codes + tile * weight.tile_bytes() + k / kBlock * weight.block_bytes();
+  const int code = code_at(weight.kind, block, static_cast<int>(k % kBlock), column);
   switch (weight.kind) {
     case Codes::kBits8:
       return code - 128;
@@ -92,6 +83,11 @@ struct RoundedRows {
   float* row_sums(int64_t row) const { return sums + row * blocks * subs; }
 };
 
+// Some blocks of a row of W.
+struct Blocks {
+  int64_t first, count;
+};
+
 // One variant's functions.
 struct MatmulKernels {
   // Whether K numbers are all 0 or -0.
@@ -103,11 +99,15 @@ struct MatmulKernels {
   // Scales or mins of a tile as [blocks · subs][32] floats.
   void (*decode_factors)(const Factors& factors, int64_t tile, int64_t spread, float* out);
 
-  // y[rows][32] of a tile, `ld` floats from row to row. `scales` and `mins` are decoded; `mins` may be null.
-  void (*tile_product)(const TiledWeight& weight, int64_t tile, const float* scales, const float* mins,
-                       const RoundedRows& x, int64_t first_row, int64_t rows, float* y, int64_t ld);
+  // What some blocks of a tile add to y[rows][32], `ld` floats from row to row; the first blocks set it. `codes`,
+  // `scales` and `mins` are of these blocks, factors decoded; `mins` may be null.
+  void (*tile_product)(const TiledWeight& weight, const uint8_t* codes, const float* scales, const float* mins,
+                       const RoundedRows& x, Blocks blocks, int64_t first_row, int64_t rows, float* y, int64_t ld);
 
-  // The same for few rows, with factors as they are stored, which saves decoding them. False, and nothing done, where
+  // Spread codes of `count` blocks, as `kBytes`.
+  void (*join_codes)(Codes kind, const uint8_t* codes, int64_t count, uint8_t* out);
+
+  // All of y for few rows, with factors as they are stored, which saves decoding them. False, and nothing done, where
   // this variant has no code for them or would be no faster for it.
   bool (*stored_tile_product)(const TiledWeight& weight, int64_t tile, const RoundedRows& x, int64_t first_row,
                               int64_t rows, float* y, int64_t ld);

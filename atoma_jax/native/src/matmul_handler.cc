@@ -76,7 +76,7 @@ ffi::Error PickFactors(const ffi::AnyBuffer& values, const ffi::AnyBuffer& super
 }
 
 ffi::Error Pick(const Form& form, const Stack& stack, int64_t index, TiledWeight* out) {
-  if (form.codes < 0 || form.codes > 3) return Wrong("unknown kind of codes");
+  if (form.codes < 0 || form.codes >= atoma::kStoredCodes) return Wrong("unknown kind of codes");
   out->kind = static_cast<Codes>(form.codes);
   out->N = form.columns;
   out->zero = static_cast<int>(form.zero);

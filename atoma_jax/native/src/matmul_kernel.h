@@ -131,30 +131,42 @@ void round_row(const float* x, int64_t K, Activations how, const RoundedRows& ou
   }
 }
 
-// Field `at` of the bytes of four or two bits; whole bytes of eight.
-template <class Isa, Codes kind, int at>
-typename Isa::Bytes codes_of(typename Isa::Bytes bytes, typename Isa::Bytes table) {
-  constexpr int bits = bits_of(kind);
-  const auto codes = Isa::template field<bits * at, (1 << bits) - 1>(bytes);
-  if constexpr (kind == Codes::kTable4) return Isa::look_up(table, codes);
-  return codes;
+constexpr int kWordBytes = kTile * 4;
+
+// Field number i of a block, where its bits lie in codes.
+template <class Isa, int bits, int i>
+inline __attribute__((always_inline)) typename Isa::Bytes field_of(const uint8_t* block) {
+  constexpr Field field = fields_of<bits>()[i];
+  constexpr int mask = ((1 << field.width) - 1) << field.shift;
+  return Isa::template field<field.bit - field.shift, mask>(Isa::load_bytes(block + field.word * kWordBytes));
 }
 
+// The codes of one step, of the columns from `block` on: its fields from number i on, joined.
+template <class Isa, int bits, int step, int i = 0>
+inline __attribute__((always_inline)) typename Isa::Bytes codes_of(const uint8_t* block) {
+  constexpr auto fields = fields_of<bits>();
+  if constexpr (fields[i].step < step) {
+    return codes_of<Isa, bits, step, i + 1>(block);
+  } else {
+    const auto codes = field_of<Isa, bits, i>(block);
+    if constexpr (i + 1 < fields.size()) {
+      if constexpr (fields[i + 1].step == step) return Isa::either(codes, codes_of<Isa, bits, step, i + 1>(block));
+    }
+    return codes;
+  }
+}
+
+// How the products of a kind of codes are summed up, and how many steps that takes at once.
 template <class Isa, Codes kind>
-struct ArithmeticOf {
-  static constexpr bool kIsWide = kind == Codes::kBits8 || kind == Codes::kTable4;
-  using Type = typename Isa::Small;
-};
-template <class Isa>
-struct ArithmeticOf<Isa, Codes::kBits8> {
-  static constexpr bool kIsWide = true;
-  using Type = typename Isa::Wide;
-};
-template <class Isa>
-struct ArithmeticOf<Isa, Codes::kTable4> {
-  static constexpr bool kIsWide = true;
-  using Type = typename Isa::Wide;
-};
+constexpr auto arithmetic_of() {
+  if constexpr (kind == Codes::kBits8 || kind == Codes::kTable4) {
+    return typename Isa::Wide();
+  } else if constexpr (kind == Codes::kBytes || is_spread(kind)) {
+    return typename Isa::Medium();
+  } else {
+    return typename Isa::Small();
+  }
+}
 
 // How far ahead codes are asked for: the processor by itself keeps too few lines on their way. What lies behind the
 // last tile may be asked for, too: that reads nothing.
@@ -163,74 +175,78 @@ constexpr int kLine = 64, kAhead = 4096;  // bytes
 // `rows` rows of x by `vectors` vectors of columns, over all of K. `Reader` finds the factors of each block.
 template <class Isa, Codes kind, int subs, int planes, int rows, int vectors, class Reader>
 struct Product {
-  using Arithmetic = typename ArithmeticOf<Isa, kind>::Type;
+  using Arithmetic = decltype(arithmetic_of<Isa, kind>());
   using Sum = typename Arithmetic::Sum;
-  static constexpr bool kIsWide = ArithmeticOf<Isa, kind>::kIsWide;
-  static constexpr int kFields = 8 / bits_of(kind);
-  static constexpr int kWords = 8 / kFields;  // steps that bytes of their own hold
-  static constexpr int kWordBytes = kTile * 4;
-  static constexpr int kBlockBytes = kWords * kWordBytes;
-  static constexpr int kSplitFields = kFields >= subs ? kFields / subs : 1;  // of a sub-block
-  static constexpr int kSplitWords = kFields >= subs ? kWords : kWords / subs;
+  static constexpr bool kIsWide = kind == Codes::kBits8 || kind == Codes::kTable4;
+  static constexpr bool kIsMedium = kind == Codes::kBytes || is_spread(kind);
+  static constexpr int kOwnSteps = kBlock / 4 / subs;  // of a sub-block
+  // Vectors of columns that are summed up together: two steps at once need twice the registers for weights.
+  static constexpr int kAtOnce = kIsMedium && vectors > 2 ? 2 : vectors;
+  static constexpr int kBlockBytes = bits_of(kind) * kWordBytes;
 
-  // Adds the products of one step, `word` and `at`, in the sums of all rows.
-  template <int at>
-  static inline __attribute__((always_inline)) void step(const typename Isa::Bytes (&bytes)[vectors],
-                                                         typename Isa::Bytes table, const int8_t* x,
-                                                         int64_t plane_stride, int64_t row_stride, int word,
-                                                         Sum (&sums)[planes][rows][vectors]) {
-    typename Arithmetic::Weights weights[vectors];
+  // Number i of the steps of a sub-block: word after word, all that a word has of it.
+  static constexpr int step_at(int sub, int i) {
+    if (is_spread(kind)) return sub * kOwnSteps + i;
+    const int words = bits_of(kind), fields = 8 / words;
+    const int own = fields >= subs ? fields / subs : 1;  // of a word's steps
+    const int first_word = fields >= subs ? 0 : sub * kOwnSteps, first_field = fields >= subs ? sub * own : 0;
+    return (first_field + i % own) * words + first_word + i / own;
+  }
+
+  template <int step>
+  static inline __attribute__((always_inline)) typename Isa::Bytes numbers(const uint8_t* codes,
+                                                                           typename Isa::Bytes table) {
+    const auto own = codes_of<Isa, bits_of(kind), step>(codes);
+    if constexpr (kind == Codes::kTable4) return Isa::look_up(table, own);
+    return own;
+  }
+
+  // Adds the products of the steps from number i on in the sums of all rows.
+  template <int sub, int i>
+  static inline __attribute__((always_inline)) void steps(const uint8_t* codes, typename Isa::Bytes table,
+                                                          const int8_t* x, int64_t plane_stride, int64_t row_stride,
+                                                          Sum (&sums)[planes][rows][kAtOnce]) {
+    constexpr int first = step_at(sub, i), second = step_at(sub, i + 1);
+    typename Arithmetic::Weights weights[kAtOnce], more[kAtOnce];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) weights[v] = Arithmetic::prepare(codes_of<Isa, kind, at>(bytes[v], table));
+    for (int v = 0; v < kAtOnce; v++) {
+      const uint8_t* from = codes + v * 4 * Isa::kLanes;
+      weights[v] = Arithmetic::prepare(numbers<first>(from, table));
+      if constexpr (kIsMedium) more[v] = Arithmetic::prepare(numbers<second>(from, table));
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 2
       for (int p = 0; p < planes; p++) {
-        const auto four = Isa::repeat4(x + r * row_stride + p * plane_stride + 4 * (at * kWords + word));
+        const int8_t* values = x + r * row_stride + p * plane_stride;
+        const auto four = Isa::repeat4(values + 4 * first);
+        if constexpr (kIsMedium) {
+          const auto next = Isa::repeat4(values + 4 * second);
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) sums[p][r][v] = Arithmetic::step(sums[p][r][v], weights[v], four);
+          for (int v = 0; v < kAtOnce; v++) {
+            sums[p][r][v] = Arithmetic::two_steps(sums[p][r][v], weights[v], four, more[v], next);
+          }
+        } else {
+#pragma GCC unroll 4
+          for (int v = 0; v < kAtOnce; v++) sums[p][r][v] = Arithmetic::step(sums[p][r][v], weights[v], four);
+        }
       }
     }
-  }
-
-  template <int first, int count>
-  static inline __attribute__((always_inline)) void steps(const typename Isa::Bytes (&bytes)[vectors],
-                                                          typename Isa::Bytes table, const int8_t* x,
-                                                          int64_t plane_stride, int64_t row_stride, int word,
-                                                          Sum (&sums)[planes][rows][vectors]) {
-    step<first>(bytes, table, x, plane_stride, row_stride, word, sums);
-    if constexpr (count > 1) steps<first + 1, count - 1>(bytes, table, x, plane_stride, row_stride, word, sums);
-  }
-
-  template <int sub>
-  static inline __attribute__((always_inline)) void sub_block(const uint8_t* codes, typename Isa::Bytes table,
-                                                              const int8_t* x, int64_t plane_stride,
-                                                              int64_t row_stride,
-                                                              Sum (&sums)[planes][rows][vectors]) {
-    constexpr int first_word = kFields >= subs ? 0 : sub * kSplitWords;
-    constexpr int first_field = kFields >= subs ? sub * kSplitFields : 0;
-#pragma GCC unroll 8
-    for (int word = first_word; word < first_word + kSplitWords; word++) {
-      typename Isa::Bytes bytes[vectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; v++) {
-        bytes[v] = Isa::load_bytes(codes + word * kWordBytes + v * 4 * Isa::kLanes);
-      }
-      steps<first_field, kSplitFields>(bytes, table, x, plane_stride, row_stride, word, sums);
-    }
+    constexpr int done = i + (kIsMedium ? 2 : 1);
+    if constexpr (done < kOwnSteps) steps<sub, done>(codes, table, x, plane_stride, row_stride, sums);
   }
 
   // Adds scale · sum − min · Σx, times the activations' scale, to the floats of all rows.
-  template <int sub, bool with_mins>
-  static inline __attribute__((always_inline)) void scale(const Sum (&sums)[planes][rows][vectors],
+  template <int sub, bool with_mins, int first>
+  static inline __attribute__((always_inline)) void scale(const Sum (&sums)[planes][rows][kAtOnce],
                                                           const Reader& scales, const Reader& mins,
                                                           const float* x_scales, const float* x_sums, int64_t blocks,
                                                           int zero, typename Isa::Floats (&y)[rows][vectors]) {
-    typename Isa::Floats w_scales[vectors], w_mins[vectors];
+    typename Isa::Floats w_scales[kAtOnce], w_mins[kAtOnce];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) {
-      w_scales[v] = scales.template load<sub>(v);
-      if constexpr (with_mins) w_mins[v] = mins.template load<sub>(v);
+    for (int v = 0; v < kAtOnce; v++) {
+      w_scales[v] = scales.template load<sub>(first + v);
+      if constexpr (with_mins) w_mins[v] = mins.template load<sub>(first + v);
     }
     const auto zeros = Isa::set(static_cast<float>(zero));
 #pragma GCC unroll 8
@@ -239,7 +255,7 @@ struct Product {
       const auto x_total = Isa::set(*x_sum);
       const auto x_scale = Isa::set(x_scales[r * blocks]);
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; v++) {
+      for (int v = 0; v < kAtOnce; v++) {
         auto sum = Arithmetic::finish(sums[0][r][v]);
         if constexpr (planes == 2) sum = Isa::join_planes(sum, Arithmetic::finish(sums[1][r][v]));
         if constexpr (kIsWide) {
@@ -247,27 +263,29 @@ struct Product {
           if constexpr (bias != 0) sum = Isa::sub(sum, Isa::set(bias * static_cast<int32_t>(*x_sum)));
         }
         auto part = Isa::to_float(sum);
-        // Exact: codes below 16 keep all of these whole numbers below 2^24.
+        // Exact but for codes of more than four bits and two planes: else all of these are whole numbers below 2^24.
         if constexpr (!kIsWide) part = Isa::fnma(zeros, x_total, part);
         part = Isa::mul(part, w_scales[v]);
         if constexpr (with_mins) part = Isa::fnma(w_mins[v], x_total, part);
-        y[r][v] = Isa::fma(x_scale, part, y[r][v]);
+        y[r][first + v] = Isa::fma(x_scale, part, y[r][first + v]);
       }
     }
   }
 
   static void run(const TiledWeight& weight, const uint8_t* codes, Reader scales, Reader mins, const RoundedRows& x,
-                  int64_t first_row, float* y, int64_t ld) {
+                  Blocks blocks, int64_t first_row, float* y, int64_t ld) {
     const int64_t plane_stride = x.blocks * kBlock, row_stride = planes * plane_stride;
-    const int8_t* values = x.row_values(first_row);
-    const float* x_scales = x.row_scales(first_row);
-    const float* x_sums = x.row_sums(first_row);
+    const int8_t* values = x.row_values(first_row) + blocks.first * kBlock;
+    const float* x_scales = x.row_scales(first_row) + blocks.first;
+    const float* x_sums = x.row_sums(first_row) + blocks.first * subs;
     const auto table = Isa::load_table(weight.table);
     typename Isa::Floats out[rows][vectors];
     for (int r = 0; r < rows; r++) {
-      for (int v = 0; v < vectors; v++) out[r][v] = Isa::set(0.0f);
+      for (int v = 0; v < vectors; v++) {
+        out[r][v] = blocks.first == 0 ? Isa::set(0.0f) : Isa::load(y + r * ld + v * Isa::kLanes);
+      }
     }
-    for (int64_t block = 0; block < x.blocks; block++) {
+    for (int64_t block = 0; block < blocks.count; block++) {
       if constexpr (rows <= 2) {  // with more, memory keeps up
 #pragma GCC unroll 16
         for (int at = 0; at < kBlockBytes; at += kLine) __builtin_prefetch(codes + kAhead + at);
@@ -290,25 +308,29 @@ struct Product {
     }
   }
 
-  template <int sub>
+  template <int sub, int first = 0>
   static inline __attribute__((always_inline)) void one_sub(
       const uint8_t* codes, typename Isa::Bytes table, const int8_t* x, int64_t plane_stride, int64_t row_stride,
       const Reader& scales, const Reader& mins, const float* x_scales, const float* x_sums, int64_t blocks, int zero,
       typename Isa::Floats (&out)[rows][vectors]) {
-    Sum sums[planes][rows][vectors];
+    Sum sums[planes][rows][kAtOnce];
 #pragma GCC unroll 2
     for (int p = 0; p < planes; p++) {
 #pragma GCC unroll 8
       for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) sums[p][r][v] = Arithmetic::zero();
+        for (int v = 0; v < kAtOnce; v++) sums[p][r][v] = Arithmetic::zero();
       }
     }
-    sub_block<sub>(codes, table, x, plane_stride, row_stride, sums);
+    steps<sub, 0>(codes + first * 4 * Isa::kLanes, table, x, plane_stride, row_stride, sums);
     if (mins.is_there()) {
-      scale<sub, true>(sums, scales, mins, x_scales, x_sums, blocks, zero, out);
+      scale<sub, true, first>(sums, scales, mins, x_scales, x_sums, blocks, zero, out);
     } else {
-      scale<sub, false>(sums, scales, mins, x_scales, x_sums, blocks, zero, out);
+      scale<sub, false, first>(sums, scales, mins, x_scales, x_sums, blocks, zero, out);
+    }
+    constexpr int next = first + kAtOnce;
+    if constexpr (next < vectors) {
+      one_sub<sub, next>(codes, table, x, plane_stride, row_stride, scales, mins, x_scales, x_sums, blocks, zero, out);
     }
   }
 };
@@ -316,65 +338,98 @@ struct Product {
 // All columns of a tile for `rows` rows. `scales` and `mins` make the readers, from the first column that each needs.
 template <class Isa, Codes kind, int subs, int planes, int rows, class Reader, class Source>
 void rows_product(const TiledWeight& weight, const uint8_t* codes, const Source& scales, const Source& mins,
-                  const RoundedRows& x, int64_t first_row, float* y, int64_t ld) {
+                  const RoundedRows& x, Blocks blocks, int64_t first_row, float* y, int64_t ld) {
   constexpr int all = kTile / Isa::kLanes;
   constexpr int vectors = Isa::vectors(rows * planes);
   for (int v = 0; v < all; v += vectors) {
     const int column = v * Isa::kLanes;
     Product<Isa, kind, subs, planes, rows, vectors, Reader>::run(weight, codes + column * 4, Reader(scales, column),
-                                                                 Reader(mins, column), x, first_row, y + column, ld);
+                                                                 Reader(mins, column), x, blocks, first_row, y + column,
+                                                                 ld);
   }
 }
 
-// All rows by one tile, at most `most` at once.
+// All rows by blocks of one tile, at most `most` at once.
 template <class Isa, Codes kind, int subs, int planes, int most, class Reader, class Source>
-void tile_product_of(const TiledWeight& weight, int64_t tile, const Source& scales, const Source& mins,
-                     const RoundedRows& x, int64_t row, int64_t rows, float* y, int64_t ld) {
-  const uint8_t* codes = weight.codes + tile * weight.tile_bytes();
+void tile_product_of(const TiledWeight& weight, const uint8_t* codes, const Source& scales, const Source& mins,
+                     const RoundedRows& x, Blocks blocks, int64_t row, int64_t rows, float* y, int64_t ld) {
   if constexpr (most >= 4) {
     for (; rows >= 4; row += 4, rows -= 4, y += 4 * ld) {
-      rows_product<Isa, kind, subs, planes, 4, Reader>(weight, codes, scales, mins, x, row, y, ld);
+      rows_product<Isa, kind, subs, planes, 4, Reader>(weight, codes, scales, mins, x, blocks, row, y, ld);
     }
   }
   if constexpr (most >= 2) {
     for (; rows >= 2; row += 2, rows -= 2, y += 2 * ld) {
-      rows_product<Isa, kind, subs, planes, 2, Reader>(weight, codes, scales, mins, x, row, y, ld);
+      rows_product<Isa, kind, subs, planes, 2, Reader>(weight, codes, scales, mins, x, blocks, row, y, ld);
     }
   }
   for (; rows >= 1; row++, rows--, y += ld) {
-    rows_product<Isa, kind, subs, planes, 1, Reader>(weight, codes, scales, mins, x, row, y, ld);
+    rows_product<Isa, kind, subs, planes, 1, Reader>(weight, codes, scales, mins, x, blocks, row, y, ld);
   }
 }
 
-// Calls run.template operator()<kind, subs>() for those of the weight.
+// Calls run.template operator()<kind>() for that of the weight.
 template <class Run>
-auto for_kind(const TiledWeight& weight, Run&& run) {
-  const auto with_subs = [&]<Codes kind>() {
-    if (weight.subs == 2) return run.template operator()<kind, 2>();
-    return run.template operator()<kind, 1>();
-  };
-  switch (weight.kind) {
+auto for_kind(Codes kind, Run&& run) {
+  switch (kind) {
     case Codes::kBits8:
-      return with_subs.template operator()<Codes::kBits8>();
+      return run.template operator()<Codes::kBits8>();
     case Codes::kBits4:
-      return with_subs.template operator()<Codes::kBits4>();
+      return run.template operator()<Codes::kBits4>();
     case Codes::kTable4:
-      return with_subs.template operator()<Codes::kTable4>();
-    default:
-      return with_subs.template operator()<Codes::kBits2>();
+      return run.template operator()<Codes::kTable4>();
+    case Codes::kBits2:
+      return run.template operator()<Codes::kBits2>();
+    case Codes::kBits6:
+      return run.template operator()<Codes::kBits6>();
+    case Codes::kBits5:
+      return run.template operator()<Codes::kBits5>();
+    case Codes::kBits3:
+      return run.template operator()<Codes::kBits3>();
+    case Codes::kBytes:
+      return run.template operator()<Codes::kBytes>();
   }
+  __builtin_unreachable();
+}
+
+// Likewise for its groups in a block.
+template <class Run>
+auto for_subs(int subs, Run&& run) {
+  return subs == 2 ? run.template operator()<2>() : run.template operator()<1>();
+}
+
+// The codes of a vector of columns of a block, from one step on.
+template <class Isa, int bits, int step = 0>
+void join_steps(const uint8_t* codes, uint8_t* out) {
+  Isa::store_bytes(out + step * kWordBytes, codes_of<Isa, bits, step>(codes));
+  if constexpr (step + 1 < kSteps) join_steps<Isa, bits, step + 1>(codes, out);
 }
 
 template <class Isa>
-void tile_product(const TiledWeight& weight, int64_t tile, const float* scales, const float* mins,
-                  const RoundedRows& x, int64_t row, int64_t rows, float* y, int64_t ld) {
-  for_kind(weight, [&]<Codes kind, int subs>() {
-    using Reader = DecodedFactors<Isa, subs>;
-    const auto with = [&]<int planes>() {
-      tile_product_of<Isa, kind, subs, planes, Isa::kMaxRows / planes, Reader>(weight, tile, scales, mins, x, row, rows,
-                                                                               y, ld);
-    };
-    x.planes == 2 ? with.template operator()<2>() : with.template operator()<1>();
+void join_codes(Codes kind, const uint8_t* codes, int64_t count, uint8_t* out) {
+  for_bits(bits_of(kind), [&]<int bits>() {
+    for (int64_t block = 0; block < count; block++) {
+      const uint8_t* from = codes + block * bits * kWordBytes;
+      uint8_t* to = out + block * kSteps * kWordBytes;
+      for (int v = 0; v < kWordBytes; v += 4 * Isa::kLanes) join_steps<Isa, bits>(from + v, to + v);
+    }
+  });
+}
+
+template <class Isa>
+void tile_product(const TiledWeight& weight, const uint8_t* codes, const float* scales, const float* mins,
+                  const RoundedRows& x, Blocks blocks, int64_t row, int64_t rows, float* y, int64_t ld) {
+  for_kind(weight.kind, [&]<Codes kind>() {
+    if constexpr (!is_spread(kind)) {
+      for_subs(weight.subs, [&]<int subs>() {
+        using Reader = DecodedFactors<Isa, subs>;
+        const auto with = [&]<int planes>() {
+          tile_product_of<Isa, kind, subs, planes, Isa::kMaxRows / planes, Reader>(weight, codes, scales, mins, x,
+                                                                                   blocks, row, rows, y, ld);
+        };
+        x.planes == 2 ? with.template operator()<2>() : with.template operator()<1>();
+      });
+    }
   });
 }
 
@@ -382,11 +437,12 @@ void tile_product(const TiledWeight& weight, int64_t tile, const float* scales, 
 // be would take as long to compile as the rest of this file.
 template <Codes kind, int subs, FactorType type>
 constexpr bool has_stored_product() {
+  constexpr bool half_blocks = kind == Codes::kBits6 || kind == Codes::kBits3;  // Q6_K, Q3_K
+  if (kind == Codes::kBytes) return false;
   if (type == FactorType::kFloat32) return kind == Codes::kBits4 && subs == 1;
-  if (type == FactorType::kFloat16) return subs == 1;
-  if (kind == Codes::kTable4) return subs == 1;
-  if (kind == Codes::kBits2) return subs == 2;
-  return type == FactorType::kInt8;
+  if (type == FactorType::kFloat16) return subs == 1 && !half_blocks;
+  if (kind == Codes::kBits8 || type != FactorType::kInt8) return false;
+  return half_blocks || kind == Codes::kBits2 ? subs == 2 : subs == 1;
 }
 
 template <class Isa>
@@ -395,14 +451,19 @@ bool stored_tile_product(const TiledWeight& weight, int64_t tile, const RoundedR
   if constexpr (Isa::kStoredRows > 0) {
     if (rows > Isa::kStoredRows || x.planes != 1 || !lie_as_read(weight)) return false;
     const StoredTile scales(weight.scales, weight, tile), mins(weight.mins, weight, tile);
+    const uint8_t* codes = weight.codes + tile * weight.tile_bytes();
+    const Blocks all{0, weight.blocks};
     const auto with = [&]<FactorType type, bool with_supers>() {
-      return for_kind(weight, [&]<Codes kind, int subs>() {
-        if constexpr (has_stored_product<kind, subs, type>()) {
-          using Reader = StoredFactors<Isa, type, with_supers, subs>;
-          tile_product_of<Isa, kind, subs, 1, Isa::kStoredRows, Reader>(weight, tile, scales, mins, x, row, rows, y, ld);
-          return true;
-        }
-        return false;
+      return for_kind(weight.kind, [&]<Codes kind>() {
+        return for_subs(weight.subs, [&]<int subs>() {
+          if constexpr (has_stored_product<kind, subs, type>()) {
+            using Reader = StoredFactors<Isa, type, with_supers, subs>;
+            tile_product_of<Isa, kind, subs, 1, Isa::kStoredRows, Reader>(weight, codes, scales, mins, x, all, row,
+                                                                          rows, y, ld);
+            return true;
+          }
+          return false;
+        });
       });
     };
     const FactorType type = weight.scales.type;
@@ -442,8 +503,8 @@ void exact_tile_product(const TiledWeight& weight, int64_t tile, const float* sc
 
 template <class Isa>
 constexpr MatmulKernels matmul_kernels_of() {
-  return {is_zero<Isa>,      round_row<Isa>,           decode_factors<Isa>,
-          tile_product<Isa>, stored_tile_product<Isa>, exact_tile_product<Isa>};
+  return {is_zero<Isa>,   round_row<Isa>,           decode_factors<Isa>,     tile_product<Isa>,
+          join_codes<Isa>, stored_tile_product<Isa>, exact_tile_product<Isa>};
 }
 
 }  // namespace

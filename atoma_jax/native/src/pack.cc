@@ -17,14 +17,18 @@ int64_t end_of_tile(const int64_t* to, int64_t first, int64_t n) {
   return end;
 }
 
-// One block of a row: `bits` words of four inputs and 8 / bits steps each, 32 columns apart.
+// The lowest bits of each of four bytes.
+constexpr uint32_t mask_of(int bits) { return 0x01010101u * ((1u << bits) - 1); }
+
+// One block of a row: `bits` words, 32 columns apart.
 template <int bits>
 void pack_block(const uint8_t* codes, uint8_t* out) {
-  uint32_t inputs[kBlock / 4], words[bits];
+  constexpr auto fields = fields_of<bits>();
+  uint32_t inputs[kBlock / 4], words[bits] = {};
   std::memcpy(inputs, codes, sizeof inputs);
-  for (int word = 0; word < bits; word++) words[word] = inputs[word];
-  for (int at = 1; at < 8 / bits; at++) {
-    for (int word = 0; word < bits; word++) words[word] |= inputs[at * bits + word] << bits * at;
+#pragma GCC unroll 12
+  for (const Field& field : fields) {
+    words[field.word] |= (inputs[field.step] >> field.shift & mask_of(field.width)) << field.bit;
   }
   for (int word = 0; word < bits; word++) std::memcpy(out + word * kTile * 4, words + word, 4);
 }
@@ -64,9 +68,7 @@ void pack_factors_of(const void* factors, int64_t n, int64_t groups, const int64
 }  // namespace
 
 void pack_codes(const uint8_t* codes, int64_t n, int64_t K, int bits, const int64_t* to, int64_t blocks, uint8_t* out) {
-  if (bits == 8) return pack_codes_of<8>(codes, n, K, to, blocks, out);
-  if (bits == 4) return pack_codes_of<4>(codes, n, K, to, blocks, out);
-  pack_codes_of<2>(codes, n, K, to, blocks, out);
+  for_bits(bits, [&]<int own>() { pack_codes_of<own>(codes, n, K, to, blocks, out); });
 }
 
 void pack_factors(const void* factors, int64_t n, int64_t groups, int64_t bytes, const int64_t* to, int64_t filled,

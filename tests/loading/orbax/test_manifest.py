@@ -22,7 +22,8 @@ from atoma_jax.models.params import specs_of
 from atoma_jax.ops import Backend
 from atoma_jax.quant.ggml import GROUP_FORMATS
 from atoma_jax.quant.groups import GroupFormat
-from atoma_jax.quant.qtensor import planar_plane
+from atoma_jax.quant.merging import widened
+from atoma_jax.quant.qtensor import planar_plane, planar_width
 
 L, D, V, F = 2, 512, 40, 1024
 MUTATIONS = 4000
@@ -78,7 +79,10 @@ def manifest_of(model: ModelSpec, kind: GroupFormat, layout: Any = "planar") -> 
             forms[path] = DenseForm(shape=(*lead, *want.shape), dtype=np.dtype(np.float32))
             continue
         N, K = want.shape[-2:]
-        plane = 0 if layout == "rows" else planar_plane(K, kind.group, kind.bits)
+        plane: int | None = 0
+        if layout == "planar":
+            kind = widened(kind, planar_width(kind.bits))
+            plane = planar_plane(K, kind.group, kind.bits)
         assert plane is not None
         forms[path] = QuantizedForm(
             layout=layout, lead=(*lead, *want.shape[:-2]), shape=(N, K), format=kind, plane=plane, permuted=want.stacked
@@ -121,7 +125,7 @@ def read(tmp_path: Path) -> Callable[[Any], Manifest]:
     return read
 
 
-@pytest.mark.parametrize("layout", ["rows", "planar"])
+@pytest.mark.parametrize("layout", ["rows", "planar", "tiles"])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_quantized_type_is_read_as_it_was_written(read: Any, kind: str, layout: str) -> None:
     written = manifest_of(MODELS["llama"], FORMATS[kind], layout)
@@ -246,7 +250,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], Any]] = {
     "experts": (("spec", "experts"), asdict(EXPERTS)),
     "norm_eps": (("spec", "norm_eps"), -1),
     "forms.embed": (("forms", "embed"), []),
-    "bits": (("forms", "embed", "format", "bits"), 5),
+    "bits": (("forms", "embed", "format", "bits"), 7),
+    "bits that the layout has no room for": (("forms", "embed", "format", "bits"), 5),
     "group": (("forms", "embed", "format", "group"), 33),
     "supergroup": (("forms", "embed", "format", "supergroup"), 16),
     "table": (("forms", "embed", "format", "table"), [1, 2]),
