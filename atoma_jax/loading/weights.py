@@ -168,26 +168,14 @@ class _Reader:
         whole = {name: array.whole for name, array in blocks.items()}
 
         def put(block: int, part: Part, rows: Rows, to: Rows) -> None:
-            weights = self._tensors[part.tensor].decode(rows)
-            if bits < 8:
-                weights = recast(weights, form.format)
-                codes = weights.codes
-            else:
-                codes = weights.signed().view(np.uint8) ^ np.uint8(128)
-            repeat = weights.format.group // form.format.group
+            weights = recast(self._tensors[part.tensor].decode(rows), form.format)
+            codes = weights.codes if bits < 8 else weights.signed().view(np.uint8) ^ np.uint8(128)
             put_codes(codes, bits, to, whole["codes"][block])
             for name, factors in (("scale", weights.scales), ("min", weights.mins)):
-                if f"{name}s" not in whole:
-                    continue
-                values, supers = whole[f"{name}s"][block], whole.get(f"{name}_supers")
-                if factors is None:
-                    put_factors(np.zeros((len(codes), values.shape[1]), values.dtype), to, values)
-                elif supers is None:
-                    put_factors(np.repeat(factors.flat(), repeat, axis=1), to, values)
-                else:
-                    assert factors.supers is not None
-                    put_factors(factors.values, to, values)
-                    put_factors(factors.supers, to, supers[block])
+                if factors is not None:
+                    put_factors(factors.values, to, whole[f"{name}s"][block])
+                    if factors.supers is not None:
+                        put_factors(factors.supers, to, whole[f"{name}_supers"][block])
 
         return put
 

@@ -6,13 +6,11 @@ Layers are stacked and projections are fused, while a file may give each of thei
 import math
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from atoma_jax.quant.groups import F32, WIDTHS, Factors, GroupCodes, GroupFormat
-
-_Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+from atoma_jax.quant.groups import F32, I8, WIDTHS, Factors, GroupCodes, GroupFormat
 
 _CENTER = 128  # zero point of eight-bit codes that hold signed numbers
 _EXACT_BITS = 4  # of codes up to which a zero point can become a min, see `recast`
@@ -36,13 +34,16 @@ def merged_format(formats: Collection[GroupFormat]) -> GroupFormat | None:
     elif table is None:  # codes with a smaller zero are shifted up
         largest = max(2**kind.bits - 1 + zero - kind.zero for kind in distinct)
         bits = next((width for width in WIDTHS if width >= bits and largest < 2**width), 8)
+    supergroups = {kind.supergroup for kind in distinct}
+    integers = len(supergroups) == 1 and None not in supergroups  # else integer scales become floats
     return GroupFormat(
         bits=bits,
         group=math.gcd(*(kind.group for kind in distinct)),
         zero=zero,
         table=table,
-        scale_dtype=_common_dtype([kind.scale_dtype for kind in distinct]),
-        min_dtype=_common_dtype([kind.min_dtype or kind.scale_dtype for kind in distinct]) if with_mins else None,
+        scale_dtype=I8 if integers else _common_float([kind.scale_dtype for kind in distinct]),
+        min_dtype=None if not with_mins else I8 if integers else _common_float(_min_dtypes(distinct)),
+        supergroup=distinct[0].supergroup if integers else None,
     )
 
 
@@ -58,22 +59,16 @@ def recast(weights: GroupCodes, to: GroupFormat) -> GroupCodes:
     if widened(own, to.bits) == to:
         return replace(weights, format=to)
     repeat = own.group // to.group
-    scales = _spread(weights.scales, repeat)
-    mins = None if weights.mins is None else _spread(weights.mins, repeat)
+    scales = _spread(weights.scales, repeat, to)
+    mins = None if weights.mins is None else _spread(weights.mins, repeat, to)
     if own.table is not None and to.table is None:
         codes, zero = weights.signed().view(np.uint8) ^ np.uint8(_CENTER), _CENTER
     else:
         codes, zero = weights.codes, own.zero
     shift = max(to.zero - zero, 0)
-    if to.has_mins:
-        surplus = np.float32(zero + shift - to.zero)
-        mins = scales * surplus if mins is None else mins
-    return GroupCodes(
-        codes=codes + np.uint8(shift),
-        scales=Factors(scales),
-        mins=None if mins is None else Factors(mins),
-        format=to,
-    )
+    if to.has_mins and mins is None:
+        mins = _times(scales, zero + shift - to.zero)
+    return GroupCodes(codes=codes + np.uint8(shift), scales=scales, mins=mins, format=to)
 
 
 def widened(kind: GroupFormat, bits: int) -> GroupFormat:
@@ -82,13 +77,27 @@ def widened(kind: GroupFormat, bits: int) -> GroupFormat:
     return replace(kind, bits=bits)
 
 
-def _common_dtype(dtypes: Collection[np.dtype[Any]]) -> np.dtype[Any]:
-    """Integers have supers of their own kind of block, so that different formats meet in floats."""
+def _min_dtypes(formats: Collection[GroupFormat]) -> list[np.dtype[Any]]:
+    return [kind.min_dtype or kind.scale_dtype for kind in formats]
+
+
+def _common_float(dtypes: Collection[np.dtype[Any]]) -> np.dtype[Any]:
     distinct = set(dtypes)
     only = next(iter(distinct))
-    return only if len(distinct) == 1 and only != np.int8 else F32
+    return only if len(distinct) == 1 and only != I8 else F32
 
 
-def _spread(factors: Factors, repeat: int) -> _Array:
-    values = factors.flat()
-    return values if repeat == 1 else np.repeat(values, repeat, axis=1)
+def _spread(factors: Factors, repeat: int, to: GroupFormat) -> Factors:
+    """One for each group of a format; integers stay where it has them."""
+    if to.supergroup is None:
+        return Factors(np.repeat(factors.flat(), repeat, axis=1))
+    return Factors(np.repeat(factors.values, repeat, axis=1), factors.supers)
+
+
+def _times(factors: Factors, number: int) -> Factors:
+    if factors.supers is None:
+        return Factors(factors.values * np.float32(number))
+    values = factors.values.astype(np.int16) * number  # of Q3_K at most 32 · 4
+    assert values.min(initial=0) >= -128, (number, factors)
+    assert values.max(initial=0) <= 127, (number, factors)
+    return Factors(values.astype(np.int8), factors.supers)

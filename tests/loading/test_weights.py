@@ -131,6 +131,7 @@ MIXES |= {kind.name: (lambda name, kind=kind: kind) for kind in (Q.Q4_K, Q.Q5_K,
 INSIDE = {"attn_q": Q.Q4_K, "attn_k": Q.Q8_0, "attn_v": Q.Q6_K, "ffn_gate": Q.Q5_0, "ffn_up": Q.Q6_K}
 MIXES |= {
     "inside of a weight": lambda name: INSIDE.get(name.split(".")[-2], Q.Q8_0),
+    "Q4_K and Q6_K inside of a weight": lambda name: Q.Q6_K if "attn_v" in name or "ffn_up" in name else Q.Q4_K,
     "over layers": lambda name: Q.Q6_K if "blk.0" in name else Q.Q4_K,
     "Q4_0 and Q4_1 over layers": lambda name: Q.Q4_1 if "blk.0" in name else Q.Q4_0,
     "Q4_0 and Q8_0 over layers": lambda name: Q.Q4_0 if "blk.0" in name else Q.Q8_0,

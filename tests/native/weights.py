@@ -35,7 +35,9 @@ FORMATS: dict[str, GroupFormat] = {
     ),
     "TQ2_0": GroupFormat(bits=2, group=256, zero=1, scale_dtype=F16),
     "Q2_K": GroupFormat(bits=2, group=16, scale_dtype=I8, min_dtype=I8, supergroup=256),
-    "Q4_K and Q6_K": GroupFormat(bits=6, group=16, zero=32, scale_dtype=F32, min_dtype=F32),
+    "Q4_K and Q6_K": GroupFormat(bits=6, group=16, zero=32, scale_dtype=I8, min_dtype=I8, supergroup=256),
+    "Q3_K and Q4_K": GroupFormat(bits=4, group=16, scale_dtype=I8, min_dtype=I8, supergroup=256),
+    "Q5_1 and Q6_K": GroupFormat(bits=6, group=16, zero=32, scale_dtype=F32, min_dtype=F32),
     "GPTQ": GroupFormat(bits=4, group=128, scale_dtype=F32, min_dtype=F32),
 }
 

@@ -7,7 +7,7 @@ import pytest
 
 from atoma_jax.quant.ggml import GROUP_FORMATS, decode
 from atoma_jax.quant.ggml_types import BLOCK_SIZES, GGMLType
-from atoma_jax.quant.groups import F16, F32, GroupFormat
+from atoma_jax.quant.groups import F16, I8, GroupFormat
 from atoma_jax.quant.merging import merged_format, recast, widened
 from tests.quant.ggml_samples import GROUPED, put_halves
 
@@ -61,8 +61,10 @@ def test_the_merged_format_is_no_wider_than_it_has_to_be() -> None:
     assert five == GroupFormat(bits=5, group=32, zero=16, scale_dtype=F16)
     no_zero = merged_format([GROUP_FORMATS[GGMLType.Q5_0], GROUP_FORMATS[GGMLType.Q5_1]])
     assert no_zero == GroupFormat(bits=6, group=32, zero=16, scale_dtype=F16, min_dtype=F16)
+    min_of_zero = merged_format([GROUP_FORMATS[GGMLType.Q3_K], GROUP_FORMATS[GGMLType.Q4_K]])
+    assert min_of_zero == GroupFormat(bits=4, group=16, scale_dtype=I8, min_dtype=I8, supergroup=256)
     six = merged_format([GROUP_FORMATS[GGMLType.Q4_K], GROUP_FORMATS[GGMLType.Q6_K]])
-    assert six == GroupFormat(bits=6, group=16, zero=32, scale_dtype=F32, min_dtype=F32)
+    assert six == GroupFormat(bits=6, group=16, zero=32, scale_dtype=I8, min_dtype=I8, supergroup=256)
 
 
 def test_wider_codes_keep_integer_scales_and_their_supers() -> None:

@@ -442,6 +442,7 @@ constexpr bool has_stored_product() {
   if (type == FactorType::kFloat32) return kind == Codes::kBits4 && subs == 1;
   if (type == FactorType::kFloat16) return subs == 1 && !half_blocks;
   if (kind == Codes::kBits8 || type != FactorType::kInt8) return false;
+  if (kind == Codes::kBits4) return true;
   return half_blocks || kind == Codes::kBits2 ? subs == 2 : subs == 1;
 }
 
