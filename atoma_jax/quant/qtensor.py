@@ -33,7 +33,7 @@ class QTensor:
     layout: Layout = field(metadata={"static": True})
     shape: tuple[int, int] = field(metadata={"static": True})  # (N, K)
     group: int = field(metadata={"static": True})
-    bits: int = field(metadata={"static": True})  # of a stored code; planar: 2, 4 or 8; rows: 8
+    bits: int = field(metadata={"static": True})  # of a stored code; rows: 8; planar: 2, 4 or 8; tiles: 3, 5 and 6 too
     zero: int = field(metadata={"static": True})
     table: tuple[int, ...] | None = field(metadata={"static": True})
     plane: int = field(metadata={"static": True})  # planar: elements of a plane; rows: 0

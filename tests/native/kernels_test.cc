@@ -32,13 +32,13 @@ std::unique_ptr<T[]> exactly(int64_t size) {
   return std::unique_ptr<T[]>(new T[size]);
 }
 
-void products(int variant, Codes kind, int subs, bool with_mins, FactorType type) {
+void products(int variant, Codes kind, int subs, bool with_mins, FactorType type, int64_t K = 80) {
   std::mt19937 random(7);
-  const int64_t N = 40, K = 80;
+  const int64_t N = 40;
   TiledWeight weight;
   weight.kind = kind;
   weight.N = N;
-  weight.blocks = 3;  // the last one half full
+  weight.blocks = (K + kBlock - 1) / kBlock;  // of 80 inputs, the last one half full
   weight.subs = subs;
   weight.zero = kind == Codes::kBits8 || kind == Codes::kTable4 ? 0 : 1 << (bits_of(kind) - 1);
   for (int i = 0; i < 16; i++) weight.table[i] = static_cast<uint8_t>(random());
@@ -161,6 +161,7 @@ int main() {
         products(variant, kind, subs, false, FactorType::kFloat32);
         products(variant, kind, subs, true, FactorType::kInt8);
         products(variant, kind, subs, true, FactorType::kFloat16);
+        if (is_spread(kind)) products(variant, kind, subs, true, FactorType::kFloat32, 80 * kBlock);  // several spans
       }
     }
   }

@@ -37,6 +37,15 @@ def test_products_are_those_of_float64(variant: str, kind: str, how: native.Acti
         assert error_of(y, x, made.values[matrix]) < TOLERANCE[how]
 
 
+@pytest.mark.parametrize("kind", ["Q3_K", "Q5_1", "Q6_K", "Q8_0"])
+def test_more_blocks_than_are_joined_at_once(variant: str, kind: str) -> None:
+    made = tiled(FORMATS[kind], 70, 1280)
+    x = activations(9, 1280)
+    y = product(x, made.weight, 1, "groups")
+    assert error_of(y, x, made.values[1]) < TOLERANCE["groups"]
+    np.testing.assert_array_equal(np.asarray(product(x[8:], made.weight, 1, "groups")), np.asarray(y)[8:])
+
+
 @pytest.mark.parametrize(
     ("group", "K"), [(16, 16), (16, 48), (32, 32), (40, 40), (70, 70), (24, 24)], ids=lambda value: str(value)
 )

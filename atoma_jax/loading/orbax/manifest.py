@@ -223,6 +223,10 @@ def _read_one_form(section: Section) -> Form:
         fits = plane == 0
     elif layout == "tiles":
         fits = plane == 0 and tile_groups(shape[1], kind.group) is not None
+        if kind.table is not None and kind.bits not in (4, 8):
+            raise WeightFileError(
+                section.field("format.table"), kind.table, "goes with 4 or 8 bits in the tiles layout"
+            )
     else:
         if kind.bits not in PLANAR_WIDTHS:
             raise WeightFileError(section.field("format.bits"), kind.bits, "must be 2, 4 or 8 in the planar layout")

@@ -73,7 +73,6 @@ struct Avx2 {
   }
   template <int shift, int mask>
   static Bytes field(Bytes x) {
-    if constexpr (shift < 0) x = _mm256_slli_epi16(x, -shift);
     if constexpr (shift > 0) x = _mm256_srli_epi16(x, shift);
     if constexpr (mask < 255) x = _mm256_and_si256(x, _mm256_set1_epi8(mask));
     return x;

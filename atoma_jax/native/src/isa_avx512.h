@@ -63,7 +63,6 @@ struct Avx512 {
   }
   template <int shift, int mask>
   static Bytes field(Bytes x) {
-    if constexpr (shift < 0) x = _mm512_slli_epi16(x, -shift);
     if constexpr (shift > 0) x = _mm512_srli_epi16(x, shift);
     if constexpr (mask < 255) x = _mm512_and_si512(x, _mm512_set1_epi8(mask));
     return x;

@@ -76,12 +76,10 @@ struct Portable {
     const Ints repeated = set(from_memory<int32_t>(from));
     return from_memory<Bytes>(&repeated);
   }
-  // The bits of `mask` of each byte, moved down by `shift` before, or up by -shift.
+  // The bits of `mask` of each byte, moved down by `shift` before.
   template <int shift, int mask>
   static Bytes field(Bytes x) {
-    if constexpr (shift < 0) x <<= -shift;
-    if constexpr (shift > 0) x >>= shift;
-    return x & static_cast<uint8_t>(mask);
+    return (x >> shift) & static_cast<uint8_t>(mask);
   }
   static Bytes either(Bytes x, Bytes y) { return x | y; }
   static void store_bytes(uint8_t* to, Bytes x) { std::memcpy(to, &x, sizeof x); }

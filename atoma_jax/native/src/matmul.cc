@@ -29,7 +29,7 @@ namespace {
 
 constexpr int64_t kRoundedAlone = 1 << 14;  // activations: waking a thread costs more than rounding as many
 constexpr int64_t kCacheLine = 64;  // bytes
-constexpr int64_t kBlocksOfASpan = 16;
+constexpr int64_t kBlocksOfASpan = 16;  // 16 KiB as bytes: half of a first cache
 
 // Memory that a thread keeps for the next call.
 template <class T>

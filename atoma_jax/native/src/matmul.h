@@ -3,9 +3,8 @@
 //   weight = scale · number − min,   number = code − zero, or table[code], or code − 128 of eight bits
 //
 // A tile is 32 rows of W, the columns of the product. Its codes come in blocks of 32 inputs, block by block (codes.h).
-// Scales and mins lie
-// [groups][32 columns] for each tile, in the type that holds them; integers have floats beside them, for supergroups.
-// N is filled up to whole tiles and K to whole blocks with zeros.
+// Scales and mins lie [groups][32 columns] for each tile, in the type that holds them; integers have floats beside them,
+// for supergroups. N is filled up to whole tiles and K to whole blocks with zeros.
 //
 // A row of the product depends on that row of x alone, and its sums are made in the same order for any number of rows
 // and threads.

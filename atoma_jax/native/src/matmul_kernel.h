@@ -137,6 +137,7 @@ constexpr int kWordBytes = kTile * 4;
 template <class Isa, int bits, int i>
 inline __attribute__((always_inline)) typename Isa::Bytes field_of(const uint8_t* block) {
   constexpr Field field = fields_of<bits>()[i];
+  static_assert(field.bit >= field.shift);
   constexpr int mask = ((1 << field.width) - 1) << field.shift;
   return Isa::template field<field.bit - field.shift, mask>(Isa::load_bytes(block + field.word * kWordBytes));
 }
@@ -156,12 +157,15 @@ inline __attribute__((always_inline)) typename Isa::Bytes codes_of(const uint8_t
   }
 }
 
-// How the products of a kind of codes are summed up, and how many steps that takes at once.
+constexpr bool is_wide(Codes kind) { return kind == Codes::kBits8 || kind == Codes::kTable4; }
+constexpr bool is_medium(Codes kind) { return kind == Codes::kBytes || is_spread(kind); }
+
+// How the products of a kind of codes are summed up.
 template <class Isa, Codes kind>
 constexpr auto arithmetic_of() {
-  if constexpr (kind == Codes::kBits8 || kind == Codes::kTable4) {
+  if constexpr (is_wide(kind)) {
     return typename Isa::Wide();
-  } else if constexpr (kind == Codes::kBytes || is_spread(kind)) {
+  } else if constexpr (is_medium(kind)) {
     return typename Isa::Medium();
   } else {
     return typename Isa::Small();
@@ -177,8 +181,7 @@ template <class Isa, Codes kind, int subs, int planes, int rows, int vectors, cl
 struct Product {
   using Arithmetic = decltype(arithmetic_of<Isa, kind>());
   using Sum = typename Arithmetic::Sum;
-  static constexpr bool kIsWide = kind == Codes::kBits8 || kind == Codes::kTable4;
-  static constexpr bool kIsMedium = kind == Codes::kBytes || is_spread(kind);
+  static constexpr bool kIsWide = is_wide(kind), kIsMedium = is_medium(kind);
   static constexpr int kOwnSteps = kBlock / 4 / subs;  // of a sub-block
   // Vectors of columns that are summed up together: two steps at once need twice the registers for weights.
   static constexpr int kAtOnce = kIsMedium && vectors > 2 ? 2 : vectors;
@@ -411,7 +414,9 @@ void join_codes(Codes kind, const uint8_t* codes, int64_t count, uint8_t* out) {
     for (int64_t block = 0; block < count; block++) {
       const uint8_t* from = codes + block * bits * kWordBytes;
       uint8_t* to = out + block * kSteps * kWordBytes;
-      for (int v = 0; v < kWordBytes; v += 4 * Isa::kLanes) join_steps<Isa, bits>(from + v, to + v);
+      if constexpr (8 % bits != 0) {
+        for (int v = 0; v < kWordBytes; v += 4 * Isa::kLanes) join_steps<Isa, bits>(from + v, to + v);
+      }
     }
   });
 }
@@ -441,8 +446,8 @@ constexpr bool has_stored_product() {
   if (kind == Codes::kBytes) return false;
   if (type == FactorType::kFloat32) return kind == Codes::kBits4 && subs == 1;
   if (type == FactorType::kFloat16) return subs == 1 && !half_blocks;
-  if (kind == Codes::kBits8 || type != FactorType::kInt8) return false;
-  if (kind == Codes::kBits4) return true;
+  if (type != FactorType::kInt8) return false;
+  if (kind == Codes::kBits8 || kind == Codes::kBits4) return true;
   return half_blocks || kind == Codes::kBits2 ? subs == 2 : subs == 1;
 }
 
@@ -504,8 +509,9 @@ void exact_tile_product(const TiledWeight& weight, int64_t tile, const float* sc
 
 template <class Isa>
 constexpr MatmulKernels matmul_kernels_of() {
-  return {is_zero<Isa>,   round_row<Isa>,           decode_factors<Isa>,     tile_product<Isa>,
-          join_codes<Isa>, stored_tile_product<Isa>, exact_tile_product<Isa>};
+  return {is_zero<Isa>,      round_row<Isa>,  decode_factors<Isa>,
+          tile_product<Isa>, join_codes<Isa>, stored_tile_product<Isa>,
+          exact_tile_product<Isa>};
 }
 
 }  // namespace

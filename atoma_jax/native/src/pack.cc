@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "matmul.h"
+#include "codes.h"
 
 namespace atoma {
 

@@ -282,6 +282,14 @@ def test_what_is_outside_its_limits_is_named(read: Any, name: str) -> None:
     assert ".".join(str(step) for step in above) in caught.value.field
 
 
+def test_a_table_of_codes_that_no_kernel_looks_up_is_named(read: Any) -> None:
+    values = json.loads(manifest_of(MODELS["gemma"], FORMATS["IQ4_NL"], "tiles").encode())
+    values["forms"]["embed"]["format"]["bits"] = 5
+    with pytest.raises(WeightFileError, match="4 or 8 bits") as caught:
+        read(values)
+    assert caught.value.field.endswith("forms.embed.format.table")
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"[" * 100_000, b"{}" + b" " * (1 << 20), b"\xff"])
 def test_what_is_no_small_json_object(read: Any, content: bytes) -> None:
     with pytest.raises(WeightFileError, match=r"model\.json"):
