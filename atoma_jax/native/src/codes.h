@@ -90,7 +90,7 @@ constexpr auto fields_of() {
 
 // Calls run.template operator()<bits>() for a width of codes.
 template <class Run>
-auto for_bits(int bits, Run&& run) {
+constexpr auto for_bits(int bits, Run&& run) {
   switch (bits) {
     case 2:
       return run.template operator()<2>();

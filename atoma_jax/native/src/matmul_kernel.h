@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "factors.h"
 #include "matmul.h"
@@ -142,19 +143,24 @@ inline __attribute__((always_inline)) typename Isa::Bytes field_of(const uint8_t
   return Isa::template field<field.bit - field.shift, mask>(Isa::load_bytes(block + field.word * kWordBytes));
 }
 
-// The codes of one step, of the columns from `block` on: its fields from number i on, joined.
-template <class Isa, int bits, int step, int i = 0>
+// The number of the first field of a step, and of the one behind its last.
+constexpr int first_field_of(int bits, int step) {
+  return for_bits(bits, [&]<int own>() {
+    int i = 0;
+    for (const Field& field : fields_of<own>()) i += field.step < step;
+    return i;
+  });
+}
+
+// The codes of one step, of the columns from `block` on.
+template <class Isa, int bits, int step>
 inline __attribute__((always_inline)) typename Isa::Bytes codes_of(const uint8_t* block) {
-  constexpr auto fields = fields_of<bits>();
-  if constexpr (fields[i].step < step) {
-    return codes_of<Isa, bits, step, i + 1>(block);
-  } else {
-    const auto codes = field_of<Isa, bits, i>(block);
-    if constexpr (i + 1 < fields.size()) {
-      if constexpr (fields[i + 1].step == step) return Isa::either(codes, codes_of<Isa, bits, step, i + 1>(block));
-    }
-    return codes;
-  }
+  constexpr int first = first_field_of(bits, step), count = first_field_of(bits, step + 1) - first;
+  static_assert(count >= 1 && count <= 3);
+  auto codes = field_of<Isa, bits, first>(block);
+  if constexpr (count > 1) codes = Isa::either(codes, field_of<Isa, bits, first + 1>(block));
+  if constexpr (count > 2) codes = Isa::either(codes, field_of<Isa, bits, first + 2>(block));
+  return codes;
 }
 
 constexpr bool is_wide(Codes kind) { return kind == Codes::kBits8 || kind == Codes::kTable4; }
@@ -183,6 +189,7 @@ struct Product {
   using Sum = typename Arithmetic::Sum;
   static constexpr bool kIsWide = is_wide(kind), kIsMedium = is_medium(kind);
   static constexpr int kOwnSteps = kBlock / 4 / subs;  // of a sub-block
+  static constexpr int kStepsAtOnce = kIsMedium ? 2 : 1;
   // Vectors of columns that are summed up together: two steps at once need twice the registers for weights.
   static constexpr int kAtOnce = kIsMedium && vectors > 2 ? 2 : vectors;
   static constexpr int kBlockBytes = bits_of(kind) * kWordBytes;
@@ -204,9 +211,9 @@ struct Product {
     return own;
   }
 
-  // Adds the products of the steps from number i on in the sums of all rows.
+  // Adds the products of step number i, and of the next where two are taken at once, in the sums of all rows.
   template <int sub, int i>
-  static inline __attribute__((always_inline)) void steps(const uint8_t* codes, typename Isa::Bytes table,
+  static inline __attribute__((always_inline)) void step(const uint8_t* codes, typename Isa::Bytes table,
                                                           const int8_t* x, int64_t plane_stride, int64_t row_stride,
                                                           Sum (&sums)[planes][rows][kAtOnce]) {
     constexpr int first = step_at(sub, i), second = step_at(sub, i + 1);
@@ -235,8 +242,14 @@ struct Product {
         }
       }
     }
-    constexpr int done = i + (kIsMedium ? 2 : 1);
-    if constexpr (done < kOwnSteps) steps<sub, done>(codes, table, x, plane_stride, row_stride, sums);
+  }
+
+  template <int sub, int... i>
+  static inline __attribute__((always_inline)) void all_steps(std::integer_sequence<int, i...>, const uint8_t* codes,
+                                                              typename Isa::Bytes table, const int8_t* x,
+                                                              int64_t plane_stride, int64_t row_stride,
+                                                              Sum (&sums)[planes][rows][kAtOnce]) {
+    (step<sub, i * kStepsAtOnce>(codes, table, x, plane_stride, row_stride, sums), ...);
   }
 
   // Adds scale · sum − min · Σx, times the activations' scale, to the floats of all rows.
@@ -325,7 +338,8 @@ struct Product {
         for (int v = 0; v < kAtOnce; v++) sums[p][r][v] = Arithmetic::zero();
       }
     }
-    steps<sub, 0>(codes + first * 4 * Isa::kLanes, table, x, plane_stride, row_stride, sums);
+    all_steps<sub>(std::make_integer_sequence<int, kOwnSteps / kStepsAtOnce>(), codes + first * 4 * Isa::kLanes, table,
+                   x, plane_stride, row_stride, sums);
     if (mins.is_there()) {
       scale<sub, true, first>(sums, scales, mins, x_scales, x_sums, blocks, zero, out);
     } else {
