@@ -87,7 +87,8 @@ def test_a_gpu_has_none() -> None:
 )
 def test_a_cache_is_rounded_only_where_products_are(settings: dict[str, Any], wanted: str) -> None:
     native = library.library()
-    if native is None:  # where no compiler is, the engine runs on XLA: the other cases are that
+    if native is None:
+        # Where no C++ compiler is, the engine runs on XLA, and no cache is rounded: nothing of this test is left.
         pytest.skip("the native kernels are not built, or do not fit; the log says why")
     backend = _backend(ModelConfig(model="m", **settings), "cpu", None)
     assert backend.kv_dtype == (wanted if native.converts_halves else "float32")

@@ -143,7 +143,7 @@ inline __attribute__((always_inline)) typename Isa::Bytes field_of(const uint8_t
   return Isa::template field<field.bit - field.shift, mask>(Isa::load_bytes(block + field.word * kWordBytes));
 }
 
-// The number of the first field of a step, and of the one behind its last.
+// The number of a step's first field, which is one behind the last of the step before.
 constexpr int first_field_of(int bits, int step) {
   return for_bits(bits, [&]<int own>() {
     int i = 0;
