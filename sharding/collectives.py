@@ -79,6 +79,13 @@ def sum_and_cut(x: Shaped[Array, "*n"], mesh: MeshShape | None, axis: str, dim: 
     return lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True) if size_of(mesh, axis) > 1 else x
 
 
+def pass_on(x: Shaped[Array, "*n"], mesh: MeshShape | None, *axes: str) -> Shaped[Array, "*n"]:
+    """What the device before this one has, of those along some axes in the mesh's order; the first gets the last's."""
+    assert list(axes) == sorted(axes, key=AXES.index), "JAX counts devices in the mesh's order, whatever it is told"
+    crossed, parts = _crossed(mesh, axes), size_of(mesh, *axes)
+    return lax.ppermute(x, crossed, [(part, (part + 1) % parts) for part in range(parts)]) if crossed else x
+
+
 def swap_cut(x: Shaped[Array, "*n"], mesh: MeshShape | None, axis: str, *, cut: int, join: int) -> Shaped[Array, "*m"]:
     """Cuts a dimension over an axis and joins another that was."""
     if size_of(mesh, axis) == 1:

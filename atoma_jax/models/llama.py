@@ -80,7 +80,8 @@ class LlamaLayer(nnx.Module):
         """Projections, rotation, paged attention, output projection."""
         spec, whole = self.spec, self.backend.whole_heads
         T, N, K, H = rope.tokens, spec.num_heads, spec.num_kv_heads, spec.head_dim
-        qkv = self.linear_of_stream(x, self.qkv, T, layer)
+        int8, weight = spec.int8_activations, self.qkv.get_value()
+        qkv = ops.linear_of_stream(x, weight, self.backend, tokens=T, layer=layer, int8_activations=int8)
         if spec.qkv_bias:
             qkv = qkv + self.qkv_bias[...]
         qkv = qkv.reshape(T, K, N // K + 2, H)
@@ -103,7 +104,9 @@ class LlamaLayer(nnx.Module):
         out = out.reshape(T, N * H)
         if spec.sub_norms:
             out = rms_norm(out, self.attn_sub_norm[...], spec.norm_eps, cut_over=None if whole else self.backend.mesh)
-        return self.linear_of_parts(out, self.attn_out, layer, whole=whole), pages
+        weight, D = self.attn_out.get_value(), spec.dim
+        out = ops.linear_of_parts(out, weight, self.backend, width=D, layer=layer, int8_activations=int8, whole=whole)
+        return out, pages
 
     def feed_forward(self, x: Float32[Array, "t D"], tokens: int, layer: Int32[Array, ""]) -> Float32[Array, "t D"]:
         """down(activation(gate · x) · (up · x)), of a step of so many tokens."""
@@ -113,33 +116,20 @@ class LlamaLayer(nnx.Module):
         self, x: Float32[Array, "any D"], gate_up: Any, down: Any, tokens: int, layer: Int32[Array, ""]
     ) -> Float32[Array, "t D"]:
         """The same with the weights given; `x` is of all tokens or of this device's."""
-        h = gated(self.linear_of_stream(x, gate_up, tokens, layer), self.spec.activation)
-        if self.spec.sub_norms:
-            h = rms_norm(h, self.ffn_sub_norm[...], self.spec.norm_eps, cut_over=self.backend.mesh)
-        return self.linear_of_parts(h, down, layer)
+        spec, mesh = self.spec, self.backend.mesh
 
-    def linear_of_stream(
-        self, x: Float32[Array, "t K"], weight: Any, tokens: int, layer: Int32[Array, ""]
-    ) -> Float32[Array, "T N"]:
-        """A projection of all of a step's tokens as this model was trained; `weight` is a parameter of this layer."""
-        return ops.linear_of_stream(
+        def activate(h: Float32[Array, "any twoF"]) -> Float32[Array, "any F"]:
+            h = gated(h, spec.activation)
+            return rms_norm(h, self.ffn_sub_norm[...], spec.norm_eps, cut_over=mesh) if spec.sub_norms else h
+
+        return ops.net_of_stream(
             x,
-            weight.get_value(),
+            gate_up.get_value(),
+            down.get_value(),
+            activate,
             self.backend,
             tokens=tokens,
             layer=layer,
-            int8_activations=self.spec.int8_activations,
-        )
-
-    def linear_of_parts(
-        self, x: Float32[Array, "T K"], weight: Any, layer: Int32[Array, ""], *, whole: bool = False
-    ) -> Float32[Array, "t N"]:
-        """A projection into the stream; heads or the feed-forward net may be cut over devices, unless `whole`."""
-        return ops.linear_of_parts(
-            x,
-            weight.get_value(),
-            self.backend,
-            layer=layer,
-            int8_activations=self.spec.int8_activations,
-            whole=whole,
+            int8_activations=spec.int8_activations,
+            exchanges=spec.sub_norms,
         )

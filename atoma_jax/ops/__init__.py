@@ -9,8 +9,9 @@ from atoma_jax.native.tiles import put_codes, put_factors
 from atoma_jax.ops.attention import AttentionBatch, Chunks, attend, attention_batch, empty_pages
 from atoma_jax.ops.backend import Backend, Kernels, Platform, has_native_kernels
 from atoma_jax.ops.experts import grouped_feed_forward
-from atoma_jax.ops.linear import PACKED_ROWS, layer_of, linear, linear_of_parts, linear_of_stream
+from atoma_jax.ops.linear import PACKED_ROWS, layer_of, linear
 from atoma_jax.ops.residual import all_tokens, own_tokens, rows_of
+from atoma_jax.ops.stream import linear_of_parts, linear_of_stream, net_of_stream
 from pallas_kernels.kv_pages import KVPages
 from pallas_kernels.quantized_matmul import pack_planar
 
@@ -33,6 +34,7 @@ __all__ = [
     "linear",
     "linear_of_parts",
     "linear_of_stream",
+    "net_of_stream",
     "own_tokens",
     "pack_planar",
     "put_codes",

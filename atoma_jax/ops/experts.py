@@ -78,7 +78,7 @@ def grouped_feed_forward(
 
             return grouped_kernels.grouped_product(rows, blocks, of_expert, N)
 
-        return in_variant(weight, layer, product) if isinstance(weight, LayerVariants) else product(weight, layer)
+        return in_variant(weight, layer, product)
 
     rows = grouped_kernels.sorted_rows(x, blocks, kinds)
     hidden = activate(grouped(rows, gate_up, cut_inputs=False, int8_activations=int8_activations))

@@ -11,15 +11,13 @@ from jaxtyping import Array, Float, Float32, Int32
 from atoma_jax.native import dense as native_dense
 from atoma_jax.native import matmul as native_matmul
 from atoma_jax.ops.backend import Backend, Precision
-from atoma_jax.ops.parts import gathered, inputs_of, quantized_parts
-from atoma_jax.ops.residual import all_tokens, own_tokens, sum_of_parts
+from atoma_jax.ops.parts import gathered
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from pallas_kernels import quantized_matmul as matmul_kernels
 from pallas_kernels.dense_matmul import dense_matmul
 from pallas_kernels.planar_matmul import PlanarFormat, PlanarStack, planar_dequantized, planar_matmul
 from pallas_kernels.ternary_matmul import is_ternary, ternary_matmul, ternary_matmul_xla
 from pallas_kernels.tuning import matmul_tiles
-from sharding.collectives import size_of
 
 # Integer products go group by group: with smaller groups, rounding the activations and multiplying floats is quicker.
 _INTEGER_GROUP = 128
@@ -71,55 +69,6 @@ def linear(
     if isinstance(weight, QTensor):
         return _quantized_linear(x, weight, backend)
     return matmul_kernels.dot(x.astype(weight.dtype), weight)
-
-
-def linear_of_parts(
-    x: Float[Array, "T K"],
-    weight: QTensor | LayerVariants | Array,
-    backend: Backend,
-    *,
-    layer: Int32[Array, ""],
-    int8_activations: bool = False,
-    whole: bool = False,
-) -> Float32[Array, "t N"]:
-    """`linear` where inputs may be cut over devices, as heads and feed-forward nets are: the sum over the parts, of the
-    tokens that this device has of the stream. `whole`: every device has all inputs."""
-    mesh = backend.mesh
-    if whole or size_of(mesh, "tensor") == 1:
-        return own_tokens(linear(x, weight, backend, layer=layer, int8_activations=int8_activations), mesh)
-    factor: Float32[Array, "T 1"] | None = None
-    if int8_activations:
-        x, factor = quantized_parts(x, mesh)
-
-    def product(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "T N"]:
-        return linear(inputs_of(x, stack, mesh), stack, backend, layer=place)
-
-    y = in_variant(weight, layer, product) if isinstance(weight, LayerVariants) else product(weight, layer)
-    return sum_of_parts(y if factor is None else y * factor, mesh)
-
-
-def linear_of_stream(
-    x: Float[Array, "t K"],
-    weight: QTensor | LayerVariants | Array,
-    backend: Backend,
-    *,
-    tokens: int,
-    layer: Int32[Array, ""],
-    int8_activations: bool = False,
-) -> Float32[Array, "T N"]:
-    """`linear` of all `tokens` of a step, of which this device may have a part."""
-    if x.shape[0] != tokens and not int8_activations and _rounds_inputs(weight, backend):
-        x = x.astype(jnp.bfloat16)  # as the product would: half the bytes
-    return linear(all_tokens(x, tokens, backend.mesh), weight, backend, layer=layer, int8_activations=int8_activations)
-
-
-def _rounds_inputs(weight: QTensor | LayerVariants | Array, backend: Backend) -> bool:
-    """Whether products with a weight take activations in bfloat16."""
-    if isinstance(weight, LayerVariants):
-        return all(_rounds_inputs(stack, backend) for stack in weight.stacks)
-    if isinstance(weight, QTensor):
-        return backend.operands == "bfloat16" or has_kernel(weight, backend)
-    return weight.dtype == jnp.bfloat16
 
 
 def layer_of(weight: QTensor | Array, layer: Int32[Array, ""], backend: Backend) -> QTensor | Array:
@@ -252,8 +201,12 @@ def _integer_linear(x: Float[Array, "T K"], weight: QTensor | Array, backend: Ba
     return linear(codes.astype(jnp.float32), weight, backend) * factor
 
 
-def in_variant(weight: LayerVariants, layer: Int32[Array, ""], use: Callable[[QTensor | Array, Array], Array]) -> Array:
-    """`use(stack, place)` of the stack that holds a layer; it is compiled once for each stack."""
+def in_variant(
+    weight: QTensor | LayerVariants | Array, layer: Int32[Array, ""], use: Callable[[QTensor | Array, Array], Array]
+) -> Array:
+    """`use(stack, place)` of the stack that holds a layer; it is compiled once for each stack of variants."""
+    if not isinstance(weight, LayerVariants):
+        return use(weight, layer)
     which, place = jnp.asarray(weight.which)[layer], jnp.asarray(weight.place)[layer]
     return lax.switch(which, [partial(use, stack) for stack in weight.stacks], place)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from atoma_jax.ops.residual import sum_of_parts
 from atoma_jax.quant.cuts import SIDES, part_of, sides_of
@@ -72,14 +72,11 @@ def without_last(blocks: ExpertBlocks, last: int) -> ExpertBlocks:
     return blocks._replace(used=jnp.sum(work, dtype=jnp.int32))
 
 
-def own_rows(
-    ids: Int32[Array, " T"], table: QTensor | Array, mesh: MeshShape | None
-) -> tuple[Int32[Array, " slices"], Bool[Array, " slices"]]:
-    """Ids of all slices that share a table along `fsdp` as rows of this device's part, and which of them are there."""
+def own_rows(ids: Int32[Array, " T"], table: QTensor | Array, mesh: MeshShape | None) -> Int32[Array, " slices"]:
+    """Ids of all slices that share a table along `fsdp` as rows of this device's part; -1 for rows that others have."""
     V = table.shape[0]
     rows = join_over(ids, mesh, "fsdp", 0) - part_index(mesh, "tensor", "fsdp") * V
-    there = (rows >= 0) & (rows < V)
-    return jnp.where(there, rows, 0), there
+    return jnp.where((rows >= 0) & (rows < V), rows, -1)
 
 
 def from_all_rows(rows: Float32[Array, "slices D"], mesh: MeshShape | None) -> Float32[Array, "t D"]:

@@ -10,6 +10,8 @@ from atoma_jax.native import matmul as native_matmul
 from atoma_jax.ops.backend import Backend
 from atoma_jax.ops.linear import linear
 from atoma_jax.ops.parts import from_all_rows, own_rows
+from atoma_jax.ops.residual import is_cut
+from atoma_jax.ops.ring import goes_round, summed_products
 from atoma_jax.quant.qtensor import QTensor
 from pallas_kernels import quantized_matmul as matmul_kernels
 from sharding.collectives import join_over, part_index, size_of, swap_cut
@@ -20,8 +22,15 @@ def embed(ids: Int32[Array, " T"], table: QTensor | Array, backend: Backend) -> 
     mesh = backend.mesh
     if size_of(mesh, "tensor", "fsdp") == 1:
         return _rows(ids, table)
-    rows, there = own_rows(ids, table, mesh)
-    return from_all_rows(jnp.where(there[:, None], _rows(rows, table), 0.0), mesh)
+    rows = own_rows(ids, table, mesh)
+
+    def look_up(rows: Int32[Array, " n"]) -> Float32[Array, "n D"]:
+        return jnp.where((rows >= 0)[:, None], _rows(jnp.maximum(rows, 0), table), 0.0)
+
+    T, D, tensor = ids.shape[0], table.shape[1], size_of(mesh, "tensor")
+    if goes_round(rows.shape[0], D, mesh, "fsdp", "tensor") and (tensor == 1 or is_cut(T, mesh)):
+        return summed_products(rows.reshape(-1, T // tensor), look_up, mesh, "fsdp", "tensor")
+    return from_all_rows(look_up(rows), mesh)
 
 
 def _rows(ids: Int32[Array, " T"], table: QTensor | Array) -> Float32[Array, "T D"]:

@@ -1,5 +1,6 @@
 """Whole steps of Llama-3.1-8B compiled for four and eight GPUs. What they exchange is held to a committed list; their
-HLO must not copy weights or the cache, and weights along `fsdp` must come while a layer computes."""
+HLO must not copy weights or the cache. Weights along `fsdp` must come, and tokens in a ring go round, while a device
+computes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from sharding.mesh import parse_mesh
 
 MESHES = ("tensor=4", "fsdp=4", "fsdp=2,tensor=2", "tensor=8", "fsdp=8", "fsdp=2,tensor=4")
 DECODE, MIXED = Program("decode", 8, 8), Program("mixed", CUT_TOKENS, 8)
+ROUND = Program("mixed", 2048, 8)  # over tensor=4, of so many tokens that they go round
 Case = tuple[str, str, Program]  # mesh, type of weights, what each slice computes
 QUICK: tuple[Case, ...] = (("fsdp=2,tensor=2", "bf16", DECODE), ("tensor=8", "Q4_K", DECODE))
 CASES: tuple[Case, ...] = (
@@ -26,6 +28,8 @@ CASES: tuple[Case, ...] = (
     *(case for mesh in MESHES for program in (DECODE, MIXED) if (case := (mesh, "bf16", program)) not in QUICK),
     ("fsdp=8", "Q4_K", DECODE),
     ("fsdp=2,tensor=2", "Q4_K", DECODE),
+    ("tensor=4", "bf16", ROUND),
+    ("tensor=4", "Q4_K", ROUND),
 )
 PAGES, TABLE_WIDTH = 512, 64  # of each slice
 
@@ -74,3 +78,6 @@ def _problems(
         is_weights = one.axes == ("fsdp",) and one.kind == "all-gather" and one.times >= model.part.num_layers
         if is_weights and not one.asynchronous:
             yield f"waits for {', '.join(map(str, one.pieces))} of the next layer, along fsdp"
+        goes_round = one.kind == "collective-permute" and one.times >= model.part.num_layers
+        if goes_round and not one.asynchronous:
+            yield f"waits for {', '.join(map(str, one.pieces))} of a ring"

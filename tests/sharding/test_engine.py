@@ -22,7 +22,7 @@ from atoma_jax.engine.engine import Engine
 from atoma_jax.engine.grammars import has_llguidance
 from atoma_jax.engine.runner import Runner
 from atoma_jax.errors import ConfigError
-from atoma_jax.ops import residual
+from atoma_jax.ops import residual, ring
 from sharding.plan import allocated_bytes
 from tests.engine.test_cluster import PATIENCE, cluster_on
 from tests.engine.traffic import answers_alike, bound_asks, greedy, random_asks, run_all, same_output
@@ -55,13 +55,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine_of(path: Path) -> Callable[[str | None], LLM]:
-    """An engine on a mesh, started once. Its mixed steps cut their residual stream, as large ones do."""
+    """An engine on a mesh, started once. Its mixed steps are as large ones: their stream is cut, and goes round."""
     started: dict[str | None, LLM] = {}
 
     def start(mesh: str | None) -> LLM:
         if mesh not in started:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(residual, "CUT_TOKENS", SIZES["max_num_batched_tokens"])
+                patch.setattr(ring, "RING_NUMBERS", SIZES["max_num_batched_tokens"])
                 started[mesh] = LLM(str(path), mesh=mesh, **SIZES)
         started[mesh].reset_prefix_cache()
         started[mesh].reset_stats()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from atoma_jax.errors import ConfigError
-from atoma_jax.ops import residual
+from atoma_jax.ops import residual, ring
 from sharding.mesh import parse_mesh
 from tests.sharding.conftest import MODELS
 from tests.sharding.steps import log_probabilities, set_up
@@ -96,13 +96,18 @@ def texts() -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("name", "layout", "mesh"), [*QUICK, *SLOW])
+@pytest.mark.parametrize("ring_numbers", [pytest.param(0, id="ring"), pytest.param(1 << 60, id="joined")])
 def test_distributions_are_those_of_one_device(
     name: str,
     layout: str,
     mesh: str,
+    ring_numbers: int,
     model_path: Callable[[str], Path],
     on_one_device: Callable[[str], list[np.ndarray]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Whether products' tokens are joined in front of them, or go round in a ring."""
+    monkeypatch.setattr(ring, "RING_NUMBERS", ring_numbers)
     found: Any = log_probabilities(model_path(name), mesh, texts(), most=most_of(name), weight_layout=layout)
     for mine, want in zip(found, on_one_device(name), strict=True):
         if name in REAL:  # those near the last of the likeliest may be among them here and not there

@@ -12,7 +12,7 @@ from atoma_jax import LLM, SamplingParams
 from atoma_jax.engine.model_tokenizer import tokenizer_of
 from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.model_files import open_model
-from atoma_jax.ops import residual
+from atoma_jax.ops import residual, ring
 from sharding.mesh import parse_mesh
 from tests.engine.traffic import Ask, answers_alike, run_all
 from tests.sharding.test_engine import SIZES
@@ -70,6 +70,7 @@ def start(model_path: Callable[[str], Path]) -> Callable[..., LLM]:
         with pytest.MonkeyPatch.context() as patch:
             sizes = _real_sizes(mesh) if name in REAL else SIZES
             patch.setattr(residual, "CUT_TOKENS", sizes["max_num_batched_tokens"])
+            patch.setattr(ring, "RING_NUMBERS", sizes["max_num_batched_tokens"])
             patch.setattr("atoma_jax.engine.startup.has_llguidance", lambda: False)  # two programs less
             if name not in REAL:
                 patch.setattr("atoma_jax.engine.startup.tokenizer_of", lambda _: tokenizer)

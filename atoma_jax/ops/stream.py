@@ -1,0 +1,143 @@
+"""Products of the residual stream, and products that are added to it. Their weights may be cut over devices, and the
+stream's tokens too: in front of a product they are joined, behind it summed and cut, or both while they go round.
+
+How the stream lies is `residual.py`'s, the ring is `ring.py`'s, and products are `ops.linear`'s. Without a mesh nothing
+is joined and nothing summed.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from atoma_jax.ops.backend import Backend
+from atoma_jax.ops.linear import has_kernel, in_variant, layer_of, linear
+from atoma_jax.ops.parts import inputs_of, quantized_parts
+from atoma_jax.ops.residual import all_tokens, is_cut, own_tokens, sum_of_parts
+from atoma_jax.ops.ring import goes_round, joined_products, summed_nets, summed_products
+from atoma_jax.quant.qtensor import LayerVariants, QTensor
+from sharding.collectives import size_of
+
+
+def linear_of_stream(
+    x: Float[Array, "t D"],
+    weight: QTensor | LayerVariants | Array,
+    backend: Backend,
+    *,
+    tokens: int,
+    layer: Int32[Array, ""],
+    int8_activations: bool = False,
+) -> Float32[Array, "T N"]:
+    """`linear` of all `tokens` of a step, of which this device may have a part."""
+    is_whole = x.shape[0] == tokens
+    if not is_whole and not int8_activations:
+        x = _as_sent(x, weight, backend)
+    if is_whole or not goes_round(tokens, x.shape[1], backend.mesh, "tensor"):
+        whole = all_tokens(x, tokens, backend.mesh)
+        return linear(whole, weight, backend, layer=layer, int8_activations=int8_activations)
+
+    def products(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "T N"]:
+        stack = _at_hand(stack, place, backend)
+
+        def product(part: Float[Array, "t D"]) -> Float32[Array, "t N"]:
+            return linear(part, stack, backend, layer=place, int8_activations=int8_activations)
+
+        return joined_products(x, product, backend.mesh)
+
+    return in_variant(weight, layer, products)
+
+
+def linear_of_parts(
+    x: Float[Array, "T K"],
+    weight: QTensor | LayerVariants | Array,
+    backend: Backend,
+    *,
+    width: int,
+    layer: Int32[Array, ""],
+    int8_activations: bool = False,
+    whole: bool = False,
+) -> Float32[Array, "t D"]:
+    """`linear` where inputs may be cut over devices, as heads and feed-forward nets are: the sum over the parts, of the
+    tokens that this device has of the stream, which is `width` wide. `whole`: every device has all inputs."""
+    mesh = backend.mesh
+    if whole or size_of(mesh, "tensor") == 1:
+        return own_tokens(linear(x, weight, backend, layer=layer, int8_activations=int8_activations), mesh)
+    in_ring = is_cut(x.shape[0], mesh) and goes_round(x.shape[0], width, mesh, "tensor")
+    factor: Float32[Array, "T 1"] | None = None
+    if int8_activations:
+        x, factor = quantized_parts(x, mesh)
+
+    def products(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "any D"]:
+        inputs = inputs_of(x, stack, mesh)
+        if not in_ring:
+            return linear(inputs, stack, backend, layer=place)
+        stack = _at_hand(stack, place, backend)
+        inputs = inputs.reshape(size_of(mesh, "tensor"), -1, inputs.shape[1])
+        return summed_products(inputs, lambda part: linear(part, stack, backend, layer=place), mesh, "tensor")
+
+    y = in_variant(weight, layer, products)
+    y = y if in_ring else sum_of_parts(y, mesh)
+    return y if factor is None else y * own_tokens(factor, mesh)
+
+
+def net_of_stream(
+    x: Float[Array, "any D"],
+    up: QTensor | LayerVariants | Array,
+    down: QTensor | LayerVariants | Array,
+    activate: Callable[[Array], Array],
+    backend: Backend,
+    *,
+    tokens: int,
+    layer: Int32[Array, ""],
+    int8_activations: bool = False,
+    exchanges: bool = False,
+) -> Float32[Array, "t D"]:
+    """down(activate(up · x)) of a step of so many `tokens`, of which `x` has all or this device's: of the tokens that
+    this device has of the stream. `exchanges`: devices need one another in `activate`."""
+    mesh, width = backend.mesh, x.shape[1]
+    apart = exchanges or int8_activations or _is_permuted(down)
+    if apart or x.shape[0] == tokens or not goes_round(tokens, width, mesh, "tensor"):
+        h = linear_of_stream(x, up, backend, tokens=tokens, layer=layer, int8_activations=int8_activations)
+        h = activate(h)
+        return linear_of_parts(h, down, backend, width=width, layer=layer, int8_activations=int8_activations)
+    x = _as_sent(x, up, backend)
+
+    def of_up(ups: QTensor | Array, up_place: Int32[Array, ""]) -> Float32[Array, "t D"]:
+        ups = _at_hand(ups, up_place, backend)
+
+        def of_down(downs: QTensor | Array, down_place: Int32[Array, ""]) -> Float32[Array, "t D"]:
+            downs = _at_hand(downs, down_place, backend)
+
+            def net(part: Float[Array, "t D"]) -> Float32[Array, "t D"]:
+                return linear(activate(linear(part, ups, backend, layer=up_place)), downs, backend, layer=down_place)
+
+            return summed_nets(x, net, mesh)
+
+        return in_variant(down, layer, of_down)
+
+    return in_variant(up, layer, of_up)
+
+
+def _as_sent(x: Float[Array, "t D"], weight: QTensor | LayerVariants | Array, backend: Backend) -> Float[Array, "t D"]:
+    """Activations as products with a weight take them: rounded, they are half the bytes."""
+    return x.astype(jnp.bfloat16) if _rounds_inputs(weight, backend) else x
+
+
+def _rounds_inputs(weight: QTensor | LayerVariants | Array, backend: Backend) -> bool:
+    if isinstance(weight, LayerVariants):
+        return all(_rounds_inputs(stack, backend) for stack in weight.stacks)
+    if isinstance(weight, QTensor):
+        return backend.operands == "bfloat16" or has_kernel(weight, backend)
+    return weight.dtype == jnp.bfloat16
+
+
+def _is_permuted(weight: QTensor | LayerVariants | Array) -> bool:
+    """Whether a weight takes inputs of all devices."""
+    stacks = weight.stacks if isinstance(weight, LayerVariants) else (weight,)
+    return any(isinstance(stack, QTensor) and stack.permutation is not None for stack in stacks)
+
+
+def _at_hand(weight: QTensor | Array, layer: Int32[Array, ""], backend: Backend) -> QTensor | Array:
+    """A weight that many products take: where devices spread it, one layer of it, gathered once."""
+    lead = weight.lead if isinstance(weight, QTensor) else weight.shape[:-2]
+    return layer_of(weight, layer, backend) if backend.gathers and lead else weight
