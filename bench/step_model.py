@@ -44,12 +44,15 @@ class Exchange:
 
     Attributes:
         ahead, ahead_calls: in each layer, of the next layer's weights, while that layer computes.
+        rounds, rounds_calls: in each layer, of tokens and sums that go round while products are made.
         waited, waited_calls: in each layer, of activations, which the layer waits for.
         once, once_calls: before and behind the layers.
     """
 
     ahead: float = 0
     ahead_calls: float = 0
+    rounds: float = 0
+    rounds_calls: float = 0
     waited: float = 0
     waited_calls: float = 0
     once: float = 0
@@ -63,8 +66,8 @@ class Exchange:
             if not one.always:
                 continue
             in_loop = one.times % layers == 0
-            weights = one.kind == "all-gather" and one.axes == ("fsdp",)
-            name = ("ahead" if weights else "waited") if in_loop else "once"
+            hidden = {"all-gather over fsdp": "ahead", "collective-permute over tensor": "rounds"}
+            name = hidden.get(f"{one.kind} over {'+'.join(one.axes)}", "waited") if in_loop else "once"
             turns = layers if in_loop else 1
             sums[name] += one.step_bytes / turns
             sums[f"{name}_calls"] += one.times / turns
@@ -112,7 +115,7 @@ def exchange_at(steps: tuple[Exchange, Exchange], tokens: tuple[int, int], rows:
     whatever a step holds; activations in front of the layers and in them grow with tokens, those behind with rows.
 
     Args:
-        steps: with fewer and with more tokens, whose residual streams lie as that of the load.
+        steps: with fewer and with more tokens, whose residual streams lie and go round as that of the load.
         tokens: of these two.
         rows: of logits, of both.
         load: the other one.
@@ -122,6 +125,7 @@ def exchange_at(steps: tuple[Exchange, Exchange], tokens: tuple[int, int], rows:
     of_row = (one.once - one.ahead - few * of_token) / rows  # the first layer is gathered in front of the others
     return replace(
         one,
+        rounds=one.rounds / few * load.tokens,
         waited=one.waited / few * load.tokens,
         once=one.ahead + of_token * load.tokens + of_row * load.rows,
     )
@@ -149,12 +153,12 @@ def step_time(
     layer = machine.local_time(read, operations)
     table = vocab_size // (mesh.tensor * mesh.fsdp) * D
     head = machine.local_time(2 * table, 2 * table * load.rows * mesh.fsdp)
-    ahead = machine.exchange_time(exchange.ahead, exchange.ahead_calls)
+    hidden = machine.exchange_time(exchange.ahead + exchange.rounds, exchange.ahead_calls + exchange.rounds_calls)
     waited = machine.exchange_time(exchange.waited, exchange.waited_calls)
     once = machine.exchange_time(exchange.once, exchange.once_calls)
     L = part.num_layers
     return StepTime(
         local=L * layer + head,
-        exchanged=L * (ahead + waited) + once,
-        total=L * (max(layer, ahead) + waited) + head + once,
+        exchanged=L * (hidden + waited) + once,
+        total=L * (max(layer, hidden) + waited) + head + once,
     )

@@ -64,10 +64,11 @@ def summed_products(
 
 def summed_nets(x: Float[Array, "t D"], net: Product, mesh: MeshShape | None) -> Float32[Array, "t D"]:
     """The sum of `net` over all devices along `tensor`, of this device's part of the tokens, which goes round too."""
-    parts = size_of(mesh, "tensor")
-    x, sums = lax.optimization_barrier((pass_on(x, mesh, "tensor"), net(x)))
-    for hop in range(1, parts):
-        following = pass_on(x, mesh, "tensor") if hop < parts - 1 else x
-        sums = pass_on(sums, mesh, "tensor") + net(x)
+    parts, own, sums = size_of(mesh, "tensor"), x, None
+    x = pass_on(x, mesh, "tensor")  # its own part comes last, so that its sum is at home then
+    for hop in range(1, parts + 1):
+        following = pass_on(x, mesh, "tensor") if hop < parts - 1 else own
+        sums = net(x) if sums is None else pass_on(sums, mesh, "tensor") + net(x)
         x, sums = lax.optimization_barrier((following, sums))
-    return pass_on(sums, mesh, "tensor")
+    assert sums is not None
+    return sums

@@ -78,6 +78,7 @@ def _problems(
         is_weights = one.axes == ("fsdp",) and one.kind == "all-gather" and one.times >= model.part.num_layers
         if is_weights and not one.asynchronous:
             yield f"waits for {', '.join(map(str, one.pieces))} of the next layer, along fsdp"
-        goes_round = one.kind == "collective-permute" and one.times >= model.part.num_layers
-        if goes_round and not one.asynchronous:
-            yield f"waits for {', '.join(map(str, one.pieces))} of a ring"
+    hops = [one for one in found if one.kind == "collective-permute" and one.times >= model.part.num_layers]
+    waits = [", ".join(map(str, one.pieces)) for one in hops if not one.asynchronous]
+    if len(waits) > 1:  # the first hop of a net may have nothing beside it
+        yield f"waits for hops of a ring: {'; '.join(waits)}"
