@@ -47,6 +47,7 @@ MOST = {
     ("Q4_K", "planar"): 2,
     ("ternary", "planar"): 1,
     ("GPTQ", "planar"): 2,
+    ("three heads", "rows"): 4,
 }
 
 
