@@ -53,8 +53,8 @@ def linear(
     if isinstance(weight, QTensor) and weight.layout == "tiles":
         index = () if layer is None or weight.lead == () else (layer,)
         return tiled_linear(x, weight, index, backend, int8_activations=int8_activations)
-    if backend.gathers and layer is not None and _lead(weight) != ():
-        weight = layer_of(weight, layer, backend)
+    if layer is not None:
+        weight = at_hand(weight, layer, backend)
     if isinstance(weight, Array) and backend.kernels == "native":
         return _native_linear(x, weight, layer, int8_activations=int8_activations)
     if isinstance(weight, QTensor) and has_kernel(weight, backend):
@@ -69,6 +69,11 @@ def linear(
     if isinstance(weight, QTensor):
         return _quantized_linear(x, weight, backend)
     return matmul_kernels.dot(x.astype(weight.dtype), weight)
+
+
+def at_hand(weight: QTensor | Array, layer: Int32[Array, ""], backend: Backend) -> QTensor | Array:
+    """A weight as products take it: where devices spread a stack, one layer of it, gathered."""
+    return layer_of(weight, layer, backend) if backend.gathers and _lead(weight) != () else weight
 
 
 def layer_of(weight: QTensor | Array, layer: Int32[Array, ""], backend: Backend) -> QTensor | Array:

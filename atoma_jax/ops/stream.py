@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from atoma_jax.ops.backend import Backend
-from atoma_jax.ops.linear import has_kernel, in_variant, layer_of, linear
+from atoma_jax.ops.linear import at_hand, has_kernel, in_variant, linear
 from atoma_jax.ops.parts import inputs_of, quantized_parts
 from atoma_jax.ops.residual import all_tokens, is_cut, own_tokens, sum_of_parts
 from atoma_jax.ops.ring import goes_round, joined_products, summed_nets, summed_products
@@ -37,7 +37,7 @@ def linear_of_stream(
         return linear(whole, weight, backend, layer=layer, int8_activations=int8_activations)
 
     def products(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "T N"]:
-        stack = _at_hand(stack, place, backend)
+        stack = at_hand(stack, place, backend)
 
         def product(part: Float[Array, "t D"]) -> Float32[Array, "t N"]:
             return linear(part, stack, backend, layer=place, int8_activations=int8_activations)
@@ -71,7 +71,7 @@ def linear_of_parts(
         inputs = inputs_of(x, stack, mesh)
         if not in_ring:
             return linear(inputs, stack, backend, layer=place)
-        stack = _at_hand(stack, place, backend)
+        stack = at_hand(stack, place, backend)
         inputs = inputs.reshape(size_of(mesh, "tensor"), -1, inputs.shape[1])
         return summed_products(inputs, lambda part: linear(part, stack, backend, layer=place), mesh, "tensor")
 
@@ -103,10 +103,10 @@ def net_of_stream(
     x = _as_sent(x, up, backend)
 
     def of_up(ups: QTensor | Array, up_place: Int32[Array, ""]) -> Float32[Array, "t D"]:
-        ups = _at_hand(ups, up_place, backend)
+        ups = at_hand(ups, up_place, backend)
 
         def of_down(downs: QTensor | Array, down_place: Int32[Array, ""]) -> Float32[Array, "t D"]:
-            downs = _at_hand(downs, down_place, backend)
+            downs = at_hand(downs, down_place, backend)
 
             def net(part: Float[Array, "t D"]) -> Float32[Array, "t D"]:
                 return linear(activate(linear(part, ups, backend, layer=up_place)), downs, backend, layer=down_place)
@@ -135,9 +135,3 @@ def _is_permuted(weight: QTensor | LayerVariants | Array) -> bool:
     """Whether a weight takes inputs of all devices."""
     stacks = weight.stacks if isinstance(weight, LayerVariants) else (weight,)
     return any(isinstance(stack, QTensor) and stack.permutation is not None for stack in stacks)
-
-
-def _at_hand(weight: QTensor | Array, layer: Int32[Array, ""], backend: Backend) -> QTensor | Array:
-    """A weight that many products take: where devices spread it, one layer of it, gathered once."""
-    lead = weight.lead if isinstance(weight, QTensor) else weight.shape[:-2]
-    return layer_of(weight, layer, backend) if backend.gathers and lead else weight
