@@ -9,8 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from atoma_jax.engine.buckets import Program
 from atoma_jax.engine.cutting import device_spec, served_spec
 from atoma_jax.ops.residual import is_cut
+from atoma_jax.ops.ring import goes_round
 from bench.compile_gate import table
 from bench.sharding_steps import MODELS, PROGRAMS
 from bench.step_model import (
@@ -45,9 +47,9 @@ Rows and tokens are those of all slices together; a slice (of `data` × `fsdp`) 
 _BYTES = """
 ## Bytes of a device
 
-Weights; KV of {sequences} sequences of {context} tokens; temporaries of a step of eight rows of decode and of
-those with 512 to 2048 tokens of prefill in each slice, as simulated devices need them, which attend in another way than
-GPUs do. Under `fsdp` two whole layers are among them.
+Weights; KV of {sequences} sequences of {context} tokens; temporaries of a step of eight rows of decode and of those with
+512 to 32768 tokens of prefill in each slice, as simulated devices need them, which attend in another way than GPUs do.
+Under `fsdp` two whole layers are among them.
 """
 
 _EXCHANGES = """
@@ -67,9 +69,10 @@ Milliseconds on H200s, of decode at {context} tokens of context and of prefill i
 _CROSSOVER = """
 ## Where `fsdp` and `tensor` cross over
 
-Both spread weights and cache alike. `tensor` sends activations, which grow with the tokens of a step; `fsdp` sends
-weights, whatever the step holds, and hides them behind a layer that computes long enough. So `tensor` is for decode and
-`fsdp` for steps of many tokens:
+Both spread weights and cache alike. `tensor` sends activations, which grow with the tokens of a step, and hides them
+behind products where tokens go round; `fsdp` sends weights, whatever the step holds, and hides them behind a layer that
+computes long enough. So `tensor` is for decode, and `fsdp` for steps of many tokens over so many devices that products
+hide activations no longer:
 """
 
 _SIMULATED = """
@@ -134,11 +137,21 @@ def modelled(name: str, mesh: str, programs: Mapping[str, Any], machine: Machine
     shape = parse_mesh(mesh)
     own = max(1, -(-tokens // shape.num_slices))
     load = decode_load(own, CONTEXT) if kind == "decode" else prefill_load(own, CONTEXT)
-    few, many = PROGRAMS[2:] if is_cut(own, shape) else PROGRAMS[:2]
+    few, *_, many = alike(own, name, shape)
     steps = Exchange(**programs[str(few)]["exchange"]), Exchange(**programs[str(many)]["exchange"])
     exchange = exchange_at(steps, (few.tokens, many.tokens), few.rows, load)
     part, vocab_size = _part(name, shape)
     return step_time(part, shape, vocab_size, load, exchange, machine)
+
+
+def alike(tokens: int, name: str, mesh: MeshShape) -> list[Program]:
+    """The compiled steps of a slice that exchange what one of so many tokens does, in other sizes."""
+    width = MODELS[name].dim
+
+    def way(tokens: int) -> tuple[bool, bool]:
+        return is_cut(tokens, mesh), is_cut(tokens, mesh) and goes_round(tokens, width, mesh, "tensor")
+
+    return [program for program in PROGRAMS if way(program.tokens) == way(tokens)]
 
 
 @cache

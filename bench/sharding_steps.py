@@ -32,8 +32,11 @@ from sharding.mesh import parse_mesh
 MESHES = ("data=1", "tensor=2", "tensor=4", "tensor=8", "fsdp=2", "fsdp=4", "fsdp=8", "fsdp=2,tensor=2", "data=2")
 MODELS = {"Llama-3.1-8B": LLAMA_8B, "Llama-3.2-1B": LLAMA_1B}
 SMALL = replace(TINY, dim=512, num_layers=4, num_heads=8, num_kv_heads=8, ffn_dim=2048, vocab_size=8192)
-# Of each slice: two whose residual stream is whole, and two that cut it over `tensor`.
-PROGRAMS = Program("decode", 8, 8), Program("mixed", 512, 8), Program("mixed", 1024, 8), Program("mixed", 2048, 8)
+# Of each slice: two whose residual stream is whole, two that cut it over `tensor`, two whose tokens go round it.
+PROGRAMS = (
+    Program("decode", 8, 8),
+    *(Program("mixed", tokens, 8) for tokens in (512, 1024, 1536, 16384, 32768)),
+)
 TABLE_WIDTH = 64  # pages of a sequence
 ROWS, CONTEXT = 16, 128  # that the small model decodes, in all slices together
 WARM, STEPS = 3, 40

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from atoma_jax.ops.residual import is_cut
 from bench.collectives import Collective, Piece
 from bench.real_models import LLAMA_8B
-from bench.sharding_report import crossover, markdown, modelled
+from bench.sharding_report import alike, crossover, markdown, modelled
 from bench.sharding_steps import MESHES, MODELS, PROGRAMS
 from bench.step_model import Exchange, Machine, decode_load, exchange_at, prefill_load, step_time
 from sharding.mesh import MeshShape, parse_mesh
@@ -75,27 +76,33 @@ def test_the_page_shows_what_was_compiled(results: dict[str, Any]) -> None:
     for name, meshes in results["models"].items():
         assert tuple(meshes) == MESHES
         for mesh, found in meshes.items():
-            steps = [Exchange(**found["programs"][str(program)]["exchange"]) for program in PROGRAMS]
+            steps = {program: Exchange(**found["programs"][str(program)]["exchange"]) for program in PROGRAMS}
             # What the model of other sizes stands on.
-            assert len({step.ahead for step in steps}) == 1
-            for few, many in ((0, 1), (2, 3)):
-                assert steps[few].waited_calls == steps[many].waited_calls
-                of_token = [steps[at].waited / PROGRAMS[at].tokens for at in (few, many)]
-                assert of_token[0] == pytest.approx(of_token[1])
-            # A sum of float32 that is cut, and a join of bfloat16.
-            share = 0.75 if parse_mesh(mesh).tensor > 1 else 1
-            assert of_token[0] == pytest.approx(share * steps[0].waited / PROGRAMS[0].tokens)
+            assert len({step.ahead for step in steps.values()}) == 1
+            decode = PROGRAMS[0]
+            for program, step in steps.items():
+                few, *_, many = alike(program.tokens, name, parse_mesh(mesh))
+                assert few != many
+                assert (step.waited_calls, step.rounds_calls) == (steps[few].waited_calls, steps[few].rounds_calls)
+                assert step.waited / program.tokens == pytest.approx(steps[few].waited / few.tokens)
+                assert step.rounds / program.tokens == pytest.approx(steps[few].rounds / few.tokens)
+                # A sum of float32 that is cut, and a join of bfloat16: three quarters of a sum.
+                sent = (step.waited + step.rounds) / program.tokens * decode.tokens
+                share = 0.75 if parse_mesh(mesh).tensor > 1 and is_cut(program.tokens, parse_mesh(mesh)) else 1
+                assert sent == pytest.approx(share * steps[decode].waited)
         whole, spread = meshes["data=1"], meshes["fsdp=8"]
         assert spread["weight_bytes"] == pytest.approx(whole["weight_bytes"] / 8, rel=0.05), name
 
 
-def test_tensor_is_for_few_tokens_and_fsdp_for_many(results: dict[str, Any]) -> None:
+def test_tensor_is_for_few_tokens_and_fsdp_for_many_over_many_devices(results: dict[str, Any]) -> None:
     machine = Machine(**results["inputs"])
     for name, meshes in results["models"].items():
         for devices in (2, 4, 8):
             assert crossover(name, meshes, machine, "decode", devices) is None
             found = crossover(name, meshes, machine, "mixed", devices)
-            assert found is not None
+            if found is None:  # what goes round hides behind products
+                assert devices < 8
+                continue
             for tokens, is_faster in ((found, True), (found - devices, False)):
                 fsdp, tensor = (
                     modelled(name, mesh, meshes[mesh]["programs"], machine, "mixed", tokens).total
