@@ -2,6 +2,7 @@
 less time than a launch cannot be timed otherwise.
 """
 
+import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -50,12 +51,13 @@ def seconds_by_kernel(times: Sequence[KernelTime]) -> dict[str, float]:
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
-def seconds_a_call(programs: Sequence[Callable[[jax.Array], Any]], *, calls: int) -> list[float]:
-    """Seconds of all kernels of one call of each program, compiled before; without a GPU, of a call as a clock sees it.
+def seconds_a_call(programs: Sequence[Callable[[jax.Array], Any]], *, calls: int, kernels: str = "") -> list[float]:
+    """Seconds of kernels of one call of each program, compiled before; without a GPU, of a call as a clock sees it.
 
     Args:
         programs: functions of the number of the call, an array.
         calls: of each, one after the other.
+        kernels: a regular expression: of the names of those that count.
     """
     numbers = [jnp.int32(i) for i in range(calls)]
     for program in programs:
@@ -77,7 +79,7 @@ def seconds_a_call(programs: Sequence[Callable[[jax.Array], Any]], *, calls: int
     for one in kernel_times(run):
         if _MARK in one.kernel:
             segments.append(0.0)
-        elif segments:
+        elif segments and re.search(kernels, one.kernel):
             segments[-1] += one.seconds / calls
     assert len(segments) == len(programs), "the profiler lost launches"
     return segments

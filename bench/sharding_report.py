@@ -47,9 +47,9 @@ Rows and tokens are those of all slices together; a slice (of `data` × `fsdp`) 
 _BYTES = """
 ## Bytes of a device
 
-Weights; KV of {sequences} sequences of {context} tokens; temporaries of a step of eight rows of decode and of those with
-512 to 32768 tokens of prefill in each slice, as simulated devices need them, which attend in another way than GPUs do.
-Under `fsdp` two whole layers are among them.
+Weights; KV of {sequences} sequences of {context} tokens; temporaries of a step of eight rows of decode and of those
+with 512 to 32768 tokens of prefill in each slice, as simulated devices need them, which attend in another way than GPUs
+do. Under `fsdp` two whole layers are among them.
 """
 
 _EXCHANGES = """

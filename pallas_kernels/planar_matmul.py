@@ -2,19 +2,20 @@
 
 The reference is `quantized_matmul.matmul_planar`, which also says what the layout is. What is particular here:
 
-- Few rows: what a group multiplies is summed apart, exactly, and scaled in float32. Matrix units take 16 columns: where
-  rows are fewer, each gets several, with zeros outside of another group, so that one product sums a block's groups
-  apart and no thread scales what another one scales too.
+- Few rows: activations are whole numbers of two bytes with a unit for each span, a group or the block of words in a
+  larger one, and weights are bytes. Matrix units sum a span's products exactly, high and low bytes in columns of their
+  own, and what is scaled in float32 is a sum. They take 16 columns: where rows are fewer, each gets several, with zeros
+  outside of another span, so that one product sums spans apart and no thread scales what another one scales too.
 - Many rows: it is cheaper to scale the weight, in bfloat16, which rounds scale, min and their result. The planes of a
   block are multiplied at once; pairs of their numbers lie as the planes hold them, and activations follow that order.
-- Mins of few rows are subtracted as `min · Σx` of a group, with the sums of activations made once for all out-features.
-- Scales and mins are read one block ahead: what is narrower than four bytes the compiler does not keep under way.
+- Mins of few rows, and zeros, are subtracted as `min · Σx` of a span, whose sums are made once for all out-features.
+- Scales and mins are read one turn ahead: what is narrower than four bytes the compiler does not keep under way.
 - A weight is a stack of many and an index into it is an operand, so that a program reads what it needs in place: layers
   and experts are never copied out.
 """
 
-import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,12 +26,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
+from pallas_kernels.quantized_tokens import HIGH, SpanBytes, span_bytes
 from pallas_kernels.tuning import SCALED_WEIGHTS, TOGETHER, MatmulTiles
-from pallas_kernels.unpacking import unpack
+from pallas_kernels.unpacking import unpack, unpack_bytes
 
 FEWEST_COLUMNS = 16  # of a product of the matrix units
 DEQUANTIZED_ROWS = 32  # out-features of a program that dequantizes
-SMALL_GROUP = 32  # inputs, up to which groups get columns of their own
+DEQUANTIZED_BLOCKS = 2  # of words that it reads, where their number is even
 
 
 class PlanarStack(NamedTuple):
@@ -58,9 +60,14 @@ class PlanarFormat(NamedTuple):
         return self.plane * 16 // self.bits
 
     @property
-    def groups(self) -> int:
-        """Of a block; 1 where a group is larger."""
-        return max(1, self.block // self.group)
+    def span(self) -> int:
+        """Inputs that share a scale in one block: a group, or the block where a group is larger."""
+        return min(self.group, self.block)
+
+    @property
+    def spans(self) -> int:
+        """Of a block."""
+        return self.block // self.span
 
     @property
     def together(self) -> int:
@@ -71,6 +78,12 @@ class PlanarFormat(NamedTuple):
     def is_aligned(self) -> bool:
         """Whether groups are whole blocks, or blocks whole groups: what the kernels want."""
         return self.group % self.plane == 0 and (self.block % self.group == 0 or self.group % self.block == 0)
+
+
+class _Pairs(NamedTuple):
+    """Activations of many rows, in the order of weights that are scaled: pair by pair."""
+
+    x: BFloat16[Array, "M K"]
 
 
 class _Work(NamedTuple):
@@ -94,7 +107,7 @@ def planar_matmul(
     *,
     interpret: bool = False,
 ) -> Float32[Array, "M N"]:
-    """x · Wᵀ for W = stack[index]; `x` is rounded to bfloat16, sums are float32.
+    """x · Wᵀ for W = stack[index]; `x` is rounded as `span_bytes` says, or to bfloat16; sums are float32.
 
     Args:
         x: activations.
@@ -104,15 +117,15 @@ def planar_matmul(
         tiles: how the product is cut.
         interpret: run the kernel's steps as plain JAX, on any device.
     """
-    M, N = x.shape[0], stack.words.shape[1]
-    x, sums = _operands(x, stack, kind, tiles)
-    splits, blocks = _splits(x.shape[1], kind, tiles)
+    (M, K), N = x.shape, stack.words.shape[1]
+    inputs = _activations(x, kind, tiles, interpret=interpret)
+    splits, blocks = _splits(K, kind, tiles)
 
     def kernel(*refs: Any) -> None:
-        index_ref, x_ref, out_ref, stack_refs, sums_ref = _named(refs, stack, sums)
+        index_ref, out_ref, (inputs_refs, stack_refs) = refs[0], refs[-1], _named(refs[1:-1], inputs, stack)
         at = pl.program_id(0) * tiles.block_m, pl.program_id(1), pl.program_id(2)
-        work = _work(at, index_ref[0], M, stack_refs, x_ref.shape[1], kind, tiles, blocks)
-        _store(out_ref, _tile(x_ref, stack_refs, sums_ref, work, kind, tiles, not interpret), work, at[2])
+        work = _work(at, index_ref[0], M, stack_refs, K, kind, tiles, blocks)
+        _store(out_ref, _tile(inputs_refs, stack_refs, work, kind, tiles, not interpret), work, at[2])
 
     parts = pl.pallas_call(
         kernel,
@@ -121,7 +134,7 @@ def planar_matmul(
         compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name=f"planar_matmul_{kind.bits}",
-    )(index.reshape(1), x, *_present(stack), *([] if sums is None else [sums]))
+    )(index.reshape(1), *_present(inputs), *_present(stack))
     return parts[0] if splits == 1 else jnp.sum(parts, axis=0)
 
 
@@ -139,26 +152,35 @@ def planar_dequantized(
     """
     assert kind.is_aligned, kind
     N, P = stack.words.shape[1], kind.plane
+    turn = DEQUANTIZED_BLOCKS if K // kind.block % DEQUANTIZED_BLOCKS == 0 else 1
 
     def kernel(*refs: Any) -> None:
-        index_ref, out_ref, stack_refs = refs[0], refs[-1], _present_refs(refs[1:-1], stack)
-        b = pl.program_id(1)
+        index_ref, out_ref, [stack_refs] = refs[0], refs[-1], _named(refs[1:-1], stack)
+        first = pl.program_id(1) * turn
         feature = pl.program_id(0) * DEQUANTIZED_ROWS + lax.iota(jnp.int32, DEQUANTIZED_ROWS)
         is_feature, column = feature < N, lax.iota(jnp.int32, P)
-        place = index_ref[0], feature[:, None], (b * P + column)[None, :]
-        words = _load(stack_refs.words, place, is_feature[:, None])
-        numbers = unpack(words, bits=kind.bits, zero=kind.zero, table=kind.table, assembly=not interpret)
-        for i, number in enumerate(numbers):
-            group = lax.div(b * kind.block + i * P, kind.group)
-            scale, low = _factors(_stored(stack_refs, (index_ref[0], group, feature), is_feature), stack_refs)
+
+        def words(b: Any) -> Array:
+            place = index_ref[0], feature[:, None], (b * P + column)[None, :]
+            return _load(stack_refs.words, place, is_feature[:, None])
+
+        # All reads of a program are under way before it writes.
+        read = [(first + i, words(first + i)) for i in range(turn)]
+        inputs = [b * kind.block + i * P for b, _ in read for i in range(16 // kind.bits)]
+        groups = [lax.div(at, kind.group) for at in inputs]
+        stored = [_stored(stack_refs, (index_ref[0], group, feature), is_feature) for group in groups]
+        what: Any = {"bits": kind.bits, "zero": kind.zero, "table": kind.table, "assembly": not interpret}
+        numbers = [number for _, packed in read for number in unpack(packed, **what)]
+        for at, factors, number in zip(inputs, stored, numbers, strict=True):
+            scale, low = _factors(factors, stack_refs)
             weight = number.astype(jnp.float32) * scale[:, None]
             weight = weight if low is None else weight - low[:, None]
-            to = feature[:, None], (b * kind.block + i * P + column)[None, :]
+            to = feature[:, None], (at + column)[None, :]
             plt.store(out_ref.at[to], weight.astype(jnp.bfloat16), mask=is_feature[:, None])
 
     return pl.pallas_call(
         kernel,
-        grid=(pl.cdiv(N, DEQUANTIZED_ROWS), K // kind.block),
+        grid=(pl.cdiv(N, DEQUANTIZED_ROWS), K // kind.block // turn),
         out_shape=jax.ShapeDtypeStruct((N, K), jnp.bfloat16),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
@@ -184,12 +206,12 @@ def planar_grouped_matmul(
     `most` is how many rows a block has at most. Rows of no block may hold anything.
     """
     pieces = -(-most // tiles.block_m)
-    N = stack.words.shape[1]
-    x, sums = _operands(x, stack, kind, tiles)
-    splits, turns = _splits(x.shape[1], kind, tiles)
+    (rows, K), N = x.shape, stack.words.shape[1]
+    inputs = _activations(x, kind, tiles, interpret=interpret)
+    splits, turns = _splits(K, kind, tiles)
 
     def kernel(used_ref: Any, start_ref: Any, stop_ref: Any, *refs: Any) -> None:
-        index_ref, x_ref, out_ref, stack_refs, sums_ref = _named(refs, stack, sums)
+        index_ref, out_ref, (inputs_refs, stack_refs) = refs[0], refs[-1], _named(refs[1:-1], inputs, stack)
         piece, at = pl.program_id(0), (pl.program_id(1), pl.program_id(2))  # not inside of a condition: JAX refuses it
         block = lax.div(piece, pieces)
         start = start_ref[block] + lax.rem(piece, pieces) * tiles.block_m
@@ -197,57 +219,47 @@ def planar_grouped_matmul(
         @pl.when((block < used_ref[0]) & (start < stop_ref[block]))
         def _() -> None:
             place = (start, *at)
-            work = _work(place, index_ref[block], stop_ref[block], stack_refs, x_ref.shape[1], kind, tiles, turns)
-            _store(out_ref, _tile(x_ref, stack_refs, sums_ref, work, kind, tiles, not interpret), work, at[1])
+            work = _work(place, index_ref[block], stop_ref[block], stack_refs, K, kind, tiles, turns)
+            _store(out_ref, _tile(inputs_refs, stack_refs, work, kind, tiles, not interpret), work, at[1])
 
     parts = pl.pallas_call(
         kernel,
         grid=(index.shape[0] * pieces, -(-N // tiles.block_n), splits),
-        out_shape=jax.ShapeDtypeStruct((splits, x.shape[0], N), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((splits, rows, N), jnp.float32),
         compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name=f"planar_grouped_matmul_{kind.bits}",
-    )(used.reshape(1), start, stop, index, x, *_present(stack), *([] if sums is None else [sums]))
+    )(used.reshape(1), start, stop, index, *_present(inputs), *_present(stack))
     return parts[0] if splits == 1 else jnp.sum(parts, axis=0)
 
 
-def _operands(
-    x: Array, stack: PlanarStack, kind: PlanarFormat, tiles: MatmulTiles
-) -> tuple[Array, Float32[Array, "spans M"] | None]:
-    """Activations as the kernel reads them, and their sums over what shares a min, where it subtracts mins of sums."""
+def _activations(
+    x: Float[Array, "M K"], kind: PlanarFormat, tiles: MatmulTiles, *, interpret: bool
+) -> SpanBytes | _Pairs:
+    """As the kernels read them."""
     assert kind.is_aligned, kind
-    x = x.astype(jnp.bfloat16)
-    if tiles.block_m >= SCALED_WEIGHTS:
-        M, K = x.shape
-        return x.reshape(M, -1, kind.together, kind.plane // 2, 2).swapaxes(2, 3).reshape(M, K), None
-    if stack.mins is None:
-        return x, None
-    span = min(kind.group, kind.block)
-    return x, jnp.sum(x.astype(jnp.float32).reshape(x.shape[0], -1, span), axis=-1).T
+    if tiles.block_m < SCALED_WEIGHTS:
+        return span_bytes(x, kind.span, interpret=interpret)
+    M, K = x.shape
+    pairs = x.astype(jnp.bfloat16).reshape(M, -1, kind.together, kind.plane // 2, 2)
+    return _Pairs(pairs.swapaxes(2, 3).reshape(M, K))
 
 
 def _splits(K: int, kind: PlanarFormat, tiles: MatmulTiles) -> tuple[int, int]:
-    """Parts that K is cut into, and blocks of words of each; the last may have fewer."""
-    whole = K // kind.block
-    blocks = -(-whole // tiles.splits)
+    """Parts that K is cut into, and blocks of words of each, whole turns; the last may have fewer."""
+    whole, turn = K // kind.block, blocks_of_turn(kind, tiles)
+    blocks = -(-whole // (tiles.splits * turn)) * turn
     return -(-whole // blocks), blocks
 
 
-def _present(stack: PlanarStack) -> list[Array]:
-    return [part for part in stack if part is not None]
+def _present(parts: PlanarStack | SpanBytes | _Pairs) -> list[Array]:
+    return [part for part in parts if part is not None]
 
 
-def _named(refs: tuple[Any, ...], stack: PlanarStack, sums: Array | None) -> tuple[Any, Any, Any, PlanarStack, Any]:
-    """Refs of a kernel by name: index, activations, output, weights (None where the stack has none), sums."""
-    index_ref, x_ref, *rest, out_ref = refs
-    sums_ref = rest.pop() if sums is not None else None
-    return index_ref, x_ref, out_ref, _present_refs(rest, stack), sums_ref
-
-
-def _present_refs(refs: Sequence[Any], stack: PlanarStack) -> PlanarStack:
-    """Refs of a stack's arrays, None where it has none."""
+def _named(refs: Sequence[Any], *arrays: Any) -> list[Any]:
+    """Refs in the form of the arrays that a kernel got, None where there is none."""
     rest = iter(refs)
-    return PlanarStack(*(None if part is None else next(rest) for part in stack))
+    return [type(parts)(*(None if part is None else next(rest) for part in parts)) for parts in arrays]
 
 
 def _work(
@@ -282,71 +294,110 @@ def _store(out_ref: Any, tile: Float32[Array, "rows block_n"], work: _Work, spli
 
 
 def _tile(
-    x_ref: Any, stack: PlanarStack, sums_ref: Any, work: _Work, kind: PlanarFormat, tiles: MatmulTiles, assembly: bool
+    inputs: Any, stack: PlanarStack, work: _Work, kind: PlanarFormat, tiles: MatmulTiles, assembly: bool
 ) -> Float32[Array, "rows block_n"]:
     """The part of a tile that one program sums; it may have more rows than `tiles` says, which are not to be stored."""
 
-    def numbers(b: Any) -> list[Array]:
+    def words(b: Any) -> Array:
         place = b * kind.plane + lax.iota(jnp.int32, kind.plane)
-        words = _load(stack.words, (work.index, work.feature[:, None], place[None, :]), work.is_feature[:, None])
-        return unpack(words, bits=kind.bits, zero=kind.zero, table=kind.table, assembly=assembly)
+        mask = work.is_feature[:, None]
+        if stack.words.shape[2] % (blocks_of_turn(kind, tiles) * kind.plane):  # the last turn has fewer
+            mask = mask & (place < stack.words.shape[2])[None, :]
+        return _load(stack.words, (work.index, work.feature[:, None], place[None, :]), mask)
 
+    what: Any = {"bits": kind.bits, "table": kind.table, "assembly": assembly}
     if tiles.block_m >= SCALED_WEIGHTS:
-        return _many_rows(x_ref, stack, work, kind, tiles.block_m, numbers)
-    return _few_rows(x_ref, stack, sums_ref, work, kind, tiles.block_m, numbers)
+        numbers = partial(unpack, zero=kind.zero, **what)
+        return _many_rows(inputs.x, stack, work, kind, tiles.block_m, lambda b: numbers(words(b)))
+    return _few_rows(inputs, stack, work, kind, tiles, lambda b: unpack_bytes(words(b), **what))
 
 
 def _few_rows(
-    x_ref: Any,
+    inputs: Any,
     stack: PlanarStack,
-    sums_ref: Any,
     work: _Work,
     kind: PlanarFormat,
-    rows: int,
+    tiles: MatmulTiles,
     numbers: Callable[[Any], list[Array]],
 ) -> Float32[Array, "rows block_n"]:
-    """Sums of groups apart, then scaled. Column r·side + g is row r inside group g of `side`, and zero elsewhere."""
-    P, groups, side = kind.plane, kind.groups, _side_by_side(kind, rows)
-    columns = max(FEWEST_COLUMNS, rows * side)
-    column = lax.iota(jnp.int32, columns)
-    own, row = lax.rem(column, side), work.row + lax.div(column, side)
+    """Sums of spans apart, then scaled. Columns 2c and 2c + 1 are the high and low bytes of row c // side inside span
+    c % side, and zero elsewhere.
+    """
+    P, spans, side, turn = kind.plane, kind.spans, _side_by_side(kind, tiles), blocks_of_turn(kind, tiles)
+    columns = max(FEWEST_COLUMNS, 2 * tiles.block_m * side)
+    column, scaled = lax.iota(jnp.int32, columns), lax.iota(jnp.int32, columns // 2)
+    byte, own, row = lax.rem(column, 2), lax.rem(lax.div(column, 2), side), work.row + lax.div(column, 2 * side)
     is_row = row < work.last_row
+    span_of, row_of = lax.rem(scaled, side), work.row + lax.div(scaled, side)
+    is_row_of = row_of < work.last_row
+    begin, end = lax.div(work.block, turn), pl.cdiv(work.last_block, turn)
+    K, last_span = inputs.codes.shape[2], inputs.unit.shape[0]
+    is_ragged, raised = K // kind.block % turn > 0, _raised(kind)
+    subtracts = stack.mins is not None or raised != 0
 
-    def stored(b: Any) -> list[list[Array]]:
-        group = lax.div(b * kind.block, kind.group)
-        if side == 1:
-            return [_stored(stack, (work.index, group + i, work.feature), work.is_feature) for i in range(groups)]
-        at = work.index, (group + own)[None, :], work.feature[:, None]
-        return [_stored(stack, at, work.is_feature[:, None] & is_row[None, :])]
+    def stored(t: Any) -> list[list[Array]]:
+        """Factors of the spans of a turn, as they lie in memory."""
+        found: list[list[Array]] = []
+        for part in range(0, turn * spans, side):
+            first = t * turn * spans + part
+            span = first + span_of
+            exists = is_row_of & (span < last_span) if is_ragged else is_row_of
+            factors = [_load(inputs.unit, (span, row_of), exists)]
+            factors += [_load(inputs.total, (span, row_of), exists)] if subtracts else []
+            if side == 1:  # the same for all rows
+                group = lax.div(first * kind.span, kind.group)
+                factors += _stored(stack, (work.index, group, work.feature), work.is_feature)
+            else:
+                group, mask = lax.div(span * kind.span, kind.group), work.is_feature[:, None] & exists[None, :]
+                factors += _stored(stack, (work.index, group[None, :], work.feature[:, None]), mask)
+            found.append(factors)
+        return found
 
-    def block(b: Any, carry: tuple[Array, list[list[Array]]]) -> tuple[Array, list[list[Array]]]:
+    def step(t: Any, carry: tuple[Array, list[list[Array]]]) -> tuple[Array, list[list[Array]]]:
         total, here = carry
-        ahead = stored(jnp.minimum(b + 1, work.last_block - 1))
-        planes = numbers(b)
-        for part, factors in enumerate(here):  # of the block: a group, or all of them side by side
-            products: list[Array] = []
-            for i in range(part * len(planes) // len(here), (part + 1) * len(planes) // len(here)):
-                inputs = b * kind.block + i * P + lax.iota(jnp.int32, P)
-                mine = is_row if side == 1 else is_row & (own == i * P // kind.group)
-                x = _load(x_ref, (row[:, None], inputs[None, :]), mine[:, None])  # [columns, P]
-                products.append(plt.dot(planes[i], x.T))
-            scale, low = _factors(factors, stack)
+        ahead = stored(jnp.minimum(t + 1, end - 1))
+        planes = [plane for i in range(turn) for plane in numbers(t * turn + i)]
+        each = len(planes) // len(here)
+        for part, factors in enumerate(here):  # some spans side by side, or one
+            sums = jnp.zeros((total.shape[0], columns), jnp.int32)
+            for i in range(part * each, (part + 1) * each):
+                at = t * turn * kind.block + i * P + lax.iota(jnp.int32, P)
+                mine = is_row if side == 1 else is_row & (own == i * P // kind.span % side)
+                mask = mine[:, None] & (at < K)[None, :] if is_ragged else mine[:, None]
+                x = _load(inputs.codes, (byte[:, None], row[:, None], at[None, :]), mask)  # [columns, P]
+                sums = sums + lax.dot_general(planes[i], x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+            counts = jnp.where(lax.iota(jnp.int32, 2) == 0, HIGH, 1)
+            whole = jnp.sum(sums.reshape(-1, columns // 2, 2) * counts[None, None, :], axis=2)
+            unit, *rest = factors
+            of_x = rest.pop(0) if subtracts else None
+            scale, low = _factors(rest, stack)
             if side == 1:
                 scale, low = scale[:, None], None if low is None else low[:, None]
-            total = total + functools.reduce(jnp.add, products) * scale
-            if low is not None:
-                sums = _load(sums_ref, (b * groups + part + own, row), is_row)
-                total = total - low * sums[None, :]
+            total = total + whole.astype(jnp.float32) * (scale * unit[None, :])
+            if raised:
+                low = scale * raised if low is None else scale * raised + low
+            if low is not None and of_x is not None:
+                total = total - low * of_x[None, :]
         return total, ahead
 
-    empty = jnp.zeros((work.feature.shape[0], columns), jnp.float32)
-    total, _ = lax.fori_loop(work.block, work.last_block, block, (empty, stored(work.block)))
-    return (total if side == 1 else jnp.sum(total.reshape(-1, columns // side, side), axis=2)).T
+    empty = jnp.zeros((work.feature.shape[0], columns // 2), jnp.float32)
+    total, _ = lax.fori_loop(begin, end, step, (empty, stored(begin)))
+    return (total if side == 1 else jnp.sum(total.reshape(-1, columns // 2 // side, side), axis=2)).T
 
 
-def _side_by_side(kind: PlanarFormat, rows: int) -> int:
-    """All groups of a block, where there are columns for them and they are small: else scaling them is no matter."""
-    return kind.groups if kind.group <= SMALL_GROUP and rows * kind.groups <= FEWEST_COLUMNS else 1
+def _side_by_side(kind: PlanarFormat, tiles: MatmulTiles) -> int:
+    """Spans that are summed in columns of their own: as many as there are columns for, of one turn."""
+    return max(1, min(FEWEST_COLUMNS // (2 * tiles.block_m), blocks_of_turn(kind, tiles) * kind.spans))
+
+
+def blocks_of_turn(kind: PlanarFormat, tiles: MatmulTiles) -> int:
+    """Blocks of words that one turn of the loop takes."""
+    return max(1, tiles.turn // kind.block) if tiles.block_m < SCALED_WEIGHTS else 1
+
+
+def _raised(kind: PlanarFormat) -> int:
+    """How much too high numbers of few rows are: it is cheaper to subtract it of a span's sum."""
+    return 0 if kind.table is not None else kind.zero - (128 if kind.bits == 8 else 0)
 
 
 def _many_rows(
@@ -355,7 +406,7 @@ def _many_rows(
     """Weights scaled, then summed over all groups at once."""
     P, planes, width = kind.plane, 16 // kind.bits, kind.together * kind.plane
     row = work.row + lax.iota(jnp.int32, rows)
-    begins = [i for i in range(planes) if i * P % min(kind.group, kind.block) == 0]  # planes that begin a group
+    begins = [i for i in range(planes) if i * P % kind.span == 0]  # planes that begin a group
 
     def stored(b: Any) -> list[list[Array]]:
         groups = [lax.div(b * kind.block + i * P, kind.group) for i in begins]

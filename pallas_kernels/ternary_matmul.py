@@ -19,9 +19,8 @@ from jaxtyping import Array, Float, Float32, Int8, Int32, UInt8, UInt16
 
 from pallas_kernels.planar_matmul import PlanarFormat
 from pallas_kernels.quantized_matmul import quantize_tokens, unpack_planar
+from pallas_kernels.quantized_tokens import FIELDS, FieldTokens, field_tokens
 from pallas_kernels.tuning import MatmulTiles
-
-FIELDS = 4  # codes of a byte
 
 
 def is_ternary(kind: PlanarFormat, K: int) -> bool:
@@ -54,9 +53,8 @@ def ternary_matmul(
         interpret: run the kernel's steps as plain JAX, on any device.
     """
     assert is_ternary(kind, x.shape[1]), kind
-    tokens, factor = quantize_tokens(x)
-    sums = _integer_sums(tokens, words, index, kind, tiles, interpret)
-    return _scaled(sums, tokens, factor, lax.dynamic_index_in_dim(scales, index, keepdims=False), kind.zero)
+    tokens = field_tokens(x, kind.plane, interpret=interpret)
+    return _product(tokens, words, scales, index, kind, tiles, interpret)
 
 
 def ternary_matmul_xla(
@@ -69,56 +67,65 @@ def ternary_matmul_xla(
     tokens, factor = quantize_tokens(x)
     codes = unpack_planar(words, 2, kind.plane).astype(jnp.int8)  # [N, K]
     sums = lax.dot_general(tokens, codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    return _scaled(sums, tokens, factor, scales, kind.zero)
+    return _scaled(sums, jnp.sum(tokens, axis=-1, keepdims=True, dtype=jnp.int32), factor, scales, kind.zero)
 
 
 def _scaled(
-    sums: Int32[Array, "M N"],
-    tokens: Int8[Array, "M K"],
-    factor: Float32[Array, "M 1"],
-    scales: Float[Array, "1 N"],
+    sums: Int32[Array, "*tile"],
+    total: Int32[Array, "*#tile"],
+    factor: Float32[Array, "*#tile"],
+    scales: Float[Array, "*#tile"],
     zero: int,
-) -> Float32[Array, "M N"]:
+) -> Float32[Array, "*tile"]:
     """(Σ code·x − zero · Σ x) · scale · factor of the row."""
-    totals = jnp.sum(tokens, axis=-1, keepdims=True, dtype=jnp.int32)
-    return (sums - zero * totals).astype(jnp.float32) * scales.astype(jnp.float32) * factor
+    return (sums - zero * total).astype(jnp.float32) * scales.astype(jnp.float32) * factor
 
 
-def _integer_sums(
-    tokens: Int8[Array, "M K"],
+def _product(
+    tokens: FieldTokens,
     words: UInt16[Array, "S N W"],
+    scales: Float[Array, "S 1 N"],
     index: Int32[Array, ""],
     kind: PlanarFormat,
     tiles: MatmulTiles,
     interpret: bool,
-) -> Int32[Array, "M N"]:
-    """Σ code·x."""
-    M, K = tokens.shape
+) -> Float32[Array, "M N"]:
+    M, K = tokens.codes.shape
     N, P = words.shape[1], kind.plane
     stack = lax.bitcast_convert_type(words, jnp.uint8).reshape(*words.shape[:2], -1)  # [S, N, K/4]
-    x = tokens.reshape(M, -1, 2, FIELDS, P).transpose(0, 1, 3, 4, 2).reshape(M, K)  # as the bytes' fields
     whole = K // kind.block
     blocks = -(-whole // tiles.splits)
     splits = -(-whole // blocks)
+    total, factor = tokens.total[:, None], tokens.factor[:, None]
 
-    def kernel(index_ref: Any, x_ref: Any, words_ref: Any, out_ref: Any) -> None:
+    def kernel(
+        index_ref: Any, x_ref: Any, words_ref: Any, scales_ref: Any, total_ref: Any, factor_ref: Any, out_ref: Any
+    ) -> None:
         part = pl.program_id(2)
         first, last = part * blocks, jnp.minimum((part + 1) * blocks, whole)
         rows = pl.program_id(0) * tiles.block_m + lax.iota(jnp.int32, tiles.block_m)
         features = pl.program_id(1) * tiles.block_n + lax.iota(jnp.int32, tiles.block_n)
-        total = _tile(x_ref, words_ref, index_ref[0], rows, features, first, last, M, 2 * P, not interpret)
-        mask = (rows < M)[None, :] & (features < N)[:, None]
-        plt.store(out_ref.at[part, rows[None, :], features[:, None]], total, mask=mask)
+        is_row, is_feature = rows < M, features < N
+        sums = _tile(x_ref, words_ref, index_ref[0], rows, features, first, last, M, 2 * P, not interpret)
+        if splits == 1:  # else the parts are added up first
+            scale = plt.load(scales_ref.at[index_ref[0], 0, features], mask=is_feature, other=0.0)
+            sum_of_row = plt.load(total_ref.at[rows, 0], mask=is_row, other=0)
+            factor_of_row = plt.load(factor_ref.at[rows, 0], mask=is_row, other=0.0)
+            sums = _scaled(sums, sum_of_row[None], factor_of_row[None], scale[:, None], kind.zero)
+        plt.store(out_ref.at[part, rows[None, :], features[:, None]], sums, mask=is_row[None, :] & is_feature[:, None])
 
     parts = pl.pallas_call(
         kernel,
         grid=(-(-M // tiles.block_m), -(-N // tiles.block_n), splits),
-        out_shape=jax.ShapeDtypeStruct((splits, M, N), jnp.int32),
+        out_shape=jax.ShapeDtypeStruct((splits, M, N), jnp.float32 if splits == 1 else jnp.int32),
         compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="ternary_matmul",
-    )(index.reshape(1), x, stack)
-    return parts[0] if splits == 1 else jnp.sum(parts, axis=0)
+    )(index.reshape(1), tokens.codes, stack, scales, total, factor)
+    if splits == 1:
+        return parts[0]
+    scale = lax.dynamic_index_in_dim(scales, index, keepdims=False)
+    return _scaled(jnp.sum(parts, axis=0), total, factor, scale, kind.zero)
 
 
 def _tile(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 DENSE_BLOCK = 64  # inputs of bfloat16 weights in one turn: what one request of the matrix units' tiles swizzles
-SCALED_WEIGHTS = 64  # rows of a tile from which on packed weights are scaled instead of sums
+SCALED_WEIGHTS = 16  # rows of a tile from which on packed weights are scaled instead of sums
 TOGETHER = 128  # inputs of one product of the matrix units there
 ROW_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # measured at; a call takes the next one up
 
@@ -25,6 +25,7 @@ class MatmulTiles:
     splits: int  # of K; their sums are added afterwards
     warps: int
     stages: int  # of loads that are under way
+    turn: int = 512  # inputs of packed weights that a turn of few rows takes: a power of two, at least a block of words
 
 
 def matmul_key(*, M: int, N: int, K: int, bits: int, group: int) -> str:
@@ -55,15 +56,17 @@ def matmul_tiles(device: str, operation: str, *, M: int, N: int, K: int, bits: i
 def default_tiles(operation: str, *, M: int, N: int, K: int, bits: int, group: int, device: str = "") -> MatmulTiles:
     """Tiles of shapes that nobody measured. Few rows: small tiles, and K cut until all of a large GPU has work.
 
-    From what compiles without spills, and what was fastest on an H100 at the shapes that were measured there. Many
+    From what compiles without spills, and what was fastest on an H100 or H200 at the shapes that were measured. Many
     rows take wider tiles, as each unpacks its weights once for all of them.
     """
     # Of words, with the widest plane that the group allows.
     block_k = DENSE_BLOCK if bits == 16 else min(64, group) * 16 // bits
-    programs = _PROGRAMS
-    if M <= 16 and operation in ("planar_matmul", "planar_grouped_matmul"):
-        # Such a tile may have more columns than rows: one for each group of a block.
+    programs, turn = _PROGRAMS, 512
+    if M <= _FEW_ROWS and operation.startswith("planar"):
+        # Such a tile has more columns than rows: two for each span of a turn.
         block_n, block_m, warps, programs = 32, 1 << (M - 1).bit_length(), 2, 4 * _PROGRAMS
+        # What there are columns for. More in a turn was slower on an H200: Q4_K took 37 µs instead of 30.
+        turn = max(block_k, min(turn, _SPANS // block_m * min(group, block_k)))
     elif M <= 16:
         block_n, block_m, warps, programs = 64, 16, 4, 2 * _PROGRAMS
     elif bits == 16 and M > 64:
@@ -80,12 +83,12 @@ def default_tiles(operation: str, *, M: int, N: int, K: int, bits: int, group: i
     kept = 2 * TOGETHER * block_n if unpacks else 0  # of weights
     stages = max(2, min(4 if bits == 16 or M > 64 else 3, (_SHARED_MEMORY - kept) // (of_x + of_weight)))
     if operation == "planar_grouped_matmul":  # its blocks of rows are many already
-        return MatmulTiles(block_n=block_n, block_m=block_m, splits=1, warps=warps, stages=stages)
+        return MatmulTiles(block_n=block_n, block_m=block_m, splits=1, warps=warps, stages=stages, turn=turn)
     blocks = -(-N // block_n) * -(-M // block_m)
     splits = 1
     while splits < 16 and blocks * splits < programs and K // (2 * splits) >= _SHORTEST_SPLIT:
         splits *= 2
-    return MatmulTiles(block_n=block_n, block_m=block_m, splits=splits, warps=warps, stages=stages)
+    return MatmulTiles(block_n=block_n, block_m=block_m, splits=splits, warps=warps, stages=stages, turn=turn)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,9 +162,11 @@ _SHARED_MEMORY = 160 << 10  # bytes that the loads under way may take: an A100 h
 _HAS_TENSOR_MEMORY = re.compile(r"\bG?B[123]00\b")
 _TENSOR_MEMORY = 256
 _PROGRAMS = 200  # of a product, at least: one and a half for each multiprocessor of an H200
+_SPANS = 8  # that have columns where there is one row
+_FEW_ROWS = 4  # up to which sums of packed weights are scaled: of eight, scaling weights takes fewer operations
 _SHORTEST_SPLIT = 512  # inputs: a shorter loop would not fill its pipeline
 # GPUs with the same multiprocessors as one that was measured.
-_LIKE = ((re.compile(r"\bG?H[12]00\b"), "NVIDIA H100 80GB HBM3"),)
+_LIKE = ((re.compile(r"\bG?H[12]00\b"), "NVIDIA H200"),)
 
 
 def tuned_file(device: str) -> str:

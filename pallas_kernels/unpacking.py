@@ -1,9 +1,10 @@
-"""Inside kernels: words of the planar layout become numbers in bfloat16. Owns the bit tricks and nothing of a product.
+"""Inside kernels: words of the planar layout become numbers in bfloat16, or bytes. Owns the bit tricks and nothing of a
+product.
 
 A word is as wide as the bfloat16 it becomes, so a tile of words has the register layout of the operand. 0x4300 is 128
 in bfloat16, whose last seven bits count ones: `0x4300 | code` is 128 + code, exactly. As one register holds the words
 of two neighbours along K, a plane costs a shift, one three-input logic operation (lop3) and a subtraction for two
-weights.
+weights. As bytes it costs half as many operations: one register holds four.
 
 Inline assembly says what the compiler does not find; it does not run without a GPU, where the same is said in `jnp`.
 """
@@ -15,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, BFloat16, UInt16
+from jaxtyping import Array, BFloat16, Int8, UInt16
 
 _MAGIC = 0x4300  # 128 in bfloat16
 _PAIR = 0x00010001  # one mask for both words of a register
 _AND_OR = 0xEA  # lop3: (a & b) | c
 _NOT_AND_OR = 0xAE  # lop3: (~a & b) | c
+_BYTES_OF_HALF = 0x6420, 0x7531  # prmt: the low bytes of four halves of two registers, or the high ones
 
 
 def unpack(
@@ -42,6 +44,40 @@ def unpack(
         return [_from_table(words >> np.uint16(bits * i), bits, table) for i in planes]
     numbers = _looked_up(words, table)
     return [_number(_bytes_of_plane(numbers, i), 0, 8, 128, assembly) for i in planes]
+
+
+def unpack_bytes(
+    words: UInt16[Array, "rows P"], *, bits: int, table: tuple[int, ...] | None, assembly: bool
+) -> list[Int8[Array, "rows P"]]:
+    """The numbers of a tile of words as signed bytes, plane by plane: codes, those of eight bits less 128; or what the
+    table has for them.
+
+    Arguments as of `unpack`.
+    """
+    planes = range(16 // bits)
+    if assembly:
+        return [_plane_of_bytes(words, i, bits, table) for i in planes]
+    codes = [words >> np.uint16(bits * i) & np.uint16(2**bits - 1) for i in planes]
+    if table is not None:
+        return [_from_table(code, bits, table).astype(jnp.int8) for code in codes]
+    return [(code.astype(jnp.int32) - (128 if bits == 8 else 0)).astype(jnp.int8) for code in codes]
+
+
+def _plane_of_bytes(words: Array, i: int, bits: int, table: tuple[int, ...] | None) -> Array:
+    """Two registers hold four words, one holds the bytes of the half that plane i lies in. What planes have in common,
+    like these, the assembler makes once.
+    """
+    half, place = divmod(i, 8 // bits)
+    lines = [f".reg .b32 t; prmt.b32 t, $1, $2, {_BYTES_OF_HALF[half]:#x};"]
+    if table is not None:
+        values = np.asarray(table, np.int8)
+        lines += [".reg .b32 c, d;", *_lookup(values, "t", "c", "d"), f"prmt.b32 $0, c, d, {_BYTES_OF_HALF[place]:#x};"]
+    elif bits == 8:
+        lines.append("xor.b32 $0, t, 0x80808080;")
+    else:
+        lines += [f"shr.u32 t, t, {bits * place};"] if place else []
+        lines.append(f"and.b32 $0, t, {(2**bits - 1) * 0x01010101:#x};")
+    return _assembly(f"{{ {' '.join(lines)} }}", words, "=r,r,r", jnp.int8, pack=4)
 
 
 def _number(words: Array, shift: int, bits: int, zero: int, assembly: bool) -> Array:
@@ -77,23 +113,27 @@ def _from_table(words: Array, bits: int, table: tuple[int, ...]) -> Array:
 
 
 def _looked_up(words: Array, table: tuple[int, ...]) -> Array:
-    """int32 `[rows, P]`: what the four codes of each word stand for, plus 128, a byte each.
+    """int32 `[rows, P]`: what the four codes of each word stand for, plus 128, a byte each."""
+    values = (np.asarray(table, np.int16) + 128).astype(np.uint8)
+    return _assembly(f"{{ {' '.join(_lookup(values, '$2', '$0', '$1'))} }}", words, "=r,=r,r", jnp.int32)
+
+
+def _lookup(values: np.ndarray, codes: str, first: str, second: str) -> list[str]:
+    """Assembly for what the eight codes of a register stand for: a byte each, four in `first` and four in `second`. The
+    codes are read before anything is written, and not afterwards.
 
     prmt picks four bytes of eight by the low three bits of four nibbles. A table of sixteen takes two, and a third
     picks between their results by the fourth bit.
     """
-    assert len(table) == 16, table
-    parts = (np.asarray(table, np.int16) + 128).astype(np.uint8).view("<u4")
-    lines = [
+    assert values.shape == (16,), values
+    return [
         ".reg .b32 s, h, a, b;",
-        *(f".reg .b32 t{i}; mov.b32 t{i}, {int(part):#x};" for i, part in enumerate(parts)),
-        "and.b32 s, $2, 0x77777777; and.b32 h, $2, 0x88888888; shr.u32 h, h, 1; or.b32 h, h, 0x32103210;",
-        "prmt.b32 a, t0, t1, s; prmt.b32 b, t2, t3, s; prmt.b32 $0, a, b, h;",
+        *(f".reg .b32 t{i}; mov.b32 t{i}, {int(part):#x};" for i, part in enumerate(values.view("<u4"))),
+        f"and.b32 s, {codes}, 0x77777777; and.b32 h, {codes}, 0x88888888; shr.u32 h, h, 1; or.b32 h, h, 0x32103210;",
+        f"prmt.b32 a, t0, t1, s; prmt.b32 b, t2, t3, s; prmt.b32 {first}, a, b, h;",
         "shr.u32 s, s, 16; shr.u32 h, h, 16;",
-        "prmt.b32 a, t0, t1, s; prmt.b32 b, t2, t3, s; prmt.b32 $1, a, b, h;",
+        f"prmt.b32 a, t0, t1, s; prmt.b32 b, t2, t3, s; prmt.b32 {second}, a, b, h;",
     ]
-    # The input is read before the first output is written, and not afterwards.
-    return _assembly(f"{{ {' '.join(lines)} }}", words, "=r,=r,r", jnp.int32)
 
 
 def _bytes_of_plane(numbers: Array, i: int) -> Array:
@@ -102,10 +142,10 @@ def _bytes_of_plane(numbers: Array, i: int) -> Array:
     return _assembly(f"prmt.b32 $0, $1, $2, {selector:#x};", numbers, "=r,r,r", jnp.int16)
 
 
-def _assembly(text: str, argument: Array, constraints: str, dtype: jnp.dtype[Any]) -> Array:
-    """Runs assembly over pairs of neighbours."""
+def _assembly(text: str, argument: Array, constraints: str, dtype: Any, *, pack: int = 2) -> Array:
+    """Runs assembly over neighbours, two or more at once."""
     shape = jax.ShapeDtypeStruct(argument.shape, dtype)
     [found] = plt.elementwise_inline_asm(
-        text, args=[argument], constraints=constraints, pack=2, result_shape_dtypes=[shape]
+        text, args=[argument], constraints=constraints, pack=pack, result_shape_dtypes=[shape]
     )
     return found

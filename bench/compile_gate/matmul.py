@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 
 from atoma_jax import ops
+from atoma_jax.ops.linear import format_of
 from atoma_jax.quant.qtensor import QTensor
 from bench.compile_gate.cases import KernelCase
 from bench.real_models import packed_weight
+from pallas_kernels.planar_matmul import blocks_of_turn
 from pallas_kernels.tuning import matmul_tiles
 
 LAYERS = 4  # of a stack: more change nothing
@@ -33,7 +35,8 @@ def case(type_name: str, M: int, N: int, K: int, *, model: str = "", quick: bool
     weight = packed_weight(kind, LAYERS, N, K)
     kernel = "ternary_matmul" if int8 else "planar_matmul"
     tiles = matmul_tiles(BACKEND.device, kernel, M=M, N=N, K=K, bits=weight.bits, group=weight.group)
-    weights = tiles.block_n * weight.plane * (16 // weight.bits) / (32 * tiles.warps)
+    blocks = 1 if int8 else blocks_of_turn(format_of(weight), tiles)
+    weights = blocks * tiles.block_n * weight.plane * (16 // weight.bits) / (32 * tiles.warps)
     if not int8 and M > ops.PACKED_ROWS:
         kernel, weights = "planar_dequantized", None  # which has no loop
     return KernelCase(

@@ -25,10 +25,17 @@ _LIMITS = {
     "splits": (1, 16),
     "warps": (1, 8),
     "stages": (1, 6),
+    "turn": (128, 2048),
     "rows": (16, 256),
     "span": (16, 256),
 }
-_TOGETHER = (("block_n", "warps", 1), ("block_n", "splits", -1), ("span", "warps", 1), ("rows", "warps", 1))
+_TOGETHER = (
+    ("block_n", "warps", 1),
+    ("block_n", "splits", -1),
+    ("turn", "stages", -1),
+    ("span", "warps", 1),
+    ("rows", "warps", 1),
+)
 
 
 class Candidates:

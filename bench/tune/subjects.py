@@ -17,6 +17,7 @@ from pallas_kernels.dense_matmul import dense_matmul
 from pallas_kernels.planar_matmul import PlanarFormat, PlanarStack, planar_matmul
 from pallas_kernels.ternary_matmul import ternary_matmul
 from pallas_kernels.tuning import (
+    SCALED_WEIGHTS,
     AttentionTiles,
     MatmulTiles,
     attention_key,
@@ -28,9 +29,11 @@ from pallas_kernels.tuning import (
 )
 
 Tiles = MatmulTiles | AttentionTiles
-TYPES = ("Q4_K", "bf16", "Q8_0", "ternary × int8")  # one for each kind of key: Q4_0 takes the tiles of Q4_K
+# One for each kind of key: Q4_0 takes the tiles of Q4_K.
+TYPES = ("Q4_K", "bf16", "Q8_0", "ternary × int8", "W4 g128")
 SHAPES = ((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096))
 ROWS = (1, 64, 512, 8, 256, 2048, 16, 32, 128, 1024)  # those that matter most first
+_TURN = MatmulTiles.__dataclass_fields__["turn"].default
 STACK = 8  # weights that turns go through: more than a cache holds
 ATTENTION = (
     AttentionCase(heads=(32, 8, 128), rows=64, context=4096, layers=2),
@@ -69,8 +72,10 @@ class Subject:
 
     def takes(self, tiles: Tiles) -> bool:
         """Whether tiles make sense here."""
-        rows = tiles.block_m if isinstance(tiles, MatmulTiles) else tiles.rows
-        return self.least_rows <= rows <= self.most_rows
+        if isinstance(tiles, AttentionTiles):
+            return self.least_rows <= tiles.rows <= self.most_rows
+        has_turns = self.operation == "planar_matmul" and tiles.block_m < SCALED_WEIGHTS
+        return self.least_rows <= tiles.block_m <= self.most_rows and (has_turns or tiles.turn == _TURN)
 
 
 def subjects(*, small: bool) -> list[Subject]:

@@ -1,6 +1,7 @@
 """Under shard_map, on simulated devices, each kernel of products does its device's part: cut along K or along N."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,10 @@ from pallas_kernels.dense_matmul import dense_matmul
 from pallas_kernels.planar_matmul import PlanarFormat, PlanarStack, planar_grouped_matmul, planar_matmul
 from pallas_kernels.ternary_matmul import ternary_matmul
 from pallas_kernels.tuning import MatmulTiles
-from tests.pallas_kernels.packed_weights import activations, index, packed
+from tests.pallas_kernels.packed_weights import activations, in_two_bytes, index, packed
 
 TILES = MatmulTiles(block_n=32, block_m=16, splits=1, warps=4, stages=4)
+FEW = replace(TILES, block_m=4)
 Q4_0, TERNARY = PlanarFormat(4, 32, 32, 8, None), PlanarFormat(2, 32, 512, 1, None)
 CUT_N = P(None, "tensor"), P(None, None, "tensor")  # words or rows of a stack, its scales
 
@@ -30,19 +32,20 @@ def test_whole_blocks_along_k_go_to_each_device_and_their_sums_are_added():
     w, x = packed(Q4_0, S=2, N=32, K=512), activations(3, 512)
 
     def local(x: jax.Array, stack: PlanarStack) -> jax.Array:
-        return jax.lax.psum(planar_matmul(x, stack, index(1), Q4_0, TILES, interpret=True), "tensor")
+        return jax.lax.psum(planar_matmul(x, stack, index(1), Q4_0, FEW, interpret=True), "tensor")
 
     specs = PlanarStack(P(None, None, "tensor"), P(None, "tensor"), None, None, None)
     got = on_two_devices(local, (P(None, "tensor"), specs), P())(x, w.stack)
-    np.testing.assert_allclose(got, x @ w.values[1].T, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(got, in_two_bytes(x, Q4_0) @ w.values[1].T, rtol=1e-5, atol=2e-5)
 
 
 def test_experts_weights_are_cut_along_their_out_features():
     w, x = packed(Q4_0, S=2, N=64, K=256), activations(20, 256)
     blocks = np.int32([1, 0]), np.int32([0, 7]), np.int32([7, 20])  # expert, first row, behind the last
-    run = partial(planar_grouped_matmul, kind=Q4_0, tiles=TILES, most=16, interpret=True)
+    run = partial(planar_grouped_matmul, kind=Q4_0, tiles=FEW, most=16, interpret=True)
     specs = P(), PlanarStack(*CUT_N, None, None, None), P(), P(), P(), P()
     got = on_two_devices(run, specs, CUT_N[0])(x, w.stack, index(2), *blocks)
+    x = in_two_bytes(x, Q4_0)
     want = np.concatenate([x[:7] @ w.values[1].T, x[7:] @ w.values[0].T])
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
 
