@@ -185,10 +185,10 @@ def _kernel_linear(
         return ternary_matmul(x, stack.words, stack.scales, place, kind, tiles, interpret=interpret)
     factor: Float32[Array, "T 1"] | None = None
     if int8_activations:
-        x, factor = matmul_kernels.quantize_tokens(x)  # exact in bfloat16
-    x = x.astype(jnp.bfloat16)
+        codes, factor = matmul_kernels.quantize_tokens(x)
+        x = codes.astype(jnp.bfloat16)  # exact
     if x.shape[0] > PACKED_ROWS:
-        y = matmul_kernels.dot(x, planar_dequantized(stack, place, kind, K, interpret=interpret))
+        y = matmul_kernels.dot(x.astype(jnp.bfloat16), planar_dequantized(stack, place, kind, K, interpret=interpret))
     else:
         tiles = matmul_tiles(backend.device, "planar_matmul", **shape)
         y = planar_matmul(x, stack, place, kind, tiles, interpret=interpret)
