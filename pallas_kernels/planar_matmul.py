@@ -14,70 +14,23 @@ The reference is `quantized_matmul.matmul_planar`, which also says what the layo
   and experts are never copied out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
+from pallas_kernels.planar_weights import PlanarFormat, PlanarStack, factors_of, load, named, present, stored_factors
 from pallas_kernels.quantized_tokens import HIGH, SpanBytes, span_bytes
-from pallas_kernels.tuning import SCALED_WEIGHTS, TOGETHER, MatmulTiles
+from pallas_kernels.tuning import SCALED_WEIGHTS, MatmulTiles
 from pallas_kernels.unpacking import unpack, unpack_bytes
 
 FEWEST_COLUMNS = 16  # of a product of the matrix units
-DEQUANTIZED_ROWS = 32  # out-features of a program that dequantizes
-DEQUANTIZED_BLOCKS = 2  # of words that it reads, where their number is even
-
-
-class PlanarStack(NamedTuple):
-    """Weights `[N, K]` in the planar layout, S of them: arrays, their shapes, or a kernel's refs."""
-
-    words: Any  # uint16 [S, N, K·bits/16]
-    scales: Any  # number [S, G, N]
-    mins: Any  # likewise, or None
-    scale_supers: Any  # f32 [S, supergroups, N], or None
-    min_supers: Any  # likewise
-
-
-class PlanarFormat(NamedTuple):
-    """What codes mean; as the fields of `QTensor`."""
-
-    bits: int
-    plane: int
-    group: int
-    zero: int
-    table: tuple[int, ...] | None
-
-    @property
-    def block(self) -> int:
-        """Elements along K of one block of words."""
-        return self.plane * 16 // self.bits
-
-    @property
-    def span(self) -> int:
-        """Inputs that share a scale in one block: a group, or the block where a group is larger."""
-        return min(self.group, self.block)
-
-    @property
-    def spans(self) -> int:
-        """Of a block."""
-        return self.block // self.span
-
-    @property
-    def together(self) -> int:
-        """Planes that are multiplied at once where weights are scaled."""
-        return max(1, min(16 // self.bits, TOGETHER // self.plane))
-
-    @property
-    def is_aligned(self) -> bool:
-        """Whether groups are whole blocks, or blocks whole groups: what the kernels want."""
-        return self.group % self.plane == 0 and (self.block % self.group == 0 or self.group % self.block == 0)
 
 
 class _Pairs(NamedTuple):
@@ -122,7 +75,7 @@ def planar_matmul(
     splits, blocks = _splits(K, kind, tiles)
 
     def kernel(*refs: Any) -> None:
-        index_ref, out_ref, (inputs_refs, stack_refs) = refs[0], refs[-1], _named(refs[1:-1], inputs, stack)
+        index_ref, out_ref, (inputs_refs, stack_refs) = refs[0], refs[-1], named(refs[1:-1], inputs, stack)
         at = pl.program_id(0) * tiles.block_m, pl.program_id(1), pl.program_id(2)
         work = _work(at, index_ref[0], M, stack_refs, K, kind, tiles, blocks)
         _store(out_ref, _tile(inputs_refs, stack_refs, work, kind, tiles, not interpret), work, at[2])
@@ -134,58 +87,8 @@ def planar_matmul(
         compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name=f"planar_matmul_{kind.bits}",
-    )(index.reshape(1), *_present(inputs), *_present(stack))
+    )(index.reshape(1), *present(inputs), *present(stack))
     return parts[0] if splits == 1 else jnp.sum(parts, axis=0)
-
-
-def planar_dequantized(
-    stack: PlanarStack, index: Int32[Array, ""], kind: PlanarFormat, K: int, *, interpret: bool = False
-) -> BFloat16[Array, "N K"]:
-    """W = stack[index] in bfloat16, in memory: where so many rows multiply it that a dense product is faster.
-
-    Args:
-        stack: weights.
-        index: which.
-        kind: their format; must be aligned.
-        K: inputs.
-        interpret: run the kernel's steps as plain JAX, on any device.
-    """
-    assert kind.is_aligned, kind
-    N, P = stack.words.shape[1], kind.plane
-    turn = DEQUANTIZED_BLOCKS if K // kind.block % DEQUANTIZED_BLOCKS == 0 else 1
-
-    def kernel(*refs: Any) -> None:
-        index_ref, out_ref, [stack_refs] = refs[0], refs[-1], _named(refs[1:-1], stack)
-        first = pl.program_id(1) * turn
-        feature = pl.program_id(0) * DEQUANTIZED_ROWS + lax.iota(jnp.int32, DEQUANTIZED_ROWS)
-        is_feature, column = feature < N, lax.iota(jnp.int32, P)
-
-        def words(b: Any) -> Array:
-            place = index_ref[0], feature[:, None], (b * P + column)[None, :]
-            return _load(stack_refs.words, place, is_feature[:, None])
-
-        # All reads of a program are under way before it writes.
-        read = [(first + i, words(first + i)) for i in range(turn)]
-        inputs = [b * kind.block + i * P for b, _ in read for i in range(16 // kind.bits)]
-        groups = [lax.div(at, kind.group) for at in inputs]
-        stored = [_stored(stack_refs, (index_ref[0], group, feature), is_feature) for group in groups]
-        what: Any = {"bits": kind.bits, "zero": kind.zero, "table": kind.table, "assembly": not interpret}
-        numbers = [number for _, packed in read for number in unpack(packed, **what)]
-        for at, factors, number in zip(inputs, stored, numbers, strict=True):
-            scale, low = _factors(factors, stack_refs)
-            weight = number.astype(jnp.float32) * scale[:, None]
-            weight = weight if low is None else weight - low[:, None]
-            to = feature[:, None], (at + column)[None, :]
-            plt.store(out_ref.at[to], weight.astype(jnp.bfloat16), mask=is_feature[:, None])
-
-    return pl.pallas_call(
-        kernel,
-        grid=(pl.cdiv(N, DEQUANTIZED_ROWS), K // kind.block // turn),
-        out_shape=jax.ShapeDtypeStruct((N, K), jnp.bfloat16),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name=f"planar_dequantized_{kind.bits}",
-    )(index.reshape(1), *_present(stack))
 
 
 def planar_grouped_matmul(
@@ -211,7 +114,7 @@ def planar_grouped_matmul(
     splits, turns = _splits(K, kind, tiles)
 
     def kernel(used_ref: Any, start_ref: Any, stop_ref: Any, *refs: Any) -> None:
-        index_ref, out_ref, (inputs_refs, stack_refs) = refs[0], refs[-1], _named(refs[1:-1], inputs, stack)
+        index_ref, out_ref, (inputs_refs, stack_refs) = refs[0], refs[-1], named(refs[1:-1], inputs, stack)
         piece, at = pl.program_id(0), (pl.program_id(1), pl.program_id(2))  # not inside of a condition: JAX refuses it
         block = lax.div(piece, pieces)
         start = start_ref[block] + lax.rem(piece, pieces) * tiles.block_m
@@ -229,7 +132,7 @@ def planar_grouped_matmul(
         compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name=f"planar_grouped_matmul_{kind.bits}",
-    )(used.reshape(1), start, stop, index, *_present(inputs), *_present(stack))
+    )(used.reshape(1), start, stop, index, *present(inputs), *present(stack))
     return parts[0] if splits == 1 else jnp.sum(parts, axis=0)
 
 
@@ -250,16 +153,6 @@ def _splits(K: int, kind: PlanarFormat, tiles: MatmulTiles) -> tuple[int, int]:
     whole, turn = K // kind.block, blocks_of_turn(kind, tiles)
     blocks = -(-whole // (tiles.splits * turn)) * turn
     return -(-whole // blocks), blocks
-
-
-def _present(parts: PlanarStack | SpanBytes | _Pairs) -> list[Array]:
-    return [part for part in parts if part is not None]
-
-
-def _named(refs: Sequence[Any], *arrays: Any) -> list[Any]:
-    """Refs in the form of the arrays that a kernel got, None where there is none."""
-    rest = iter(refs)
-    return [type(parts)(*(None if part is None else next(rest) for part in parts)) for parts in arrays]
 
 
 def _work(
@@ -303,7 +196,7 @@ def _tile(
         mask = work.is_feature[:, None]
         if stack.words.shape[2] % (blocks_of_turn(kind, tiles) * kind.plane):  # the last turn has fewer
             mask = mask & (place < stack.words.shape[2])[None, :]
-        return _load(stack.words, (work.index, work.feature[:, None], place[None, :]), mask)
+        return load(stack.words, (work.index, work.feature[:, None], place[None, :]), mask)
 
     what: Any = {"bits": kind.bits, "table": kind.table, "assembly": assembly}
     if tiles.block_m >= SCALED_WEIGHTS:
@@ -342,14 +235,14 @@ def _few_rows(
             first = t * turn * spans + part
             span = first + span_of
             exists = is_row_of & (span < last_span) if is_ragged else is_row_of
-            factors = [_load(inputs.unit, (span, row_of), exists)]
-            factors += [_load(inputs.total, (span, row_of), exists)] if subtracts else []
+            factors = [load(inputs.unit, (span, row_of), exists)]
+            factors += [load(inputs.total, (span, row_of), exists)] if subtracts else []
             if side == 1:  # the same for all rows
                 group = lax.div(first * kind.span, kind.group)
-                factors += _stored(stack, (work.index, group, work.feature), work.is_feature)
+                factors += stored_factors(stack, (work.index, group, work.feature), work.is_feature)
             else:
                 group, mask = lax.div(span * kind.span, kind.group), work.is_feature[:, None] & exists[None, :]
-                factors += _stored(stack, (work.index, group[None, :], work.feature[:, None]), mask)
+                factors += stored_factors(stack, (work.index, group[None, :], work.feature[:, None]), mask)
             found.append(factors)
         return found
 
@@ -364,13 +257,13 @@ def _few_rows(
                 at = t * turn * kind.block + i * P + lax.iota(jnp.int32, P)
                 mine = is_row if side == 1 else is_row & (own == i * P // kind.span % side)
                 mask = mine[:, None] & (at < K)[None, :] if is_ragged else mine[:, None]
-                x = _load(inputs.codes, (byte[:, None], row[:, None], at[None, :]), mask)  # [columns, P]
+                x = load(inputs.codes, (byte[:, None], row[:, None], at[None, :]), mask)  # [columns, P]
                 sums = sums + lax.dot_general(planes[i], x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
             counts = jnp.where(lax.iota(jnp.int32, 2) == 0, HIGH, 1)
             whole = jnp.sum(sums.reshape(-1, columns // 2, 2) * counts[None, None, :], axis=2)
             unit, *rest = factors
             of_x = rest.pop(0) if subtracts else None
-            scale, low = _factors(rest, stack)
+            scale, low = factors_of(rest, stack)
             if side == 1:
                 scale, low = scale[:, None], None if low is None else low[:, None]
             total = total + whole.astype(jnp.float32) * (scale * unit[None, :])
@@ -410,7 +303,7 @@ def _many_rows(
 
     def stored(b: Any) -> list[list[Array]]:
         groups = [lax.div(b * kind.block + i * P, kind.group) for i in begins]
-        return [_stored(stack, (work.index, group, work.feature), work.is_feature) for group in groups]
+        return [stored_factors(stack, (work.index, group, work.feature), work.is_feature) for group in groups]
 
     def block(b: Any, carry: tuple[Array, list[list[Array]]]) -> tuple[Array, list[list[Array]]]:
         total, here = carry
@@ -418,12 +311,12 @@ def _many_rows(
         weights: list[Array] = []
         for i, number in enumerate(numbers(b)):
             begun = max(begin for begin in begins if begin <= i)
-            scale, low = _factors(here[begins.index(begun)], stack)
+            scale, low = factors_of(here[begins.index(begun)], stack)
             weight = number * scale.astype(jnp.bfloat16)[:, None]
             weights.append(weight if low is None else weight - low.astype(jnp.bfloat16)[:, None])
         for i in range(0, planes, kind.together):
             inputs = b * kind.block + i * P + lax.iota(jnp.int32, width)
-            x = _load(x_ref, (row[:, None], inputs[None, :]), (row < work.last_row)[:, None])
+            x = load(x_ref, (row[:, None], inputs[None, :]), (row < work.last_row)[:, None])
             total = total + plt.dot(x, _in_pairs(weights[i : i + kind.together]).T)
         return total, ahead
 
@@ -444,34 +337,3 @@ def _stacked(parts: list[Array]) -> Array:
         return parts[0]
     even, odd = _stacked(parts[::2]), _stacked(parts[1::2])
     return jnp.concatenate([even[..., None], odd[..., None]], axis=-1)
-
-
-def _stored(stack: PlanarStack, at: tuple[Any, Any, Any], mask: Array) -> list[Array]:
-    """Scales and mins as they lie in memory, each with what multiplies it; `at`: weight, group, out-features."""
-    index, group, feature = at
-    found: list[Array] = []
-    for values, supers in ((stack.scales, stack.scale_supers), (stack.mins, stack.min_supers)):
-        if values is None:
-            continue
-        found.append(_load(values, at, mask))
-        if supers is not None:
-            above = lax.div(group, jnp.int32(values.shape[1] // supers.shape[1]))
-            found.append(_load(supers, (index, above, feature), mask))
-    return found
-
-
-def _factors(stored: list[Array], stack: PlanarStack) -> tuple[Array, Array | None]:
-    """Scales and mins in float32."""
-    rest = list(stored)
-
-    def number(supers: Any) -> Array:
-        found = rest.pop(0).astype(jnp.float32)
-        return found if supers is None else found * rest.pop(0)
-
-    scale = number(stack.scale_supers)
-    return scale, None if stack.mins is None else number(stack.min_supers)
-
-
-def _load(ref: Any, index: tuple[Any, ...], mask: Array) -> Array:
-    """Elements where the mask holds, zeros elsewhere."""
-    return plt.load(ref.at[index], mask=mask, other=np.zeros((), ref.dtype)[()])

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Float32, Int8, Int32, UInt8, UInt16
 
-from pallas_kernels.planar_matmul import PlanarFormat
+from pallas_kernels.planar_weights import PlanarFormat
 from pallas_kernels.quantized_matmul import quantize_tokens, unpack_planar
 from pallas_kernels.quantized_tokens import FIELDS, FieldTokens, field_tokens
 from pallas_kernels.tuning import MatmulTiles

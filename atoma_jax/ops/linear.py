@@ -15,7 +15,9 @@ from atoma_jax.ops.parts import gathered
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from pallas_kernels import quantized_matmul as matmul_kernels
 from pallas_kernels.dense_matmul import dense_matmul
-from pallas_kernels.planar_matmul import PlanarFormat, PlanarStack, planar_dequantized, planar_matmul
+from pallas_kernels.planar_dequantize import planar_dequantized
+from pallas_kernels.planar_matmul import planar_matmul
+from pallas_kernels.planar_weights import PlanarFormat, PlanarStack
 from pallas_kernels.ternary_matmul import is_ternary, ternary_matmul, ternary_matmul_xla
 from pallas_kernels.tuning import matmul_tiles
 

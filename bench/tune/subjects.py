@@ -14,7 +14,8 @@ from bench.gpu_sections.attention import PAGE_SIZE, AttentionCase, random_pages
 from bench.real_models import packed_weight, random_value
 from pallas_kernels import attention_work, paged_attention_pallas
 from pallas_kernels.dense_matmul import dense_matmul
-from pallas_kernels.planar_matmul import PlanarFormat, PlanarStack, planar_matmul
+from pallas_kernels.planar_matmul import planar_matmul
+from pallas_kernels.planar_weights import PlanarFormat, PlanarStack
 from pallas_kernels.ternary_matmul import ternary_matmul
 from pallas_kernels.tuning import (
     SCALED_WEIGHTS,

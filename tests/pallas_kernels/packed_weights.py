@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.planar_matmul import PlanarFormat, PlanarStack
+from pallas_kernels.planar_weights import PlanarFormat, PlanarStack
 from pallas_kernels.quantized_matmul import pack_planar
 from pallas_kernels.quantized_tokens import span_bytes
 

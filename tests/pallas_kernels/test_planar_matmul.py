@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import quantized_matmul
-from pallas_kernels.planar_matmul import (
-    PlanarFormat,
-    planar_dequantized,
-    planar_grouped_matmul,
-    planar_matmul,
-)
+from pallas_kernels.planar_dequantize import planar_dequantized
+from pallas_kernels.planar_matmul import planar_grouped_matmul, planar_matmul
+from pallas_kernels.planar_weights import PlanarFormat
 from pallas_kernels.tuning import SCALED_WEIGHTS, MatmulTiles, default_tiles
 from tests.pallas_kernels.packed_weights import IQ4_NL, Packed, activations, in_two_bytes, index, packed
 

@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.dense_matmul import dense_matmul
-from pallas_kernels.planar_matmul import PlanarFormat, PlanarStack, planar_grouped_matmul, planar_matmul
+from pallas_kernels.planar_matmul import planar_grouped_matmul, planar_matmul
+from pallas_kernels.planar_weights import PlanarFormat, PlanarStack
 from pallas_kernels.ternary_matmul import ternary_matmul
 from pallas_kernels.tuning import MatmulTiles
 from tests.pallas_kernels.packed_weights import activations, in_two_bytes, index, packed

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.planar_matmul import PlanarFormat
+from pallas_kernels.planar_weights import PlanarFormat
 from pallas_kernels.quantized_matmul import pack_planar, quantize_tokens
 from pallas_kernels.ternary_matmul import ternary_matmul, ternary_matmul_xla
 from pallas_kernels.tuning import MatmulTiles, default_tiles
