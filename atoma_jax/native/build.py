@@ -1,9 +1,9 @@
 """Compiles the kernels: `python -m atoma_jax.native.build`. Imports nothing of ours and no JAX: `setup.py` runs it.
 
 Each source is compiled on its own and at once with the others, then linked to `libatoma_native.so` in this folder. A
-file `*_avx2.cc` or `*_avx512.cc` is compiled with those instructions, and nobody calls what is in it where the CPU has
-none (`src/variant.h`). The library carries a stamp: the digest of its sources, and the version of XLA's FFI that it was
-built for. What does not fit is built anew here, and never loaded by `library.py`.
+file `*_avx2.cc`, `*_avx512.cc` or `*_avx512bf16.cc` is compiled with those instructions, and nobody calls what is in it
+where the CPU has none (`src/variant.h`). The library carries a stamp: the digest of its sources, and the version of
+XLA's FFI that it was built for. What does not fit is built anew here, and never loaded by `library.py`.
 """
 
 import hashlib
@@ -29,13 +29,15 @@ FLAGS = (
     "-ffp-contract=off",  # sums are made as they are written, in every variant and for any number of rows
     *("-Wall", "-Wno-psabi"),  # vectors are passed between functions of one file alone
 )
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # of GCC 12's own headers
+)
 VARIANT_FLAGS = {
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": (
-        *("-mavx2", "-mfma", "-mf16c"),
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
-        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # of GCC 12's own headers
-    ),
+    "avx2": _AVX2,
+    "avx512": (*_AVX2, *_AVX512),
+    "avx512bf16": (*_AVX2, *_AVX512, "-mavx512bf16"),
 }
 # The C++ runtime inside: the library has no needs that a machine with another compiler might not meet.
 LINK_FLAGS = ("-shared", "-pthread", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-s")

@@ -17,7 +17,7 @@ import numpy as np
 from atoma_jax.cores import usable_cores
 from atoma_jax.native.build import LIBRARY, BuildError, Stamp, ffi_version, source_digest, takes
 
-VARIANTS: Final = ("portable", "avx2", "avx512-vnni")  # as in src/variant.h
+VARIANTS: Final = ("portable", "avx2", "avx512-vnni", "avx512-bf16")  # as in src/variant.h
 # Names that handlers are registered under; the library exports each.
 HANDLERS: Final = ("atoma_attention", "atoma_dense", "atoma_matmul", "atoma_probe", "atoma_rows")
 

@@ -58,7 +58,7 @@ def linear(
     if layer is not None:
         weight = at_hand(weight, layer, backend)
     if isinstance(weight, Array) and backend.kernels == "native":
-        return _native_linear(x, weight, layer, int8_activations=int8_activations)
+        return _native_linear(x, weight, layer, backend, int8_activations=int8_activations)
     if isinstance(weight, QTensor) and has_kernel(weight, backend):
         return _kernel_linear(x, weight, backend, layer, int8_activations=int8_activations)
     if isinstance(weight, Array) and backend.uses_pallas and weight.ndim == 3 and weight.dtype == jnp.bfloat16:
@@ -109,14 +109,19 @@ _ACTIVATIONS: dict[Precision, native_matmul.Activations] = {"default": "groups",
 
 
 def _native_linear(
-    x: Float[Array, "T K"], stack: Array, layer: Int32[Array, ""] | None, *, int8_activations: bool
+    x: Float[Array, "T K"],
+    stack: Array,
+    layer: Int32[Array, ""] | None,
+    backend: Backend,
+    *,
+    int8_activations: bool,
 ) -> Float32[Array, "T N"]:
     """`linear` of a dense matrix, or of one of a stack, by the native kernel, which reads it in place."""
     place = jnp.int32(0) if layer is None or stack.ndim == 2 else layer
     factor: Float32[Array, "T 1"] | None = None
     if int8_activations:
         x, factor = matmul_kernels.quantize_tokens(x)
-    y = native_dense.matmul(x.astype(jnp.float32), stack, place)
+    y = native_dense.matmul(x.astype(jnp.float32), stack, place, may_round=backend.precision == "default")
     return y if factor is None else y * factor
 
 

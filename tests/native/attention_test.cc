@@ -226,7 +226,7 @@ int main() {
   const Shape shapes[] = {{3, 3, 64, 16, kNone, 0},  {9, 3, 64, 16, kNone, 0}, {7, 1, 80, 8, 100, 0},
                           {4, 1, 256, 32, 40, 0},    {8, 2, 96, 16, kNone, 5}, {14, 2, 128, 16, 129, 0},
                           {5, 1, 6, 4, kNone, 1.5f}, {64, 1, 20, 1, 77, 0},    {2, 2, 74, 5, kNone, 0}};
-  const char* names[] = {"portable", "avx2", "avx512"};
+  const char* names[] = {"portable", "avx2", "avx512-vnni", "avx512-bf16"};
   for (int variant = 0; variant < kNumVariants; variant++) {
     if (!is_supported(static_cast<Variant>(variant))) continue;
     force_variant(static_cast<Variant>(variant));

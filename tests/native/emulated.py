@@ -1,7 +1,8 @@
-"""Runs programs on a processor with AVX-512 VNNI that Bochs emulates, under a Linux kernel: slow, and for who has none.
+"""Runs programs on a processor with AVX-512 that Bochs emulates, under a Linux kernel: slow, and for who has none.
 
 What it takes, of Debian: bochs, bochs-term, bochsbios, vgabios, isolinux, syslinux-common, genisoimage, busybox-static,
-cpio, and a kernel, such as that of linux-image-cloud-amd64, whose path `ATOMA_TEST_KERNEL` is.
+cpio, and a kernel, such as that of linux-image-cloud-amd64, whose path `ATOMA_TEST_KERNEL` is. Debian 12's Bochs has
+AVX-512 VNNI; one of version 3 has AVX-512 BF16, too.
 """
 
 import gzip
@@ -13,6 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 KERNEL = "ATOMA_TEST_KERNEL"
+# The first that Bochs knows, without what its kernel does not get past.
+CPUS = {
+    "sapphire_rapids": (
+        'model=sapphire_rapids, exclude_features="la57,amx,amx_int8,amx_bf16,cet,pku,pks,uintr,xsaves,xsavec,smap,smep,'
+        'fsgsbase,pcid,invpcid,rdpid,umip,sha,vaes_vpclmulqdq,vmx,waitpkg,avx512fp16"'
+    ),
+    "corei7_icelake_u": "model=corei7_icelake_u",
+}
 COMMANDS = {
     "bochs": "bochs",
     "script": "bsdutils",
@@ -27,7 +36,7 @@ OPTIONS = f"console=ttyS0,115200 mitigations=off nopti acpi=off noapic lsm=yama 
 END = "that is all"
 MACHINE = """
 plugin_ctrl: unmapped=1, serial=1, biosdev=1
-cpu: model=corei7_icelake_u, count=1, ips=100000000, ignore_bad_msrs=1
+cpu: {cpu}, count=1, ips=100000000, ignore_bad_msrs=1
 memory: guest=512, host=512
 romimage: file=/usr/share/bochs/BIOS-bochs-latest
 vgaromimage: file=/usr/share/vgabios/vgabios.bin
@@ -67,10 +76,11 @@ def said_by(programs: Sequence[Path], folder: Path, *, timeout: float) -> str:
         TimeoutError: they are not done; with what they have said.
     """
     _write_disc(programs, folder)
-    (folder / "machine").write_text(MACHINE.format(folder=folder), encoding="utf-8")
-    (folder / "begin").write_text("c\n", encoding="utf-8")  # for the debugger that Debian's Bochs has in it
+    (folder / "machine").write_text(MACHINE.format(folder=folder, cpu=CPUS[_model()]), encoding="utf-8")
+    (folder / "begin").write_text("c\n", encoding="utf-8")
+    begin = f"-rc {folder}/begin" if "-rc " in _help() else ""  # where Bochs has its debugger in it, as Debian's has
     # Its display wants a terminal.
-    command = ["script", "-qfc", f"bochs -q -f {folder}/machine -rc {folder}/begin", "/dev/null"]
+    command = ["script", "-qfc", f"bochs -q -f {folder}/machine {begin}", "/dev/null"]
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     emulator = subprocess.Popen(command, env={**os.environ, "TERM": "xterm"}, start_new_session=True, **quiet)
     serial, end = folder / "serial", time.monotonic() + timeout
@@ -85,6 +95,21 @@ def said_by(programs: Sequence[Path], folder: Path, *, timeout: float) -> str:
     finally:
         subprocess.run(["pkill", "-KILL", "-f", f"{folder}/machine"], check=False)
         emulator.wait()
+
+
+def features() -> tuple[str, ...]:
+    """Instructions of the emulated processor that variants of kernels are for, as Linux calls them."""
+    return ("avx512_vnni", "avx512_bf16") if _model() == "sapphire_rapids" else ("avx512_vnni",)
+
+
+def _model() -> str:
+    known = _help("cpu").split()
+    return next(model for model in CPUS if model in known)
+
+
+def _help(*topic: str) -> str:
+    done = subprocess.run(["bochs", "--help", *topic], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
 
 
 def _write_disc(programs: Sequence[Path], folder: Path) -> None:

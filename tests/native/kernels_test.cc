@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "dense.h"
 #include "half.h"
 #include "matmul.h"
 #include "pack.h"
@@ -104,6 +105,45 @@ void products(int variant, Codes kind, int subs, bool with_mins, FactorType type
         static_cast<int>(kind), 4);
 }
 
+// Products with dense weights: of x as it is, or rounded to bfloat16 where the variant has instructions for that.
+void dense_products(int variant, DenseType type, int64_t N, int64_t K) {
+  std::mt19937 random(11);
+  const auto floats = exactly<float>(N * K);
+  const auto words = exactly<uint16_t>(N * K);
+  for (int64_t i = 0; i < N * K; i++) {
+    words[i] = static_cast<uint16_t>(random() % 0x3c01 | (random() & 0x8000));  // below 1 in either type
+    floats[i] = type == DenseType::kFloat16 ? float_of_half(words[i]) : float_of_bfloat(words[i]);
+  }
+  DenseWeight weight;
+  weight.values = type == DenseType::kFloat32 ? static_cast<const void*>(floats.get()) : words.get();
+  weight.type = type;
+  weight.N = N;
+  weight.K = K;
+  const bool has_bfloat = static_cast<Variant>(variant) == Variant::kAvx512Bf16 && type == DenseType::kBfloat16;
+  for (int64_t rows : {1, 2, 3, 5, 17}) {
+    const auto x = exactly<float>(rows * K);
+    const auto y = exactly<float>(rows * N);
+    for (int64_t i = 0; i < rows * K; i++) x[i] = static_cast<float>(random() % 2001) * 0.001f - 1.0f;
+    for (bool may_round : {false, true}) {
+      dense_matmul(weight, x.get(), rows, may_round, y.get());
+      double worst = 0, largest = 0;
+      for (int64_t row = 0; row < rows; row++) {
+        for (int64_t column = 0; column < N; column++) {
+          double sum = 0;
+          for (int64_t k = 0; k < K; k++) {
+            sum += static_cast<double>(x[row * K + k]) * floats[column * K + k];
+          }
+          worst = std::fmax(worst, std::fabs(sum - y[row * N + column]));
+          largest = std::fmax(largest, std::fabs(sum));
+        }
+      }
+      // Rounding is seen, and no larger than a number of 8 bits allows.
+      check(worst < (may_round && has_bfloat ? 1e-2 : 2e-6) * largest, "dense product", variant, -1, rows);
+      if (may_round && has_bfloat) check(worst > 1e-5 * largest, "rounded dense product", variant, -1, rows);
+    }
+  }
+}
+
 // Codes and factors of scattered rows come back from where they were put, in memory of exactly their size.
 void packing(Codes kind) {
   std::mt19937 random(5);
@@ -167,6 +207,10 @@ int main() {
         products(variant, kind, subs, true, FactorType::kFloat16);
         if (is_spread(kind)) products(variant, kind, subs, true, FactorType::kFloat32, 20 * kBlock);  // two spans
       }
+    }
+    for (DenseType type : {DenseType::kFloat32, DenseType::kBfloat16, DenseType::kFloat16}) {
+      dense_products(variant, type, 37, 70);
+      dense_products(variant, type, 3, 1500);  // longer than what is asked for ahead
     }
   }
   for (Codes kind : {Codes::kBits8, Codes::kBits6, Codes::kBits5, Codes::kBits4, Codes::kBits3, Codes::kBits2}) {

@@ -1,5 +1,6 @@
 """Products with dense weights: every variant of the kernel against float64, for every type that it reads."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,8 @@ from tests.native.weights import activations
 DTYPES = ("float32", "bfloat16", "float16")
 ROW_COUNTS = (1, 2, 3, 4, 6, 7, 64)
 
-product = jax.jit(dense.matmul)
+product = jax.jit(partial(dense.matmul, may_round=False))
+rounded_product = jax.jit(partial(dense.matmul, may_round=True))
 
 
 def stack(dtype: str, N: int, K: int) -> jax.Array:
@@ -36,6 +38,18 @@ def test_products_are_those_of_float64(variant: str, dtype: str, N: int, K: int)
     for matrix in range(2):
         assert error_of(product(x, weight, matrix), x, weight[matrix]) < 2e-6
     np.testing.assert_array_equal(product(x, weight[1], 0), product(x, weight, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "K"), [(70, 512), (16, 64), (3, 70), (33, 5)])
+def test_rounded_products_are_those_of_rounded_activations(variant: str, dtype: str, N: int, K: int) -> None:
+    weight, x = stack(dtype, N, K), activations(8, K)
+    rounds = variant == "avx512-bf16" and dtype == "bfloat16"  # where there are instructions for it
+    wanted = x.astype(jnp.bfloat16).astype(jnp.float32) if rounds else x
+    assert error_of(rounded_product(x, weight, 1), wanted, weight[1]) < 2e-6
+    y = rounded_product(x, weight, 0)
+    for count in (1, 2, 5):
+        np.testing.assert_array_equal(rounded_product(x[:count], weight, 0), y[:count])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,5 +106,6 @@ def test_a_matrix_outside_the_stack_is_refused(kernels: Library, index: int) -> 
 )
 def test_arrays_that_do_not_belong_together_are_refused(kernels: Library, change: Any, problem: str) -> None:
     call = jax.ffi.ffi_call("atoma_dense", jax.ShapeDtypeStruct((1, 70), jnp.float32))  # past the types of `matmul`
+    weight = change(stack("float32", 70, 64))
     with pytest.raises(Exception, match=problem):
-        jax.block_until_ready(call(activations(1, 64), change(stack("float32", 70, 64)), jnp.int32(0)))
+        jax.block_until_ready(call(activations(1, 64), weight, jnp.int32(0), may_round=np.bool_(False)))

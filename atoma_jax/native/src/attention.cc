@@ -107,7 +107,7 @@ void write_tokens(const AttentionProblem& p, const AttentionKernels& kernels, Po
 
 AttentionKernels active_attention(KvFormat format) {
 #if defined(__x86_64__)
-  if (active_variant() == Variant::kAvx512Vnni) return avx512_attention(format);
+  if (active_variant() >= Variant::kAvx512Vnni) return avx512_attention(format);
   if (active_variant() == Variant::kAvx2) return avx2_attention(format);
 #endif
   return portable_attention(format);

@@ -2,6 +2,7 @@
 #include "dense.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "matmul.h"
 #include "pool.h"
@@ -10,32 +11,51 @@
 
 namespace atoma {
 
-extern const DenseProduct kDensePortable;
+extern const DenseKernels kDensePortable;
 #if defined(__x86_64__)
-extern const DenseProduct kDenseAvx2, kDenseAvx512;
+extern const DenseKernels kDenseAvx2, kDenseAvx512, kDenseAvx512Bf16;
 #endif
 
 namespace {
 
-DenseProduct active_product() {
+const DenseKernels& dense_kernels() {  // of the active variant
+  switch (active_variant()) {
 #if defined(__x86_64__)
-  if (active_variant() == Variant::kAvx512Vnni) return kDenseAvx512;
-  if (active_variant() == Variant::kAvx2) return kDenseAvx2;
+    case Variant::kAvx512Bf16:
+      return kDenseAvx512Bf16;
+    case Variant::kAvx512Vnni:
+      return kDenseAvx512;
+    case Variant::kAvx2:
+      return kDenseAvx2;
 #endif
-  return kDensePortable;
+    default:
+      return kDensePortable;
+  }
 }
 
 }  // namespace
 
-void dense_matmul(const DenseWeight& weight, const float* x, int64_t all_rows, float* y) {
+void dense_matmul(const DenseWeight& weight, const float* x, int64_t all_rows, bool may_round, float* y) {
   const int64_t N = weight.N, K = weight.K, rows = rows_in_use(x, all_rows, K);
   std::fill_n(y + rows * N, (all_rows - rows) * N, 0.0f);
   if (rows == 0) return;
-  const DenseProduct product = active_product();
+  const DenseKernels& kernels = dense_kernels();
+  const bool rounds = may_round && weight.type == DenseType::kBfloat16 && kernels.rounded_product != nullptr;
+  static thread_local std::vector<uint16_t> memory;  // kept for the next call
+  if (rounds) {
+    memory.resize(std::max<size_t>(memory.size(), rows * K));
+    kernels.round(x, rows * K, memory.data());
+  }
+  const uint16_t* rounded = memory.data();  // of this thread, which is not the one that multiplies
   const int64_t tiles = (N + kDenseColumns - 1) / kDenseColumns;
   for_each_tile(Pool::shared(), rows, tiles, [&](int64_t first_row, int64_t count, int64_t tile) {
     const int64_t first = tile * kDenseColumns, columns = std::min(kDenseColumns, N - first);
-    product(weight, first, columns, x + first_row * K, count, y + first_row * N);
+    float* to = y + first_row * N;
+    if (rounds) {
+      kernels.rounded_product(weight, first, columns, rounded + first_row * K, count, to);
+    } else {
+      kernels.product(weight, first, columns, x + first_row * K, count, to);
+    }
   });
 }
 

@@ -3,7 +3,7 @@
 
 namespace atoma {
 
-extern const DenseProduct kDenseAvx2;
-const DenseProduct kDenseAvx2 = dense_product<Avx2Vectors>;
+extern const DenseKernels kDenseAvx2;
+const DenseKernels kDenseAvx2{dense_product<Avx2Vectors>, nullptr, nullptr};
 
 }  // namespace atoma

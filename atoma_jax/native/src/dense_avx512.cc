@@ -3,7 +3,7 @@
 
 namespace atoma {
 
-extern const DenseProduct kDenseAvx512;
-const DenseProduct kDenseAvx512 = dense_product<Avx512Vectors>;
+extern const DenseKernels kDenseAvx512;
+const DenseKernels kDenseAvx512{dense_product<Avx512Vectors>, nullptr, nullptr};
 
 }  // namespace atoma

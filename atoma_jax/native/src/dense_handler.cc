@@ -13,7 +13,7 @@ using atoma::DenseWeight;
 ffi::Error Wrong(const char* what) { return ffi::Error::InvalidArgument(std::string("dense weight: ") + what); }
 
 ffi::Error DenseImpl(ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer values, ffi::BufferR0<ffi::S32> index,
-                     ffi::ResultBufferR2<ffi::F32> y) {
+                     bool may_round, ffi::ResultBufferR2<ffi::F32> y) {
   const auto shape = values.dimensions();
   if (shape.size() < 2) return Wrong("must be [..., N, K]");
   DenseWeight weight;
@@ -41,7 +41,7 @@ ffi::Error DenseImpl(ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer values, ffi::Buff
   const int64_t at = *index.typed_data();
   if (at < 0 || at >= matrices) return Wrong("the index is outside the stack");
   weight.values = static_cast<const char*>(values.untyped_data()) + at * size * bytes;
-  atoma::dense_matmul(weight, x.typed_data(), rows, y->typed_data());
+  atoma::dense_matmul(weight, x.typed_data(), rows, may_round, y->typed_data());
   return ffi::Error::Success();
 }
 
@@ -52,4 +52,5 @@ ATOMA_HANDLER(dense, DenseImpl,
                   .Arg<ffi::BufferR2<ffi::F32>>()  // x
                   .Arg<ffi::AnyBuffer>()           // the stack
                   .Arg<ffi::BufferR0<ffi::S32>>()  // which matrix of it
+                  .Attr<bool>("may_round")
                   .Ret<ffi::BufferR2<ffi::F32>>());

@@ -1,4 +1,4 @@
-// The function of dense.h for one variant, whose vectors `Isa` are. Included by dense_*.cc alone.
+// The functions of dense.h for one variant, whose vectors `Isa` are. Included by dense_*.cc alone.
 #pragma once
 
 #include "dense.h"
@@ -7,43 +7,82 @@
 namespace atoma {
 namespace {
 
-// Rows of x that are multiplied at once, by four rows of W: as many as leave room for these in 16 registers.
-constexpr int kDenseRows = 3;
+// Rows of x by columns that are multiplied at once: as many as leave room for operands in 16 registers.
+constexpr int kRowsAtOnce = 3;
+constexpr int kColumnsAtOnce = 4;
 
-template <class Isa, class Stored, int Columns>
-void dense_columns(const Stored* w, int64_t K, const float* x, int64_t rows, float* y, int64_t N) {
-  const int H = static_cast<int>(K);
-  for (; rows >= kDenseRows; rows -= kDenseRows, x += kDenseRows * K, y += kDenseRows * N) {
-    dots<Isa, Columns, kDenseRows>(x, K, w, H, y, N);
-  }
-  if (rows == 2) dots<Isa, Columns, 2>(x, K, w, H, y, N);
-  if (rows == 1) dots<Isa, Columns, 1>(x, K, w, H, y, N);
-}
+constexpr int64_t kLine = 64;     // bytes
+constexpr int64_t kAhead = 8192;  // bytes
 
-// Asks for what few rows of x will read next: the processor by itself keeps too few lines on their way. What lies behind
-// the weight may be asked for, too: that reads nothing.
-template <class Stored>
-void prefetch(const Stored* from, int64_t count) {
-  constexpr int64_t kLine = 64 / sizeof(Stored);
-  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i);
-}
-
+// Asks for the columns behind those that are multiplied, step by step: a processor by itself keeps too few lines on
+// their way. Short columns are asked for in the order in which they lie, long ones in that in which they are read. What
+// lies behind the weight may be asked for, too: that reads nothing.
 template <class Isa, class Stored>
-void dense_product_of(const DenseWeight& weight, int64_t first, int64_t columns, const float* x, int64_t rows,
-                      float* y) {
+class Ask {
+ public:
+  Ask(const Stored* columns, int64_t K) {
+    const bool is_short = kColumnsAtOnce * K * kSize <= kAhead;
+    from_ = columns + (is_short ? kAhead / kSize : kColumnsAtOnce * K);
+    to_next_ = is_short ? kLine / kSize : K;
+    to_fourth_ = is_short ? kColumnsAtOnce * kLine / kSize : kLine / kSize;
+  }
+
+  // GCC takes a function that does nothing but ask for one without effect, and drops its calls: it must be inlined
+  // before that.
+  __attribute__((always_inline)) void operator()(int64_t h) const {
+    const int64_t first = h / Isa::kStep * kLines;
+#pragma GCC unroll 8
+    for (int i = 0; i < kLines; i++) {
+      const int64_t line = first + i;
+      __builtin_prefetch(from_ + line % kColumnsAtOnce * to_next_ + line / kColumnsAtOnce * to_fourth_);
+    }
+  }
+
+ private:
+  static constexpr int64_t kSize = sizeof(Stored);
+  static constexpr int64_t kStepBytes = kColumnsAtOnce * Isa::kStep * kSize;
+  static constexpr int kLines = kStepBytes < kLine ? 1 : kStepBytes / kLine;
+  const Stored* from_;
+  int64_t to_next_, to_fourth_;  // numbers from one line to the next, and to the fourth behind it
+};
+
+template <class Isa, int Columns, int Rows, class X, class Stored>
+void product(const Stored* w, int64_t K, const X* x, bool asks, float* y, int64_t ld) {
+  typename Isa::V sums[Rows][Columns];
+  clear<Isa>(sums);
+  if (asks) {
+    add_dots<Isa, Columns, Rows>(x, K, w, K, sums, Ask<Isa, Stored>(w, K));
+  } else {
+    add_dots<Isa, Columns, Rows>(x, K, w, K, sums, [](int64_t) {});
+  }
+  store_sums<Isa>(sums, y, ld);
+}
+
+template <class Isa, int Columns, class X, class Stored>
+void columns_product(const Stored* w, int64_t K, const X* x, int64_t rows, bool asks, float* y, int64_t ld) {
+  for (; rows >= kRowsAtOnce; rows -= kRowsAtOnce, x += kRowsAtOnce * K, y += kRowsAtOnce * ld) {
+    product<Isa, Columns, kRowsAtOnce>(w, K, x, asks, y, ld);
+    asks = false;
+  }
+  if (rows == 2) product<Isa, Columns, 2>(w, K, x, asks, y, ld);
+  if (rows == 1) product<Isa, Columns, 1>(w, K, x, asks, y, ld);
+}
+
+template <class Isa, class Stored, class X>
+void stored_product(const DenseWeight& weight, int64_t first, int64_t columns, const X* x, int64_t rows, float* y) {
   const int64_t N = weight.N, K = weight.K, end = first + columns;
   const Stored* w = static_cast<const Stored*>(weight.values);
-  // Some rows of x after another: they and the columns' rows of W stay in a core's first cache.
-  constexpr int64_t kRowsAtOnce = 2 * kDenseRows;
-  for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
-    const int64_t count = rows - row < kRowsAtOnce ? rows - row : kRowsAtOnce;
+  // Some rows of x after another: they and the columns stay in a core's first cache.
+  constexpr int64_t kRows = 2 * kRowsAtOnce;
+  for (int64_t row = 0; row < rows; row += kRows) {
+    const int64_t count = rows - row < kRows ? rows - row : kRows;
+    const bool asks = row == 0;
     int64_t column = first;
-    for (; column + 4 <= end; column += 4) {
-      if (rows <= kDenseRows) prefetch(w + (column + 4) * K, 4 * K);
-      dense_columns<Isa, Stored, 4>(w + column * K, K, x + row * K, count, y + row * N + column, N);
+    for (; column + kColumnsAtOnce <= end; column += kColumnsAtOnce) {
+      columns_product<Isa, kColumnsAtOnce>(w + column * K, K, x + row * K, count, asks, y + row * N + column, N);
     }
     for (; column < end; column++) {
-      dense_columns<Isa, Stored, 1>(w + column * K, K, x + row * K, count, y + row * N + column, N);
+      columns_product<Isa, 1>(w + column * K, K, x + row * K, count, asks, y + row * N + column, N);
     }
   }
 }
@@ -52,11 +91,11 @@ template <class Isa>
 void dense_product(const DenseWeight& weight, int64_t first, int64_t columns, const float* x, int64_t rows, float* y) {
   switch (weight.type) {
     case DenseType::kFloat32:
-      return dense_product_of<Isa, float>(weight, first, columns, x, rows, y);
+      return stored_product<Isa, float>(weight, first, columns, x, rows, y);
     case DenseType::kBfloat16:
-      return dense_product_of<Isa, BFloat16>(weight, first, columns, x, rows, y);
+      return stored_product<Isa, BFloat16>(weight, first, columns, x, rows, y);
     case DenseType::kFloat16:
-      return dense_product_of<Isa, Half>(weight, first, columns, x, rows, y);
+      return stored_product<Isa, Half>(weight, first, columns, x, rows, y);
   }
 }
 

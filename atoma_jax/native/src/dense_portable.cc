@@ -3,7 +3,7 @@
 
 namespace atoma {
 
-extern const DenseProduct kDensePortable;
-const DenseProduct kDensePortable = dense_product<PortableVectors>;
+extern const DenseKernels kDensePortable;
+const DenseKernels kDensePortable{dense_product<PortableVectors>, nullptr, nullptr};
 
 }  // namespace atoma

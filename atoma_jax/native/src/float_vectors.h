@@ -59,7 +59,9 @@ struct Lanes<16> {
 template <int N>
 struct VectorsOf {
   static constexpr int kWidth = N;
+  static constexpr int kStep = N;  // numbers of an operand of `fma`
   using V = typename Lanes<N>::V;
+  using Operand = V;
   using I = typename Lanes<N>::I;
 
   static V load(const float* from) {
@@ -192,10 +194,10 @@ struct Avx512Vectors : VectorsOf<16> {
 };
 #endif
 
-// The first n < width values, zeros behind them: nothing behind the values is read.
+// The first n < kStep values, zeros behind them: nothing behind the values is read.
 template <class Isa, class Stored>
-inline typename Isa::V load_part(const Stored* from, int n) {
-  Stored values[Isa::kWidth] = {};
+inline typename Isa::Operand load_part(const Stored* from, int n) {
+  Stored values[Isa::kStep] = {};
   std::memcpy(values, from, n * sizeof(Stored));
   return Isa::load(values);
 }

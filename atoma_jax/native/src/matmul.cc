@@ -19,7 +19,7 @@ extern const MatmulKernels kMatmulAvx2, kMatmulAvx512;
 
 const MatmulKernels& matmul_kernels() {
 #if defined(__x86_64__)
-  if (active_variant() == Variant::kAvx512Vnni) return kMatmulAvx512;
+  if (active_variant() >= Variant::kAvx512Vnni) return kMatmulAvx512;
   if (active_variant() == Variant::kAvx2) return kMatmulAvx2;
 #endif
   return kMatmulPortable;

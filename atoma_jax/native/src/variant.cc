@@ -17,6 +17,8 @@ bool is_supported(Variant variant) {
       return is_supported(Variant::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vnni");
+    case Variant::kAvx512Bf16:
+      return is_supported(Variant::kAvx512Vnni) && __builtin_cpu_supports("avx512bf16");
   }
   return false;
 #else
