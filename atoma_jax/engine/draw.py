@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
+from atoma_jax import ops
 from atoma_jax.engine.sampling_rows import SamplingRows
 from atoma_jax.engine.threefry import threefry_2x32
 from atoma_jax.engine.thresholds import find_cut, order_of
@@ -25,6 +26,8 @@ def draw(
     rows: SamplingRows,
     active: Bool[Array, " B"],
     shards: VocabShards = WHOLE,
+    *,
+    native: bool = False,
 ) -> Int32[Array, " B"]:
     """A random token of each active row; any id of the vocabulary in the others.
 
@@ -34,13 +37,18 @@ def draw(
         rows: their settings; the temperature of active rows is positive.
         active: rows to draw for.
         shards: how the vocabulary is cut, of which `logits` holds this device's part.
+        native: the native kernel draws, by the same definition; the vocabulary is whole.
     """
     temperature = jnp.where(active, rows.temperature, 1.0)
-    weights = _weights(logits, top, temperature, shards)
-    floor = order_of(top + temperature * jnp.log(rows.min_p))  # without min-p that of -inf, which keeps everything
+    floor = top + temperature * jnp.log(rows.min_p)  # without min-p -inf, which keeps everything
     top_k = jnp.where(active, rows.top_k, 0)
     top_p = jnp.where(active, rows.top_p, 1.0)
-    cut = find_cut(logits, weights, floor, order_of(top), top_k, top_p, shards)
+    if native:
+        assert shards.count == 1, "the kernel sees one part"
+        settings = {"top": top, "temperature": temperature, "floor": floor, "top_k": top_k, "top_p": top_p}
+        return ops.native_draw(logits, **settings, bits=_random_bits(rows), active=active)
+    weights = _weights(logits, top, temperature, shards)
+    cut = find_cut(logits, weights, order_of(floor), order_of(top), top_k, top_p, shards)
     kept = to_blocks(jnp.where(order_of(logits) >= cut[:, None], weights, 0), 0)  # [B, N, W]
     ends = _running_sums(exact_sum(kept, low_bits(shards.size(logits.shape[1]))))  # [B, N]
     at, mine = _own_place(_random_bits(rows), ends[:, -1], shards)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
+from atoma_jax import ops
 from atoma_jax.engine.vocab_blocks import count, largest, to_blocks
 from atoma_jax.engine.vocab_shards import WHOLE, VocabShards
 
@@ -31,10 +32,12 @@ def token_logprobs(
     asked: Bool[Array, " B"],
     num_top: int,
     shards: VocabShards = WHOLE,
+    *,
+    native: bool = False,
 ) -> TokenLogprobs:
     """Those of one token a row, and the `num_top` likeliest, given `block_max(logits)`.
 
-    Costs nothing in steps where no row asks.
+    Costs nothing in steps where no row asks. `native`: the native kernel adds up and counts; the vocabulary is whole.
     """
     B = logits.shape[0]
     nothing = TokenLogprobs(
@@ -46,22 +49,35 @@ def token_logprobs(
 
     def compute(logits: Array, tops: Array, tokens: Array, asked: Array) -> TokenLogprobs:
         top = shards.largest(jnp.max(tops, axis=1))
-        exps = jnp.exp(logits - top[:, None])
-        norm = top + jnp.log(shards.total(jnp.sum(jnp.sum(to_blocks(exps, 0.0), axis=2), axis=1)))  # logsumexp, [B]
-        V = logits.shape[1]
-        places, there = (tokens, None) if shards.count == 1 else shards.own(tokens, V)
+        places, there = (tokens, None) if shards.count == 1 else shards.own(tokens, logits.shape[1])
         chosen = jnp.take_along_axis(logits, places[:, None], axis=1, mode="clip")  # [B, 1]
-        ids = jnp.arange(V, dtype=jnp.int32)
         if there is not None:
             chosen = shards.total(jnp.where(there[:, None], chosen, 0.0))
-            ids += shards.first(V)
-        before = (logits > chosen) | ((logits == chosen) & (ids < tokens[:, None]))
+        if native:
+            norm, rank = ops.native_survey(logits, top=top, tokens=tokens, active=asked)
+        else:
+            norm, rank = _survey(logits, top, chosen, tokens, shards)
         values, top_ids = largest(logits, tops, num_top, shards)
         return TokenLogprobs(
             logprob=jnp.where(asked, chosen[:, 0] - norm, 0.0),
-            rank=jnp.where(asked, 1 + shards.total(count(before)), 0),
+            rank=jnp.where(asked, rank, 0),
             top_ids=jnp.where(asked[:, None], top_ids, 0),
             top_logprobs=jnp.where(asked[:, None], values - norm[:, None], 0.0),
         )
 
+    assert not native or shards.count == 1, "the kernel sees one part"
     return lax.cond(jnp.any(asked), compute, lambda *_: nothing, logits, tops, tokens, asked)
+
+
+def _survey(
+    logits: Array, top: Array, chosen: Array, tokens: Array, shards: VocabShards
+) -> tuple[Float32[Array, " B"], Int32[Array, " B"]]:
+    """Of each row log Σ e^logit, and the rank of a token whose logit is `chosen`."""
+    exps = jnp.exp(logits - top[:, None])
+    norm = top + jnp.log(shards.total(jnp.sum(jnp.sum(to_blocks(exps, 0.0), axis=2), axis=1)))
+    V = logits.shape[1]
+    ids = jnp.arange(V, dtype=jnp.int32)
+    if shards.count > 1:
+        ids += shards.first(V)
+    before = (logits > chosen) | ((logits == chosen) & (ids < tokens[:, None]))
+    return norm, 1 + shards.total(count(before))

@@ -43,6 +43,7 @@ def sample(
     *,
     max_logprobs: int,
     shards: VocabShards = WHOLE,
+    native: bool = False,
 ) -> tuple[SampleOutput, SamplerState]:
     """Samples or scores one token a row and remembers the sampled ones in their slots.
 
@@ -54,6 +55,7 @@ def sample(
         state: donated by the step.
         max_logprobs: how many of the likeliest tokens come back, at most V; static.
         shards: how the vocabulary is cut, of which `logits` holds this device's part; static.
+        native: native kernels draw, and compute logprobs; static.
     """
     tops = block_max(logits)  # [B, N]
     raw_ok = _usable(logits, tops, shards)
@@ -69,7 +71,7 @@ def sample(
         greedy = argmax(logits, tops, shards)
 
         def mixed(logits: Array) -> Array:
-            return jnp.where(drawn, draw(logits, top, rows, drawn, shards), greedy)
+            return jnp.where(drawn, draw(logits, top, rows, drawn, shards, native=native), greedy)
 
         return lax.cond(jnp.any(drawn), mixed, lambda _: greedy, logits), ok
 
@@ -88,7 +90,7 @@ def sample(
         counted=sampled & rows.penalties,
         shards=shards,
     )
-    found = token_logprobs(logits, tops, tokens, rows.logprobs, max_logprobs, shards)
+    found = token_logprobs(logits, tops, tokens, rows.logprobs, max_logprobs, shards, native=native)
     return SampleOutput(
         tokens=tokens,
         ok=ok,
@@ -100,7 +102,12 @@ def sample(
 
 
 def score(
-    logits: Float32[Array, "B V"], rows: SamplingRows, *, max_logprobs: int, shards: VocabShards = WHOLE
+    logits: Float32[Array, "B V"],
+    rows: SamplingRows,
+    *,
+    max_logprobs: int,
+    shards: VocabShards = WHOLE,
+    native: bool = False,
 ) -> SampleOutput:
     """Logprobs of each row's target. The program that only scores prompts pays for no sampling, and compiles faster.
 
@@ -109,9 +116,10 @@ def score(
         rows: their settings; all of them score.
         max_logprobs: how many of the likeliest tokens come back, at most V; static.
         shards: how the vocabulary is cut, of which `logits` holds this device's part; static.
+        native: native kernels compute logprobs; static.
     """
     tops = block_max(logits)  # [B, N]
-    found = token_logprobs(logits, tops, rows.target, rows.logprobs, max_logprobs, shards)
+    found = token_logprobs(logits, tops, rows.target, rows.logprobs, max_logprobs, shards, native=native)
     return SampleOutput(
         tokens=rows.target,
         ok=_usable(logits, tops, shards),

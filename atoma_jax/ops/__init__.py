@@ -1,10 +1,12 @@
 """The one place that chooses a kernel: by platform, by the weight's layout, by shape.
 
-Models call these functions and know no kernel. Where `Backend.kernels` asks for native kernels, they do attention and
-multiply weights in tiles; where it asks for Pallas, its kernels do attention and multiply weights in the planar layout
-and stacks of bfloat16 matrices. The rest is XLA's everywhere.
+Models call these functions and know no kernel. Where `Backend.kernels` asks for native kernels, they do attention, draw
+tokens and multiply weights in tiles; where it asks for Pallas, its kernels do attention and multiply weights in the
+planar layout and stacks of bfloat16 matrices. The rest is XLA's everywhere.
 """
 
+from atoma_jax.native.sampling import draw as native_draw
+from atoma_jax.native.sampling import survey as native_survey
 from atoma_jax.native.tiles import put_codes, put_factors
 from atoma_jax.ops.attention import AttentionBatch, Chunks, attend, attention_batch, empty_pages
 from atoma_jax.ops.backend import Backend, Kernels, Platform, has_native_kernels
@@ -34,6 +36,8 @@ __all__ = [
     "linear",
     "linear_of_parts",
     "linear_of_stream",
+    "native_draw",
+    "native_survey",
     "net_of_stream",
     "own_tokens",
     "pack_planar",

@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import pytest
 
-from atoma_jax import LLM, AsyncLLM
+from atoma_jax import LLM, AsyncLLM, ops
 from atoma_jax.config import ModelConfig
 from atoma_jax.engine.convert import convert_model
 from atoma_jax.engine.engine import Engine
@@ -143,3 +143,11 @@ def _lent(llm: LLM) -> Iterator[LLM]:
     engine.check_integrity()
     assert stats.pages_free + stats.pages_cached == engine.model_config.num_pages - 1
     assert engine.num_recompilations == 0
+
+
+@pytest.fixture(params=[False, True], ids=["xla", "native"])
+def native_sampling(request: pytest.FixtureRequest) -> bool:
+    """Whether native kernels draw."""
+    if request.param and not ops.has_native_kernels():
+        pytest.skip("the native kernels are not built, or do not fit; the log says why")
+    return request.param

@@ -42,9 +42,14 @@ MIXED = [
 BAD_WORDS = [(9, 9, 11), (4,)]
 
 
-@partial(jax.jit, donate_argnums=2)
-def step(logits, words, state):
-    return sample(logits, decode_rows(words), state, max_logprobs=TOP)
+@partial(jax.jit, donate_argnums=2, static_argnames="native")
+def sampled(logits, words, state, native):
+    return sample(logits, decode_rows(words), state, max_logprobs=TOP, native=native)
+
+
+@pytest.fixture(autouse=True)
+def step(native_sampling, monkeypatch):
+    monkeypatch.setitem(globals(), "step", partial(sampled, native=native_sampling))
 
 
 put = jax.jit(write_slot, donate_argnums=0)
@@ -279,7 +284,7 @@ def test_a_slot_with_old_rules_does_not_touch_a_request_without():
     assert int(out.tokens[0]) == int(logits[0].argmax())
 
 
-def test_a_vocabulary_of_49152_draws_what_it_draws_alone():
+def test_a_vocabulary_of_49152_draws_what_it_draws_alone(native_sampling):
     """Through the candidates (peaked row), through all tokens (flat row), greedy and damaged neighbours between."""
     wide, rows = 49_152, 4
     shape = SamplerShape(slots=rows, vocab_size=wide, max_model_len=10, max_adjusted=1, max_bad_words=1)
@@ -294,7 +299,7 @@ def test_a_vocabulary_of_49152_draws_what_it_draws_alone():
         SamplingParams(seed=4),
     ]
     words = np.stack([encode(p, slot=i, seed=i) for i, p in enumerate(params)])
-    run_wide = jax.jit(lambda x, w, s: sample(x, decode_rows(w), s, max_logprobs=TOP)[0])
+    run_wide = jax.jit(lambda x, w, s: sample(x, decode_rows(w), s, max_logprobs=TOP, native=native_sampling)[0])
     state = init_state(shape)
     kept = [set(np.argsort(-logits[0])[:50]), set(np.argsort(-logits[1])[: int(0.85 * wide)])]
     drawn = [[], []]

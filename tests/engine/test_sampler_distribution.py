@@ -1,5 +1,7 @@
 """Drawn tokens follow the distribution that a float64 computation of the whole chain gives, setting by setting."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +17,15 @@ SHAPE = SamplerShape(slots=2, vocab_size=V, max_model_len=1000, max_adjusted=8, 
 PROMPT, OUTPUT = [3, 5, 5, 8], [5, 9, 9, 9]
 
 
-@jax.jit
-def many(logits, words, state):
-    return sample(jnp.broadcast_to(logits, (B, V)), decode_rows(words), state, max_logprobs=0)[0]
+@partial(jax.jit, static_argnames="native")
+def sampled(logits, words, state, native):
+    rows = decode_rows(words)
+    return sample(jnp.broadcast_to(logits, (B, V)), rows, state, max_logprobs=0, native=native)[0]
+
+
+@pytest.fixture(autouse=True)
+def many(native_sampling, monkeypatch):
+    monkeypatch.setitem(globals(), "many", partial(sampled, native=native_sampling))
 
 
 put = jax.jit(write_slot)
