@@ -33,6 +33,26 @@ class ThroughputWorkload:
     repeats: int = 3
     warmup: int = 1  # runs before, not counted
     seed: int = 0  # of the prompts
+    temperature: float = 0.0  # as the following, a setting of every request's sampling
+    top_k: int = 0
+    top_p: float = 1.0
+    logprobs: int | None = None
+
+    def params(self) -> SamplingParams:
+        """Of every request.
+
+        Raises:
+            ParameterError: a setting is outside its limits.
+        """
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            logprobs=self.logprobs,
+            max_tokens=self.output_tokens,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.DELTA,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +97,7 @@ def measure_throughput(llm: BenchEngine, work: ThroughputWorkload) -> dict[str, 
     """Runs the workload; medians over the repeats as keys of a JSON object, the repeats themselves under `runs`.
 
     Raises:
-        ParameterError: prompt and output do not fit into the model.
+        ParameterError: prompt and output do not fit into the model, or sampling has a setting outside its limits.
     """
     check_lengths(llm, prompt_tokens=work.prompt_tokens, output_tokens=work.output_tokens)
     runs = [_run(llm, work, seed=work.seed + number) for number in range(work.warmup + work.repeats)][work.warmup :]
@@ -86,6 +106,10 @@ def measure_throughput(llm: BenchEngine, work: ThroughputWorkload) -> dict[str, 
         "prompt_tokens": work.prompt_tokens,
         "output_tokens": work.output_tokens,
         "repeats": work.repeats,
+        "temperature": work.temperature,
+        "top_k": work.top_k,
+        "top_p": work.top_p,
+        "logprobs": work.logprobs,
         "prefill_tokens_per_s": median([run.prefill_tokens_per_s for run in runs]),
         "decode_tokens_per_s": median([run.decode_tokens_per_s for run in runs]),
         "output_tokens_per_s": median([run.output_tokens_per_s for run in runs]),
@@ -115,9 +139,7 @@ def measure_throughput(llm: BenchEngine, work: ThroughputWorkload) -> dict[str, 
 
 def _run(llm: BenchEngine, work: ThroughputWorkload, *, seed: int) -> ThroughputRun:
     prompts = random_prompts(llm.get_tokenizer(), count=work.num_seqs, length=work.prompt_tokens, seed=seed)
-    params = SamplingParams(
-        temperature=0, max_tokens=work.output_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
-    )
+    params = work.params()
     for number, prompt in enumerate(prompts):
         llm.llm_engine.add_request(f"throughput-{number}", {"prompt_token_ids": prompt}, params)
     llm.reset_stats()

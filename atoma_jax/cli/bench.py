@@ -35,6 +35,10 @@ def throughput(
     repeats: _Repeats = 3,
     warmup: _Warmup = 1,
     prompt_seed: _PromptSeed = 0,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    logprobs: Annotated[int | None, typer.Option(help="Logprobs of as many of the likeliest tokens.")] = None,
     as_json: _Json = False,
 ) -> None:
     """Tokens a second with many sequences at once: prefill, decode, and both together."""
@@ -45,7 +49,12 @@ def throughput(
         repeats=repeats,
         warmup=warmup,
         seed=prompt_seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        logprobs=logprobs,
     )
+    work.params()  # what is wrong with them is said before there is an engine
     config = engine.engine_config()
     with running_engine(config) as running:
         typer.echo(f"{warmup} + {repeats} runs of {num_seqs} × ({prompt_tokens} + {output_tokens}) tokens", err=True)

@@ -62,9 +62,7 @@ def sample(
     ruled = rows.mask | rows.bad_words | rows.adjust | rows.penalties
     random = rows.temperature > 0
 
-    def choose(logits: Array, tops: Array, rows: SamplingRows, state: SamplerState) -> tuple[Array, Array]:
-        logits = apply_rules(logits, rows, state, shards)
-        tops = block_max(logits)
+    def pick(logits: Array, tops: Array) -> tuple[Array, Array]:
         top = shards.largest(jnp.max(tops, axis=1))
         ok = raw_ok & jnp.isfinite(top)
         drawn = ok & rows.sample & random
@@ -74,6 +72,16 @@ def sample(
             return jnp.where(drawn, draw(logits, top, rows, drawn, shards, native=native), greedy)
 
         return lax.cond(jnp.any(drawn), mixed, lambda _: greedy, logits), ok
+
+    def choose(logits: Array, tops: Array, rows: SamplingRows, state: SamplerState) -> tuple[Array, Array]:
+        def pick_ruled(logits: Array, _: Array) -> tuple[Array, Array]:
+            logits = apply_rules(logits, rows, state, shards)
+            return pick(logits, block_max(logits))
+
+        if not native:
+            return pick_ruled(logits, tops)
+        # To pick is one call there, which may be in a program twice: without rules nothing is copied or looked at anew.
+        return lax.cond(jnp.any(rows.sample & ruled), pick_ruled, pick, logits, tops)
 
     def choose_plainly(logits: Array, tops: Array, *_: SamplingRows | SamplerState) -> tuple[Array, Array]:
         return argmax(logits, tops, shards), raw_ok

@@ -97,11 +97,11 @@ def run_step(
     logits = model.logits(model.rows(hidden, batch.logit_token, program.tokens))
     with jax.named_scope("sample"):
         rows, shards = decode_rows(batch.sampling), VocabShards(model.backend.mesh)
-        how = {"max_logprobs": sizes.max_logprobs, "shards": shards, "native": model.backend.kernels == "native"}
+        top, native = sizes.max_logprobs, model.backend.kernels == "native"
         if program.kind == "score":
-            out, sampler = score(logits, rows, **how), state.sampler
+            out, sampler = score(logits, rows, max_logprobs=top, shards=shards, native=native), state.sampler
         else:
-            out, sampler = sample(logits, rows, state.sampler, **how)
+            out, sampler = sample(logits, rows, state.sampler, max_logprobs=top, shards=shards, native=native)
     return EngineState(pages=pages, sampler=sampler), StepOutput(
         tokens_ok=jnp.stack([out.tokens, out.ok.astype(jnp.int32)]),
         logprob=out.logprob,

@@ -54,12 +54,14 @@ class FakeEngine:
         default_factory=lambda: SimpleNamespace(max_model_len=MAX_MODEL_LEN, max_num_seqs=2)
     )
     queue: dict[str, deque[RequestOutput]] = dataclasses.field(default_factory=dict)
+    asked: list[SamplingParams] = dataclasses.field(default_factory=list)
 
     @property
     def has_work(self) -> bool:
         return bool(self.queue)
 
     def add_request(self, request_id: str, prompt: Any, params: SamplingParams) -> None:
+        self.asked.append(params)
         self.queue[request_id] = deque(answer(request_id, prompt, params))
 
     def step(self) -> list[RequestOutput]:

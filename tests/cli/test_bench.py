@@ -25,6 +25,7 @@ def test_throughput(run: Run, fake_llm: type[FakeLLM]) -> None:
     value = json.loads(result.stdout)
     assert set(value) == EVERYWHERE | STARTED | {
         *("num_seqs", "prompt_tokens", "output_tokens", "repeats", "total_seconds", "runs"),
+        *("temperature", "top_k", "top_p", "logprobs"),
         *("prefill_tokens_per_s", "decode_tokens_per_s", "output_tokens_per_s", "total_tokens_per_s"),
         *("ttft_s", "tpot_s", "host_ms_per_step", "device_ms_per_step", "kv_waste", "peak_kv_usage", "preemptions"),
         *("prefix_hit_tokens", "recompilations", "peak_rss_bytes"),
@@ -36,6 +37,17 @@ def test_throughput(run: Run, fake_llm: type[FakeLLM]) -> None:
     assert value["peak_rss_bytes"] > 1 << 20
     assert set(value["versions"]) == {"atoma_jax", "jax", "python"}
     assert "1 + 2 runs of 3 × (10 + 5) tokens" in result.stderr
+
+
+def test_throughput_of_sampled_requests(run: Run, fake_llm: type[FakeLLM]) -> None:
+    flags = ("--temperature", "0.8", "--top-k", "40", "--top-p", "0.95", "--logprobs", "5")
+    result = run("bench", "throughput", "--model", "m", "--output-tokens", "5", *flags, "--json")
+    assert result.exit_code == 0, result.stderr
+    value = json.loads(result.stdout)
+    assert (value["temperature"], value["top_k"], value["top_p"], value["logprobs"]) == (0.8, 40, 0.95, 5)
+    asked = fake_llm.built[0].llm_engine.asked
+    assert {(one.temperature, one.top_k, one.top_p, one.logprobs) for one in asked} == {(0.8, 40, 0.95, 5)}
+    assert all(one.ignore_eos and one.max_tokens == 5 for one in asked)
 
 
 def test_latency(run: Run, fake_llm: type[FakeLLM]) -> None:
@@ -101,6 +113,7 @@ def test_for_people(run: Run, fake_llm: type[FakeLLM]) -> None:
         (("throughput", "--prompt-tokens", "150", "--output-tokens", "51"), f"context length is {MAX_MODEL_LEN}"),
         (("latency", "--input-len", "150", "--output-len", "51"), f"context length is {MAX_MODEL_LEN}"),
         (("throughput", "--num-seqs", "0"), "Invalid value for '--num-seqs'"),
+        (("throughput", "--top-p", "1.5"), "top_p"),
     ],
 )
 def test_what_cannot_be_ends_with_2(run: Run, fake_llm: type[FakeLLM], flags: tuple[str, ...], message: str) -> None:

@@ -1,5 +1,6 @@
 // The kernels by themselves, for a build with sanitizers: every variant of this CPU against sums in double, in memory of
 // exactly the size that the layout says, and the pool under callers that come and go. Prints what fails; returns 1 then.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -13,6 +14,7 @@
 #include "matmul.h"
 #include "pack.h"
 #include "pool.h"
+#include "sampling.h"
 #include "variant.h"
 
 namespace {
@@ -144,6 +146,68 @@ void dense_products(int variant, DenseType type, int64_t N, int64_t K) {
   }
 }
 
+// Evenly spaced numbers draw each token as often as it is likely among those that filters keep; sums and ranks.
+void draws(int variant, int64_t V, int32_t top_k, float top_p) {
+  constexpr int64_t kDraws = 512;
+  std::mt19937 random(3);
+  const auto logits = exactly<float>(kDraws * V);
+  for (int64_t v = 0; v < V; v++) logits[v] = static_cast<float>(random() % 4000) * 0.002f;
+  for (int64_t i = 1; i < kDraws; i++) std::copy_n(logits.get(), V, logits.get() + i * V);
+  const float largest = *std::max_element(logits.get(), logits.get() + V);
+  const auto filled = [&](auto value) {
+    auto all = exactly<decltype(value)>(kDraws);
+    std::fill_n(all.get(), kDraws, value);
+    return all;
+  };
+  const auto top = filled(largest), temperature = filled(0.8f), floor = filled(-INFINITY), p = filled(top_p);
+  const auto k = filled(top_k);
+  const auto bits = exactly<uint32_t>(kDraws);
+  const auto active = exactly<bool>(kDraws);
+  const auto tokens = exactly<int32_t>(kDraws);
+  for (int64_t i = 0; i < kDraws; i++) {
+    bits[i] = static_cast<uint32_t>(i * (int64_t{1} << 32) / kDraws);
+    active[i] = true;
+  }
+  draw_tokens({logits.get(), top.get(), temperature.get(), floor.get(), k.get(), p.get(), bits.get(), active.get()}, kDraws,
+              V, tokens.get());
+  std::vector<int64_t> order(V);
+  for (int64_t v = 0; v < V; v++) order[v] = v;
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return logits[a] > logits[b]; });
+  const auto weight = [&](int64_t v) { return std::exp((static_cast<double>(logits[v]) - largest) / 0.8); };
+  float cut = top_k > 0 && top_k < V ? logits[order[top_k - 1]] : -INFINITY;
+  double all = 0, sum = 0;
+  for (int64_t v = 0; v < V; v++) all += logits[v] >= cut ? weight(v) : 0;
+  for (int64_t i = 0; top_p < 1 && i < V && sum < all * top_p; i++) {
+    sum += weight(order[i]);
+    if (sum >= all * top_p) cut = logits[order[i]];
+  }
+  double kept = 0;
+  for (int64_t v = 0; v < V; v++) kept += logits[v] >= cut ? weight(v) : 0;
+  std::vector<int> counts(V);
+  bool holds = true;
+  for (int64_t i = 0; i < kDraws; i++) {
+    holds &= tokens[i] >= 0 && tokens[i] < V && logits[tokens[i]] >= cut;
+    if (holds) counts[tokens[i]]++;
+  }
+  for (int64_t v = 0; v < V; v++) {
+    const double due = logits[v] >= cut ? kDraws * weight(v) / kept : 0;
+    holds &= std::fabs(counts[v] - due) < 1.1;
+  }
+  check(holds, "draws", variant, top_k, V);
+
+  const auto token = filled(static_cast<int32_t>(V / 2));
+  const auto norms = exactly<float>(kDraws);
+  const auto ranks = exactly<int32_t>(kDraws);
+  survey_rows({logits.get(), top.get(), token.get(), active.get()}, 3, V, norms.get(), ranks.get());
+  double exact = 0;
+  int before = 0;
+  for (int64_t v = 0; v < V; v++) {
+    exact += std::exp(static_cast<double>(logits[v]));
+    before += logits[v] > logits[V / 2] || (logits[v] == logits[V / 2] && v < V / 2);
+  }
+  check(std::fabs(norms[2] - std::log(exact)) < 1e-5 && ranks[2] == before + 1, "survey", variant, -1, V);
+}
+
 // Codes and factors of scattered rows come back from where they were put, in memory of exactly their size.
 void packing(Codes kind) {
   std::mt19937 random(5);
@@ -207,6 +271,12 @@ int main() {
         products(variant, kind, subs, true, FactorType::kFloat16);
         if (is_spread(kind)) products(variant, kind, subs, true, FactorType::kFloat32, 20 * kBlock);  // two spans
       }
+    }
+    for (int64_t V : {1, 100, 128, 300, 1500}) {
+      draws(variant, V, 0, 1);
+      draws(variant, V, 7, 1);
+      draws(variant, V, 0, 0.8f);
+      draws(variant, V, 50, 0.5f);
     }
     for (DenseType type : {DenseType::kFloat32, DenseType::kBfloat16, DenseType::kFloat16}) {
       dense_products(variant, type, 37, 70);
