@@ -44,7 +44,8 @@ class ModelConfig:
     # Weights that lie in rows are always multiplied by XLA.
     kernels: Literal["auto", "xla", "pallas", "interpret", "native"] = "auto"
     # Of activations in native products. default: int8 in groups of 32; high: two such planes, about a float's precision
-    # and slower; exact: float32, for tests.
+    # and slower; exact: float32, for tests. In front of dense weights default rounds to bfloat16, where these are of
+    # that type and the processor multiplies it, and the others do not round.
     cpu_precision: Literal["default", "high", "exact"] = "default"
     max_model_len: int | None = None  # tokens of prompt and output together; None: what the model was trained for
     seed: int = 0  # of requests that bring none

@@ -80,7 +80,7 @@ def sample(
 
         if not native:
             return pick_ruled(logits, tops)
-        # To pick is one call there, which may be in a program twice: without rules nothing is copied or looked at anew.
+        # Picking compiles to little there, so it may be in a program twice: without rules nothing is copied.
         return lax.cond(jnp.any(rows.sample & ruled), pick_ruled, pick, logits, tops)
 
     def choose_plainly(logits: Array, tops: Array, *_: SamplingRows | SamplerState) -> tuple[Array, Array]:

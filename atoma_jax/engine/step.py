@@ -97,11 +97,11 @@ def run_step(
     logits = model.logits(model.rows(hidden, batch.logit_token, program.tokens))
     with jax.named_scope("sample"):
         rows, shards = decode_rows(batch.sampling), VocabShards(model.backend.mesh)
-        top, native = sizes.max_logprobs, model.backend.kernels == "native"
+        number, native = sizes.max_logprobs, model.backend.draws_natively
         if program.kind == "score":
-            out, sampler = score(logits, rows, max_logprobs=top, shards=shards, native=native), state.sampler
+            out, sampler = score(logits, rows, max_logprobs=number, shards=shards, native=native), state.sampler
         else:
-            out, sampler = sample(logits, rows, state.sampler, max_logprobs=top, shards=shards, native=native)
+            out, sampler = sample(logits, rows, state.sampler, max_logprobs=number, shards=shards, native=native)
     return EngineState(pages=pages, sampler=sampler), StepOutput(
         tokens_ok=jnp.stack([out.tokens, out.ok.astype(jnp.int32)]),
         logprob=out.logprob,

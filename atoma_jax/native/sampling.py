@@ -22,7 +22,7 @@ def draw(
         logits: without NaN in active rows.
         top: the largest of each row, finite in active ones.
         temperature: above 0.
-        floor: logits below it are not kept; -inf keeps all.
+        floor: logits below it are not kept; at most `top`, and -inf keeps all.
         top_k: 0: without.
         top_p: 1: without.
         bits: random ones, which pick the token.

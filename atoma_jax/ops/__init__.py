@@ -1,8 +1,8 @@
 """The one place that chooses a kernel: by platform, by the weight's layout, by shape.
 
 Models call these functions and know no kernel. Where `Backend.kernels` asks for native kernels, they do attention, draw
-tokens and multiply weights in tiles; where it asks for Pallas, its kernels do attention and multiply weights in the
-planar layout and stacks of bfloat16 matrices. The rest is XLA's everywhere.
+tokens, add up logprobs, and multiply dense weights and those in tiles; where it asks for Pallas, its kernels do
+attention and multiply weights in the planar layout and stacks of bfloat16 matrices. The rest is XLA's everywhere.
 """
 
 from atoma_jax.native.sampling import draw as native_draw

@@ -22,7 +22,7 @@ class Backend:
     operands: Literal["float32", "bfloat16"]  # of products with quantized weights; sums are float32
     weight_layout: Layout  # of quantized weights
     kernels: Kernels = "xla"  # interpret: the Pallas kernels without a GPU, step by step; for tests
-    precision: Precision = "default"  # of activations in native products: int8, two int8 planes, float32
+    precision: Precision = "default"  # of activations in native products: int8, two int8 planes, float32; see `config`
     device: str = ""  # its kind, as JAX calls it, for sizes that were measured there; empty: not known
     mesh: MeshShape | None = None  # that a step's arrays are cut over; None: one device
     whole_heads: bool = False  # each device of `tensor` has all heads, as they do not divide
@@ -31,6 +31,11 @@ class Backend:
     def uses_pallas(self) -> bool:
         """Whether Pallas kernels run, compiled or interpreted."""
         return self.kernels in ("pallas", "interpret")
+
+    @property
+    def draws_natively(self) -> bool:
+        """Whether native kernels draw tokens and compute logprobs, of a vocabulary that is whole."""
+        return self.kernels == "native"
 
     @property
     def kv_dtype(self) -> KVDtype:

@@ -116,7 +116,8 @@ def _native_linear(
     *,
     int8_activations: bool,
 ) -> Float32[Array, "T N"]:
-    """`linear` of a dense matrix, or of one of a stack, by the native kernel, which reads it in place."""
+    """`linear` of a dense matrix, or of one of a stack, by the native kernel, which reads it in place. Activations of
+    default precision are rounded to bfloat16 where the CPU multiplies a bfloat16 weight so."""
     place = jnp.int32(0) if layer is None or stack.ndim == 2 else layer
     factor: Float32[Array, "T 1"] | None = None
     if int8_activations:

@@ -1,6 +1,7 @@
 """One sampling step: rows do not see each other, rules do what they say, logprobs are the model's own."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +48,16 @@ def sampled(logits, words, state, native):
     return sample(logits, decode_rows(words), state, max_logprobs=TOP, native=native)
 
 
+CHOSEN = SimpleNamespace(native=False)  # by the fixture
+
+
 @pytest.fixture(autouse=True)
-def step(native_sampling, monkeypatch):
-    monkeypatch.setitem(globals(), "step", partial(sampled, native=native_sampling))
+def kernels(native_sampling, monkeypatch):
+    monkeypatch.setattr(CHOSEN, "native", native_sampling)
+
+
+def step(logits, words, state):
+    return sampled(logits, words, state, native=CHOSEN.native)
 
 
 put = jax.jit(write_slot, donate_argnums=0)

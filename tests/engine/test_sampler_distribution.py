@@ -1,6 +1,7 @@
 """Drawn tokens follow the distribution that a float64 computation of the whole chain gives, setting by setting."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,16 @@ def sampled(logits, words, state, native):
     return sample(jnp.broadcast_to(logits, (B, V)), rows, state, max_logprobs=0, native=native)[0]
 
 
+CHOSEN = SimpleNamespace(native=False)  # by the fixture
+
+
 @pytest.fixture(autouse=True)
-def many(native_sampling, monkeypatch):
-    monkeypatch.setitem(globals(), "many", partial(sampled, native=native_sampling))
+def kernels(native_sampling, monkeypatch):
+    monkeypatch.setattr(CHOSEN, "native", native_sampling)
+
+
+def many(logits, words, state):
+    return sampled(logits, words, state, native=CHOSEN.native)
 
 
 put = jax.jit(write_slot)

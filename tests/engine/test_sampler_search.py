@@ -1,14 +1,20 @@
 """The parts under the sampler: the generator, reductions over the vocabulary, the cut of top-k and top-p."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.random import threefry_2x32 as library_threefry
 
+from atoma_jax.engine.draw import draw
+from atoma_jax.engine.sampling_rows import Column, decode_rows, encode
 from atoma_jax.engine.threefry import threefry_2x32
 from atoma_jax.engine.thresholds import find_cut, order_of
 from atoma_jax.engine.vocab_blocks import argmax, block_max, exact_sum, largest, low_bits
+from atoma_jax.ops import has_native_kernels
+from atoma_jax.sampling_params import SamplingParams
 
 
 def test_generator_is_the_one_behind_jax_random():
@@ -87,3 +93,19 @@ def test_cut_keeps_what_a_sorted_row_keeps(V):
             for row in range(len(logits)):
                 expected = sorted_cut(logits[row], weights[row], top_k, top_p)
                 np.testing.assert_array_equal(found[row], expected, err_msg=f"{row=} {top_k=} {top_p=}")
+
+
+@pytest.mark.skipif(not has_native_kernels(), reason="the native kernels are not built, or do not fit")
+def test_native_kernels_draw_what_xla_draws():
+    V, B = 4096, 512  # one request at many positions
+    draws = [jax.jit(partial(draw, native=native)) for native in (False, True)]
+    for given in ({}, {"temperature": 0.5, "top_k": 300}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.6, "min_p": 0.01}):
+        words = np.tile(encode(SamplingParams(**given), slot=0, seed=3), (B, 1))
+        words[:, Column.POSITION] = np.arange(B)
+        settings = decode_rows(jnp.asarray(words))
+        for logits in rows_of_every_shape(V, np.random.default_rng(4)):
+            rows, top = jnp.broadcast_to(logits, (B, V)), jnp.full(B, logits.max())
+            xla, native = (np.asarray(f(rows, top, settings, jnp.ones(B, bool))) for f in draws)
+            # Exponentials differ in their last bits: a number that falls between two tokens may take the other one.
+            assert np.mean(xla == native) >= 1 - 4 / B, given
+            assert set(logits[native]) <= set(logits[logits >= logits[xla].min()]), given

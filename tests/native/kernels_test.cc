@@ -147,34 +147,39 @@ void dense_products(int variant, DenseType type, int64_t N, int64_t K) {
 }
 
 // Evenly spaced numbers draw each token as often as it is likely among those that filters keep; sums and ranks.
-void draws(int variant, int64_t V, int32_t top_k, float top_p) {
-  constexpr int64_t kDraws = 512;
+// Some tokens are barred, many tie, and the last row is not active.
+void draws(int variant, int64_t V, int32_t top_k, float top_p, float min_p) {
+  constexpr int64_t kDraws = 512, kRows = kDraws + 1;
   std::mt19937 random(3);
-  const auto logits = exactly<float>(kDraws * V);
-  for (int64_t v = 0; v < V; v++) logits[v] = static_cast<float>(random() % 4000) * 0.002f;
+  const auto logits = exactly<float>(kRows * V);
+  for (int64_t v = 0; v < V; v++) {
+    logits[v] = v % 5 == 2 ? -INFINITY : static_cast<float>(random() % (v % 2 == 0 ? 4000 : 40) * 2) * 0.001f;
+  }
   for (int64_t i = 1; i < kDraws; i++) std::copy_n(logits.get(), V, logits.get() + i * V);
+  std::fill_n(logits.get() + kDraws * V, V, NAN);
   const float largest = *std::max_element(logits.get(), logits.get() + V);
   const auto filled = [&](auto value) {
-    auto all = exactly<decltype(value)>(kDraws);
-    std::fill_n(all.get(), kDraws, value);
+    auto all = exactly<decltype(value)>(kRows);
+    std::fill_n(all.get(), kRows, value);
     return all;
   };
-  const auto top = filled(largest), temperature = filled(0.8f), floor = filled(-INFINITY), p = filled(top_p);
-  const auto k = filled(top_k);
-  const auto bits = exactly<uint32_t>(kDraws);
-  const auto active = exactly<bool>(kDraws);
-  const auto tokens = exactly<int32_t>(kDraws);
+  const auto top = filled(largest), temperature = filled(0.8f), p = filled(top_p);
+  const float lowest = min_p > 0 ? largest + 0.8f * std::log(min_p) : -INFINITY;
+  const auto k = filled(top_k), tokens = filled(int32_t{-1});
+  const auto floor = filled(lowest);
+  const auto bits = filled(uint32_t{5});
+  const auto active = filled(false);
   for (int64_t i = 0; i < kDraws; i++) {
     bits[i] = static_cast<uint32_t>(i * (int64_t{1} << 32) / kDraws);
     active[i] = true;
   }
-  draw_tokens({logits.get(), top.get(), temperature.get(), floor.get(), k.get(), p.get(), bits.get(), active.get()}, kDraws,
+  draw_tokens({logits.get(), top.get(), temperature.get(), floor.get(), k.get(), p.get(), bits.get(), active.get()}, kRows,
               V, tokens.get());
   std::vector<int64_t> order(V);
   for (int64_t v = 0; v < V; v++) order[v] = v;
   std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return logits[a] > logits[b]; });
   const auto weight = [&](int64_t v) { return std::exp((static_cast<double>(logits[v]) - largest) / 0.8); };
-  float cut = top_k > 0 && top_k < V ? logits[order[top_k - 1]] : -INFINITY;
+  float cut = std::fmax(lowest, top_k > 0 && top_k < V ? logits[order[top_k - 1]] : -INFINITY);
   double all = 0, sum = 0;
   for (int64_t v = 0; v < V; v++) all += logits[v] >= cut ? weight(v) : 0;
   for (int64_t i = 0; top_p < 1 && i < V && sum < all * top_p; i++) {
@@ -184,7 +189,7 @@ void draws(int variant, int64_t V, int32_t top_k, float top_p) {
   double kept = 0;
   for (int64_t v = 0; v < V; v++) kept += logits[v] >= cut ? weight(v) : 0;
   std::vector<int> counts(V);
-  bool holds = true;
+  bool holds = tokens[kDraws] == 0;
   for (int64_t i = 0; i < kDraws; i++) {
     holds &= tokens[i] >= 0 && tokens[i] < V && logits[tokens[i]] >= cut;
     if (holds) counts[tokens[i]]++;
@@ -273,10 +278,11 @@ int main() {
       }
     }
     for (int64_t V : {1, 100, 128, 300, 1500}) {
-      draws(variant, V, 0, 1);
-      draws(variant, V, 7, 1);
-      draws(variant, V, 0, 0.8f);
-      draws(variant, V, 50, 0.5f);
+      draws(variant, V, 0, 1, 0);
+      draws(variant, V, 7, 1, 0);
+      draws(variant, V, 0, 0.8f, 0);
+      draws(variant, V, 0, 1, 0.2f);
+      draws(variant, V, 50, 0.5f, 0.05f);
     }
     for (DenseType type : {DenseType::kFloat32, DenseType::kBfloat16, DenseType::kFloat16}) {
       dense_products(variant, type, 37, 70);

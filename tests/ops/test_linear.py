@@ -72,3 +72,15 @@ def test_a_layer_of_a_stack_is_multiplied(kernels):
     for one in (stack, dense):
         got = jax.jit(lambda x, one: ops.linear(x, one, backend, layer=jnp.int32(1)))(x, one)
         np.testing.assert_allclose(got, x @ values.T, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "rounds"), [("default", True), ("high", False), ("exact", False)])
+def test_default_precision_alone_rounds_what_dense_weights_are_multiplied_by(precision, rounds):
+    """To bfloat16, where there are instructions for it, so the program must say so everywhere."""
+    backend = ops.Backend(
+        platform="cpu", operands="float32", weight_layout="tiles", kernels="native", precision=precision
+    )
+    weight = jnp.zeros((2, 8, 16), jnp.bfloat16)
+    product = jax.make_jaxpr(lambda x: ops.linear(x, weight, backend, layer=jnp.int32(1)))(jnp.zeros((3, 16)))
+    (call,) = (eqn for eqn in product.eqns if eqn.params.get("target_name") == "atoma_dense")
+    assert bool(dict(call.params["attributes"])["may_round"]) is rounds

@@ -42,13 +42,12 @@ void dense_matmul(const DenseWeight& weight, const float* x, int64_t all_rows, b
   const DenseKernels& kernels = dense_kernels();
   const bool rounds = may_round && weight.type == DenseType::kBfloat16 && kernels.rounded_product != nullptr;
   static thread_local std::vector<uint16_t> memory;  // kept for the next call
-  if (rounds) {
-    memory.resize(std::max<size_t>(memory.size(), rows * K));
-    kernels.round(x, rows * K, memory.data());
-  }
-  const uint16_t* rounded = memory.data();  // of this thread, which is not the one that multiplies
+  if (rounds) memory.resize(std::max<size_t>(memory.size(), rows * K));
+  uint16_t* rounded = memory.data();  // of this thread, which is not the one that rounds or multiplies
+  Pool& pool = Pool::shared();
+  if (rounds) for_each_row(pool, rows, K, [&](int64_t row) { kernels.round(x + row * K, K, rounded + row * K); });
   const int64_t tiles = (N + kDenseColumns - 1) / kDenseColumns;
-  for_each_tile(Pool::shared(), rows, tiles, [&](int64_t first_row, int64_t count, int64_t tile) {
+  for_each_tile(pool, rows, tiles, [&](int64_t first_row, int64_t count, int64_t tile) {
     const int64_t first = tile * kDenseColumns, columns = std::min(kDenseColumns, N - first);
     float* to = y + first_row * N;
     if (rounds) {

@@ -30,7 +30,9 @@ class Ask {
   // GCC takes a function that does nothing but ask for one without effect, and drops its calls: it must be inlined
   // before that.
   __attribute__((always_inline)) void operator()(int64_t h) const {
-    const int64_t first = h / Isa::kStep * kLines;
+    const int64_t step = h / Isa::kStep;
+    if (step % kSteps != 0) return;
+    const int64_t first = step / kSteps * kLines;
 #pragma GCC unroll 8
     for (int i = 0; i < kLines; i++) {
       const int64_t line = first + i;
@@ -41,7 +43,8 @@ class Ask {
  private:
   static constexpr int64_t kSize = sizeof(Stored);
   static constexpr int64_t kStepBytes = kColumnsAtOnce * Isa::kStep * kSize;
-  static constexpr int kLines = kStepBytes < kLine ? 1 : kStepBytes / kLine;
+  static constexpr int kLines = kStepBytes < kLine ? 1 : kStepBytes / kLine;  // asked for at once
+  static constexpr int kSteps = kStepBytes < kLine ? kLine / kStepBytes : 1;  // that a line is for
   const Stored* from_;
   int64_t to_next_, to_fourth_;  // numbers from one line to the next, and to the fourth behind it
 };
@@ -50,7 +53,7 @@ template <class Isa, int Columns, int Rows, class X, class Stored>
 void product(const Stored* w, int64_t K, const X* x, bool asks, float* y, int64_t ld) {
   typename Isa::V sums[Rows][Columns];
   clear<Isa>(sums);
-  if (asks) {
+  if (Columns == kColumnsAtOnce && asks) {
     add_dots<Isa, Columns, Rows>(x, K, w, K, sums, Ask<Isa, Stored>(w, K));
   } else {
     add_dots<Isa, Columns, Rows>(x, K, w, K, sums, [](int64_t) {});

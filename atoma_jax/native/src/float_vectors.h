@@ -1,5 +1,5 @@
-// Vectors of floats for one instruction set: what the attention kernel computes with. Owns loads of each type that a
-// KV cache keeps, exp and tanh. Knows no attention.
+// Vectors of floats for one instruction set: what attention, dense products and sampling compute with. Owns loads of each
+// type that a KV cache or a weight keeps, exp and tanh. Knows none of these.
 //
 // Included by translation units that are compiled for one instruction set each. All of it lies in an unnamed namespace,
 // and uses no templates of the standard library: of functions with one name in several units the linker keeps one, and
@@ -59,9 +59,10 @@ struct Lanes<16> {
 template <int N>
 struct VectorsOf {
   static constexpr int kWidth = N;
-  static constexpr int kStep = N;  // numbers of an operand of `fma`
   using V = typename Lanes<N>::V;
+  // What `fma` multiplies, and the numbers in it: another type where products of narrower numbers add up in a lane.
   using Operand = V;
+  static constexpr int kStep = N;
   using I = typename Lanes<N>::I;
 
   static V load(const float* from) {

@@ -27,7 +27,6 @@ const MatmulKernels& matmul_kernels() {
 
 namespace {
 
-constexpr int64_t kRoundedAlone = 1 << 14;  // activations: waking a thread costs more than rounding as many
 constexpr int64_t kCacheLine = 64;  // bytes
 constexpr int64_t kBlocksOfASpan = 16;  // 16 KiB as bytes: half of a first cache
 
@@ -134,17 +133,7 @@ void matmul(const TiledWeight& weight, const float* x, int64_t all_rows, int64_t
   RoundedRows rounded{};
   if (how != Activations::kExact) {
     rounded = rounded_rows(weight, rows, how);
-    const int64_t at_once = std::max<int64_t>(1, kRoundedAlone / 4 / K);
-    const auto round = [&](int64_t piece) {
-      const int64_t end = std::min(rows, (piece + 1) * at_once);
-      for (int64_t row = piece * at_once; row < end; row++) kernels.round_row(x + row * K, K, how, rounded, row);
-    };
-    const int64_t pieces = (rows + at_once - 1) / at_once;
-    if (rows * K <= kRoundedAlone) {
-      for (int64_t piece = 0; piece < pieces; piece++) round(piece);
-    } else {
-      pool.for_each(pieces, round);
-    }
+    for_each_row(pool, rows, K, [&](int64_t row) { kernels.round_row(x + row * K, K, how, rounded, row); });
   }
   for_each_tile(pool, rows, weight.tiles(), [&](int64_t first_row, int64_t count, int64_t tile) {
     one_tile(kernels, weight, tile, how == Activations::kExact ? nullptr : &rounded, x, K, first_row, count, y);

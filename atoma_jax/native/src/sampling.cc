@@ -28,11 +28,9 @@ const SamplingKernels& sampling_kernels() {  // of the active variant
   return kSamplingPortable;
 }
 
-// Weights are in units of about 2^-(23 + low bits): they add up to less than 2^(24 + low bits), below 2^31.
-constexpr int kNormBits = 17;
-
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// Weights are in units of about 2^-(23 + low bits): they add up to less than 2^(24 + low bits), below 2^31.
 int low_bits(int64_t V) {
   const int64_t most = (int64_t{1} << 24) / V + 1;
   int bits = 0;
@@ -154,6 +152,7 @@ float find_cut(const SamplingKernels& kernels, const Row& row, int64_t mass, Scr
   std::vector<Token>& tokens = memory.tokens;
   if (row.has_top_k()) {
     keep_top_k(row, memory);
+    if (tokens.empty()) return row.floor;
     if (!row.has_top_p()) {
       const auto is_less = [](const Token& a, const Token& b) { return a.logit < b.logit; };
       return std::min_element(tokens.begin(), tokens.end(), is_less)->logit;

@@ -9,6 +9,8 @@
 
 namespace atoma {
 
+inline constexpr int kNormBits = 17;  // of an exponential's fraction in its row's sum: a block's fits an int32
+
 inline constexpr int64_t kVocabBlock = 128;  // tokens whose weights are summed apart: V is filled up to whole blocks
 
 // Rows to draw from: of each, V logits and its settings.
@@ -16,7 +18,7 @@ struct DrawRows {
   const float* logits;       // [rows, V], without NaN in rows that are active
   const float* top;          // the largest of them, finite
   const float* temperature;  // above 0
-  const float* floor;        // logits below it are not kept: min-p's
+  const float* floor;        // logits below it are not kept: min-p's, at most `top`
   const int32_t* top_k;      // 0: without
   const float* top_p;        // 1: without
   const uint32_t* bits;      // random

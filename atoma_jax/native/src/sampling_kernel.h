@@ -7,8 +7,8 @@
 namespace atoma {
 namespace {
 
-constexpr float kNormUnit = 131072.0f;  // 2^17: a block's sum of rounded exponentials is an exact int32
-constexpr float kWhole = 8388608.0f;    // 2^23, from which on floats are whole numbers
+constexpr float kNormUnit = 1 << kNormBits;
+constexpr float kWhole = 8388608.0f;  // 2^23, from which on floats are whole numbers
 
 // Calls use(first token, block of logits) for each block of a row; behind V it has `fill`.
 template <class Use>
@@ -34,7 +34,14 @@ inline int32_t sum_of(typename Isa::I x) {
 }
 
 template <class Isa>
-inline void store_whole(int32_t* to, typename Isa::I x) {
+inline typename Isa::I load_whole(const int32_t* from) {
+  typename Isa::I x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+template <class Isa>
+inline void store_whole(void* to, typename Isa::I x) {
   std::memcpy(to, &x, sizeof x);
 }
 
@@ -50,8 +57,8 @@ int64_t exponentials(const float* logits, int64_t V, float top, float temperatur
       const Floats e = exp<Isa>((Isa::load(block + i) - tops) / divisor);
       Isa::store(out + at + i, e);
       const Floats units = e * kNormUnit;
-      const Whole floor = whole_numbers<Isa>(units);
-      sums += floor - (__builtin_convertvector(floor, Floats) < units);  // a comparison that holds is -1
+      const Whole whole = whole_numbers<Isa>(units);
+      sums += whole - (__builtin_convertvector(whole, Floats) < units);  // a comparison that holds is -1
     }
     sum += sum_of<Isa>(sums);
   });
@@ -72,7 +79,7 @@ void weigh(const float* logits, int64_t V, float floor, float scale, float* expo
       const Whole weight = whole_numbers<Isa>(rounded) & (logit >= lowest);
       own += weight;
       top = Isa::max(top, logit);
-      Isa::store(exponentials + at + i, bits_as<Floats>(weight));
+      store_whole<Isa>(exponentials + at + i, weight);
     }
     sums[at / kVocabBlock] = sum_of<Isa>(own);
     tops[at / kVocabBlock] = Isa::largest(top);
@@ -86,9 +93,7 @@ void keep(const float* logits, int64_t V, float cut, int32_t* weights, int32_t* 
   for_each_block(logits, V, -INFINITY, [&](int64_t at, const float* block) {
     Whole own{};
     for (int64_t i = 0; i < kVocabBlock; i += Isa::kWidth) {
-      Whole weight;
-      std::memcpy(&weight, weights + at + i, sizeof weight);
-      weight &= Isa::load(block + i) >= lowest;
+      const Whole weight = load_whole<Isa>(weights + at + i) & (Isa::load(block + i) >= lowest);
       own += weight;
       store_whole<Isa>(weights + at + i, weight);
     }
@@ -105,9 +110,7 @@ int64_t weight_from(const float* logits, int64_t V, const int32_t* weights, cons
     if (tops[at / kVocabBlock] < bound) return;
     Whole own{};
     for (int64_t i = 0; i < kVocabBlock; i += Isa::kWidth) {
-      Whole weight;
-      std::memcpy(&weight, weights + at + i, sizeof weight);
-      own += weight & (Isa::load(block + i) >= lowest);
+      own += load_whole<Isa>(weights + at + i) & (Isa::load(block + i) >= lowest);
     }
     sum += sum_of<Isa>(own);
   });
