@@ -148,6 +148,6 @@ def _lent(llm: LLM) -> Iterator[LLM]:
 @pytest.fixture(params=[False, True], ids=["xla", "native"])
 def native_sampling(request: pytest.FixtureRequest) -> bool:
     """Whether native kernels draw."""
-    if request.param and not ops.has_native_kernels():
+    if request.param and not ops.has_native_kernels():  # for lack of a compiler: XLA draws there, and that is tested
         pytest.skip("the native kernels are not built, or do not fit; the log says why")
     return request.param
