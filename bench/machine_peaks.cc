@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kRuns = 12;
 constexpr int64_t kBytes = int64_t{256} << 20;  // more than any cache of a core's share
-constexpr int64_t kSteps = 200000;
+constexpr int64_t kSteps = 2000000;
 
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -65,40 +65,57 @@ void read(const uint64_t* from, int64_t count) {
 constexpr int64_t kProducts = 64;
 using Sum = __m512i;
 Sum start() { return _mm512_setzero_si512(); }
-Sum step(Sum sum, const int32_t* x) { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(5), _mm512_set1_epi32(*x)); }
+Sum step(Sum sum, Sum w, Sum x) {
+  sum = _mm512_dpbusd_epi32(sum, w, x);
+  asm("" : "+v"(sum));
+  return sum;
+}
+Sum repeat(int32_t x) { return _mm512_set1_epi32(x); }
 #elif defined(__AVX2__)
 constexpr int64_t kProducts = 32;
 using Sum = __m256i;
 Sum start() { return _mm256_setzero_si256(); }
-Sum step(Sum sum, const int32_t* x) {
-  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_set1_epi32(5), _mm256_set1_epi32(*x)));
+Sum step(Sum sum, Sum w, Sum x) {
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
+  asm("" : "+x"(sum));
+  return sum;
 }
+Sum repeat(int32_t x) { return _mm256_set1_epi32(x); }
 #else
 constexpr int64_t kProducts = 4;
 struct Sum {
   int32_t lanes[4];
 };
 Sum start() { return Sum{}; }
-Sum step(Sum sum, const int32_t* x) {
-  for (int i = 0; i < 4; i++) sum.lanes[i] += static_cast<int8_t>(x[0] >> (8 * i)) * 5;
+Sum step(Sum sum, Sum w, Sum x) {
+  for (int i = 0; i < 4; i++) sum.lanes[i] += w.lanes[i] * x.lanes[i];
   return sum;
 }
+Sum repeat(int32_t x) { return {{x, x, x, x}}; }
 #endif
 
+// Four rows by two vectors of columns, which fill no more registers than there are: every sum is of products of its own,
+// and their operands are read anew each time, as a kernel reads new ones.
 void multiply() {
-  volatile int32_t source[8] = {1, 2, 3, 4, 5, 6, 7, 8};
-  int32_t x[8];
-  for (int i = 0; i < 8; i++) x[i] = source[i];
-  Sum sums[8];
-  for (auto& sum : sums) sum = start();
+  Sum sums[4][2];
+#pragma GCC unroll 4
+  for (int row = 0; row < 4; row++) sums[row][0] = sums[row][1] = start();
+  int32_t values[6] = {1, 2, 3, 4, 5, 6};
   for (int64_t i = 0; i < kSteps; i++) {
-    asm volatile("" : : "r"(x) : "memory");  // operands are read again, as a kernel reads new ones
-#pragma GCC unroll 8
-    for (int lane = 0; lane < 8; lane++) sums[lane] = step(sums[lane], x + lane / 2);
+    asm volatile("" : : "r"(values) : "memory");
+    const Sum first = repeat(values[4]), second = repeat(values[5]);
+#pragma GCC unroll 4
+    for (int row = 0; row < 4; row++) {
+      const Sum x = repeat(values[row]);
+      sums[row][0] = step(sums[row][0], first, x);
+      sums[row][1] = step(sums[row][1], second, x);
+    }
   }
-  uint64_t total = 0;
-  for (const auto& sum : sums) total += reinterpret_cast<const uint8_t*>(&sum)[0];
-  sink += total;
+#pragma GCC unroll 4
+  for (int row = 0; row < 4; row++) {
+    const Sum both[2] = {sums[row][0], sums[row][1]};  // whose address is taken: those of `sums` stay in registers
+    sink += reinterpret_cast<const uint8_t*>(both)[0] + reinterpret_cast<const uint8_t*>(both)[sizeof(Sum)];
+  }
 }
 
 }  // namespace

@@ -131,6 +131,45 @@ inline void tile_weights(const Tile& tile, int column, int at, int count, bool m
   Isa::store(tile.total + column, Isa::fma(Isa::load(tile.total + column), decay, sum));
 }
 
+// The columns of a tile from rows of q, times `scale`.
+template <class Isa>
+inline void gather_queries(const float* const* q, int H, float scale, float* queries) {
+  constexpr int W = Isa::kWidth;
+  for (int m = 0; m < kTile; m += W) {
+    int h = 0;
+    for (; h + W <= H; h += W) {
+      typename Isa::V part[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) part[i] = Isa::load(q[m + i] + h) * scale;
+      Isa::transpose(part);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) Isa::store(queries + (h + i) * kTile + m, part[i]);
+    }
+    for (; h < H; h++)
+      for (int i = 0; i < W; i++) queries[h * kTile + m + i] = q[m + i][h] * scale;
+  }
+}
+
+// The first `used` columns of `sums`, each by its divisor, to rows of the output.
+template <class Isa>
+inline void scatter_results(const float* sums, const float* divisors, int H, int used, float* const* out) {
+  constexpr int W = Isa::kWidth;
+  for (int m = 0; m < used; m += W) {
+    const typename Isa::V divisor = Isa::load(divisors + m);
+    const int columns = used - m < W ? used - m : W;
+    int h = 0;
+    for (; h + W <= H; h += W) {
+      typename Isa::V part[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) part[i] = Isa::load(sums + (h + i) * kTile + m) / divisor;
+      Isa::transpose(part);
+      for (int i = 0; i < columns; i++) Isa::store(out[m + i] + h, part[i]);
+    }
+    for (; h < H; h++)
+      for (int i = 0; i < columns; i++) out[m + i][h] = sums[h * kTile + m + i] / divisors[m + i];
+  }
+}
+
 // Where each token's row of floats is: in the cache itself, or a copy in `copies` with its scale multiplied in.
 template <class Isa, class Stored>
 inline void find_rows(const Stored* pages, const float* scales, int64_t index, int count, int H, float* copies,
@@ -193,8 +232,7 @@ void prefill(const AttentionProblem& p, const PrefillPiece& piece, float* scratc
     tile.largest[m] = kNever;
     tile.total[m] = 0.0f;
   }
-  for (int h = 0; h < H; h++)
-    for (int m = 0; m < kTile; m++) tile.queries[h * kTile + m] = q[m][h] * p.scale;
+  gather_queries<Isa>(q, H, p.scale, tile.queries);
   std::memset(tile.sums, 0, sizeof(float) * H * kTile);
 
   const int first_seen = position + piece.first / G - p.window + 1, stop = position + (piece.end - 1) / G + 1;
@@ -217,11 +255,12 @@ void prefill(const AttentionProblem& p, const PrefillPiece& piece, float* scratc
     at = end;
   }
 
-  for (int m = 0; m < used; m++) {
-    const float divisor = tile.total[m] > 0 ? tile.total[m] : 1.0f;  // a NaN is in the sums as well
-    float* out = p.out + place(m);
-    for (int h = 0; h < H; h++) out[h] = tile.sums[h * kTile + m] / divisor;
+  float* out[kTile];
+  for (int m = 0; m < kTile; m++) {
+    if (m < used) out[m] = p.out + place(m);
+    tile.total[m] = tile.total[m] > 0 ? tile.total[m] : 1.0f;  // a NaN is in the sums as well
   }
+  scatter_results<Isa>(tile.sums, tile.total, H, used, out);
 }
 
 }  // namespace

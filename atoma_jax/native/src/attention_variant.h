@@ -10,7 +10,8 @@ namespace atoma {
 namespace {
 
 template <class Isa, class Stored>
-constexpr AttentionKernels kAttentionKernels{write_token<Stored>, decode<Isa, Stored>, join, prefill<Isa, Stored>};
+constexpr AttentionKernels kAttentionKernels{write_token<Isa, Stored>, decode<Isa, Stored>, join,
+                                             prefill<Isa, Stored>};
 
 template <class Isa>
 AttentionKernels attention_kernels(KvFormat format) {

@@ -36,23 +36,33 @@ inline To bits_as(From from) {
   return to;
 }
 
-// The compiler's own vector types.
+// The compiler's own vector types, and the lanes of two vectors by turns: of their first halves, and of their last.
 template <int N>
 struct Lanes;
 template <>
 struct Lanes<4> {
   typedef float V __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
+  static V first_by_turns(V a, V b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+  static V last_by_turns(V a, V b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
 };
 template <>
 struct Lanes<8> {
   typedef float V __attribute__((vector_size(32)));
   typedef int32_t I __attribute__((vector_size(32)));
+  static V first_by_turns(V a, V b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+  static V last_by_turns(V a, V b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
 };
 template <>
 struct Lanes<16> {
   typedef float V __attribute__((vector_size(64)));
   typedef int32_t I __attribute__((vector_size(64)));
+  static V first_by_turns(V a, V b) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  }
+  static V last_by_turns(V a, V b) {
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
 };
 
 // N floats; instruction sets add what those types cannot express.
@@ -71,6 +81,9 @@ struct VectorsOf {
     return v;
   }
   static void store(float* to, V v) { std::memcpy(to, &v, sizeof(v)); }
+  // Which types `store` takes.
+  template <class Stored>
+  static constexpr bool kStores = __is_same(Stored, float);
   static V set1(float x) {
     V v{};
     for (int i = 0; i < N; i++) v[i] = x;
@@ -83,6 +96,21 @@ struct VectorsOf {
   // `value` where low ≤ x ≤ high, else `otherwise`.
   static V within(V x, V low, V high, V value, V otherwise) {
     return ((x >= low) & (x <= high)) ? value : otherwise;
+  }
+
+  // Turns N vectors into those of their first lanes, of their second ones, and so on.
+  static void transpose(V (&rows)[N]) {
+#pragma GCC unroll 4
+    for (int step = 1; step < N; step *= 2) {
+      V next[N];
+#pragma GCC unroll 8
+      for (int i = 0; i < N / 2; i++) {
+        next[2 * i] = Lanes<N>::first_by_turns(rows[i], rows[i + N / 2]);
+        next[2 * i + 1] = Lanes<N>::last_by_turns(rows[i], rows[i + N / 2]);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < N; i++) rows[i] = next[i];
+    }
   }
 
   static float sum(V v) {
@@ -145,7 +173,12 @@ struct PortableVectors : VectorsOf<4> {};
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 struct Avx2Vectors : VectorsOf<8> {
-  using VectorsOf<8>::load;
+  using VectorsOf<8>::load, VectorsOf<8>::store;
+  template <class Stored>
+  static constexpr bool kStores = __is_same(Stored, float) || __is_same(Stored, Half);
+  static void store(Half* to, V v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
   static V set1(float x) { return _mm256_set1_ps(x); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V max(V a, V b) { return _mm256_max_ps(a, b); }
@@ -171,7 +204,12 @@ struct Avx2Vectors : VectorsOf<8> {
 
 #if defined(__AVX512F__)
 struct Avx512Vectors : VectorsOf<16> {
-  using VectorsOf<16>::load;
+  using VectorsOf<16>::load, VectorsOf<16>::store;
+  template <class Stored>
+  static constexpr bool kStores = Avx2Vectors::kStores<Stored>;
+  static void store(Half* to, V v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
   static V set1(float x) { return _mm512_set1_ps(x); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V max(V a, V b) { return _mm512_max_ps(a, b); }

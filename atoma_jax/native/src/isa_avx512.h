@@ -51,6 +51,7 @@ struct Avx512 {
   }
   static Ints max(Ints x, Ints y) { return _mm512_max_epi32(x, y); }
   static int32_t largest(Ints x) { return _mm512_reduce_max_epi32(x); }
+  static float total(Floats x) { return _mm512_reduce_add_ps(x); }
   static void store_int8(int8_t* to, Floats x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
   }

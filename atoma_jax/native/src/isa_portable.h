@@ -65,6 +65,8 @@ struct Portable {
     const int32_t left = x[0] > x[1] ? x[0] : x[1], right = x[2] > x[3] ? x[2] : x[3];
     return left > right ? left : right;
   }
+  // The sum of all lanes.
+  static float total(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
   // Whole numbers of [-128, 127] as bytes.
   static void store_int8(int8_t* to, Floats x) {
     for (int i = 0; i < kLanes; i++) to[i] = static_cast<int8_t>(x[i]);

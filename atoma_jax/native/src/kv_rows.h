@@ -84,10 +84,14 @@ template <>
 constexpr float kLargestCode<Float8> = 448.0f;
 
 // Stores one vector, and its scale where the format has one.
-template <class Stored>
+template <class Isa, class Stored>
 inline void store_row(const float* x, int H, Stored* to, float* scale) {
   if constexpr (kLargestCode<Stored> == 0) {
-    for (int h = 0; h < H; h++) encode(x[h], to + h);
+    int h = 0;
+    if constexpr (Isa::template kStores<Stored>) {
+      for (; h + Isa::kWidth <= H; h += Isa::kWidth) Isa::store(to + h, Isa::load(x + h));
+    }
+    for (; h < H; h++) encode(x[h], to + h);
   } else {
     float largest = 1e-30f;  // `kv_pages.SMALLEST`
     bool finite = true;
@@ -107,14 +111,14 @@ inline void store_row(const float* x, int H, Stored* to, float* scale) {
   }
 }
 
-template <class Stored>
+template <class Isa, class Stored>
 void write_token(const AttentionProblem& p, int token) {
   if (p.page[token] == 0) return;  // padding: nobody reads page 0
   for (int kv_head = 0; kv_head < p.K; kv_head++) {
     const int64_t index = slot_index(p, p.page[token], kv_head, p.slot[token]);
     const int64_t from = (static_cast<int64_t>(token) * p.K + kv_head) * p.H;
     auto put = [&](const float* x, void* pages, float* scales) {
-      store_row(x + from, p.H, static_cast<Stored*>(pages) + index * p.H, scales ? scales + index : nullptr);
+      store_row<Isa>(x + from, p.H, static_cast<Stored*>(pages) + index * p.H, scales ? scales + index : nullptr);
     };
     put(p.k, p.k_pages, p.k_scale);
     put(p.v, p.v_pages, p.v_scale);

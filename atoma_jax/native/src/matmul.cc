@@ -28,6 +28,9 @@ const MatmulKernels& matmul_kernels() {
 namespace {
 
 constexpr int64_t kCacheLine = 64;  // bytes
+// From how many rows on a tile's results are copied to where they go when all are there: kernels that store them there,
+// in rows far from each other, take a tenth longer.
+constexpr int64_t kRowsAside = 32;
 constexpr int64_t kBlocksOfASpan = 16;  // 16 KiB as bytes: half of a first cache
 
 // Memory that a thread keeps for the next call.
@@ -87,12 +90,12 @@ void rounded_product(const MatmulKernels& kernels, const TiledWeight& weight, in
 // One tile by some rows.
 void one_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, const RoundedRows* rounded,
               const float* x, int64_t K, int64_t first_row, int64_t rows, float* y) {
-  static thread_local std::vector<float> scale_memory, min_memory, exact_memory, edge_memory;
-  // A tile that reaches over the last column is computed aside.
+  static thread_local std::vector<float> scale_memory, min_memory, exact_memory, aside_memory;
   const int64_t columns = std::min<int64_t>(kTile, weight.N - tile * kTile);
+  const bool aside = rows >= kRowsAside || columns < kTile;  // the last tile reaches over the last column
   float* out = y + first_row * weight.N + tile * kTile;
-  float* to = columns == kTile ? out : scratch(edge_memory, rows * kTile);
-  const int64_t ld = columns == kTile ? weight.N : kTile;
+  float* to = aside ? scratch(aside_memory, rows * kTile) : out;
+  const int64_t ld = aside ? kTile : weight.N;
   if (rounded == nullptr || !kernels.stored_tile_product(weight, tile, *rounded, first_row, rows, to, ld)) {
     const int64_t size = weight.blocks * weight.subs * kTile;
     float* scales = scratch(scale_memory, size);
@@ -113,8 +116,7 @@ void one_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t t
       kernels.exact_tile_product(weight, tile, scales, mins, x + first_row * K, K, rows, values, to, ld);
     }
   }
-  if (columns == kTile) return;
-  for (int64_t row = 0; row < rows; row++) std::copy_n(to + row * kTile, columns, out + row * weight.N);
+  for (int64_t row = 0; aside && row < rows; row++) std::copy_n(to + row * kTile, columns, out + row * weight.N);
 }
 
 }  // namespace

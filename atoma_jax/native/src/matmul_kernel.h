@@ -16,6 +16,12 @@ constexpr float kTiny = 0x1p-100f;
 constexpr float kPlaneRatio = 254.0f;  // what the first plane leaves is at most half a step
 constexpr int32_t kInfinityBits = 0x7f800000;
 
+// Calls run.template operator()<subs>() for the groups in a block.
+template <class Run>
+auto for_subs(int subs, Run&& run) {
+  return subs == 2 ? run.template operator()<2>() : run.template operator()<1>();
+}
+
 // Half to even, for |x| below 2^22: the sum has no bits left for a fraction.
 template <class Isa>
 typename Isa::Floats rounded(typename Isa::Floats x) {
@@ -37,33 +43,32 @@ inline float from_bits(int32_t bits) {
   return value;
 }
 
-inline int32_t sum_of(const int8_t* values, int n) {
-  int32_t sum = 0;
-  for (int i = 0; i < n; i++) sum += values[i];
-  return sum;
-}
-
 // Rounds one block. `factor` takes x to the integers, `scale` takes those of the last plane back.
-template <class Isa>
+template <class Isa, int subs, int planes>
 void round_block(const float* x, float factor, float scale, const RoundedRows& out, int64_t row, int64_t block) {
   int8_t* coarse = out.row_values(row) + block * kBlock;
   int8_t* fine = coarse + out.blocks * kBlock;
   const auto by = Isa::set(factor);
-  for (int i = 0; i < kBlock; i += Isa::kLanes) {
-    const auto value = Isa::mul(Isa::load(x + i), by);
-    const auto whole = rounded<Isa>(value);
-    Isa::store_int8(coarse + i, whole);
-    if (out.planes == 2) {
-      Isa::store_int8(fine + i, rounded<Isa>(Isa::mul(Isa::sub(value, whole), Isa::set(kPlaneRatio))));
+#pragma GCC unroll 2
+  for (int sub = 0; sub < subs; sub++) {
+    constexpr int width = kBlock / subs;
+    auto sum = Isa::set(0.0f);  // of whole numbers below 2^24, so that it is exact
+#pragma GCC unroll 8
+    for (int i = sub * width; i < (sub + 1) * width; i += Isa::kLanes) {
+      const auto value = Isa::mul(Isa::load(x + i), by);
+      const auto whole = rounded<Isa>(value);
+      Isa::store_int8(coarse + i, whole);
+      if constexpr (planes == 1) {
+        sum = Isa::add(sum, whole);
+      } else {
+        const auto rest = rounded<Isa>(Isa::mul(Isa::sub(value, whole), Isa::set(kPlaneRatio)));
+        Isa::store_int8(fine + i, rest);
+        sum = Isa::add(sum, Isa::fma(Isa::set(kPlaneRatio), whole, rest));
+      }
     }
+    out.row_sums(row)[block * subs + sub] = Isa::total(sum);
   }
   out.row_scales(row)[block] = scale;
-  const int width = kBlock / out.subs;
-  for (int sub = 0; sub < out.subs; sub++) {
-    int32_t sum = sum_of(coarse + sub * width, width);
-    if (out.planes == 2) sum = 254 * sum + sum_of(fine + sub * width, width);
-    out.row_sums(row)[block * out.subs + sub] = static_cast<float>(sum);
-  }
 }
 
 // A block that holds NaN or infinity: the row shows it, and no other does.
@@ -87,8 +92,8 @@ bool is_zero(const float* x, int64_t K) {
   return true;
 }
 
-template <class Isa>
-void round_row(const float* x, int64_t K, Activations how, const RoundedRows& out, int64_t row) {
+template <class Isa, int subs, int planes>
+void round_row_of(const float* x, int64_t K, Activations how, const RoundedRows& out, int64_t row) {
   float token_factor = 0, token_scale = 0;
   bool token_is_finite = true;
   if (how == Activations::kTokens) {
@@ -114,7 +119,7 @@ void round_row(const float* x, int64_t K, Activations how, const RoundedRows& ou
     }
     if (how == Activations::kTokens) {
       if (token_is_finite) {
-        round_block<Isa>(from, token_factor, token_scale, out, row, block);
+        round_block<Isa, subs, planes>(from, token_factor, token_scale, out, row, block);
       } else {
         spoil_block(out, row, block);
       }
@@ -128,8 +133,15 @@ void round_row(const float* x, int64_t K, Activations how, const RoundedRows& ou
     const float largest = from_bits(bits);
     const float factor = largest > kTiny ? 127.0f / largest : 0.0f;
     const float scale = largest > kTiny ? largest / 127.0f : 0.0f;
-    round_block<Isa>(from, factor, out.planes == 2 ? scale / kPlaneRatio : scale, out, row, block);
+    round_block<Isa, subs, planes>(from, factor, planes == 2 ? scale / kPlaneRatio : scale, out, row, block);
   }
+}
+
+template <class Isa>
+void round_row(const float* x, int64_t K, Activations how, const RoundedRows& out, int64_t row) {
+  for_subs(out.subs, [&]<int subs>() {
+    out.planes == 2 ? round_row_of<Isa, subs, 2>(x, K, how, out, row) : round_row_of<Isa, subs, 1>(x, K, how, out, row);
+  });
 }
 
 constexpr int kWordBytes = kTile * 4;
@@ -181,6 +193,10 @@ constexpr auto arithmetic_of() {
 // How far ahead codes are asked for: the processor by itself keeps too few lines on their way. What lies behind the
 // last tile may be asked for, too: that reads nothing.
 constexpr int kLine = 64, kAhead = 4096;  // bytes
+
+// What is taken off a weight's codes and numbers. Known as the code is compiled, so that nothing is asked in a loop; but
+// for `kAsked`.
+enum class Terms { kNone, kMins, kZero, kBoth, kAsked };
 
 // `rows` rows of x by `vectors` vectors of columns, over all of K. `Reader` finds the factors of each block.
 template <class Isa, Codes kind, int subs, int planes, int rows, int vectors, class Reader>
@@ -252,12 +268,14 @@ struct Product {
     (step<sub, i * kStepsAtOnce>(codes, table, x, plane_stride, row_stride, sums), ...);
   }
 
-  // Adds scale · sum − min · Σx, times the activations' scale, to the floats of all rows.
-  template <int sub, bool with_mins, int first>
+  // Adds scale · (sum − zero · Σx) − min · Σx, times the activations' scale, to the floats of all rows.
+  template <int sub, Terms terms, int first>
   static inline __attribute__((always_inline)) void scale(const Sum (&sums)[planes][rows][kAtOnce],
                                                           const Reader& scales, const Reader& mins,
                                                           const float* x_scales, const float* x_sums, int64_t blocks,
                                                           int zero, typename Isa::Floats (&y)[rows][vectors]) {
+    constexpr bool with_mins = terms == Terms::kMins || terms == Terms::kBoth;
+    constexpr bool with_zero = terms == Terms::kZero || terms == Terms::kBoth;
     typename Isa::Floats w_scales[kAtOnce], w_mins[kAtOnce];
 #pragma GCC unroll 4
     for (int v = 0; v < kAtOnce; v++) {
@@ -280,11 +298,23 @@ struct Product {
         }
         auto part = Isa::to_float(sum);
         // Exact but for codes of more than four bits and two planes: else all of these are whole numbers below 2^24.
-        if constexpr (!kIsWide) part = Isa::fnma(zeros, x_total, part);
+        if constexpr (with_zero) part = Isa::fnma(zeros, x_total, part);
         part = Isa::mul(part, w_scales[v]);
         if constexpr (with_mins) part = Isa::fnma(w_mins[v], x_total, part);
         y[r][first + v] = Isa::fma(x_scale, part, y[r][first + v]);
       }
+    }
+  }
+
+  // Calls run.template operator()<terms>() for those of a weight.
+  template <class Run>
+  static inline __attribute__((always_inline)) void with_terms(bool with_mins, int zero, Run&& run) {
+    if (!with_mins) {
+      run.template operator()<kIsWide ? Terms::kNone : Terms::kZero>();
+    } else if (kIsWide || zero == 0) {
+      run.template operator()<Terms::kMins>();
+    } else {
+      run.template operator()<kIsWide ? Terms::kMins : Terms::kBoth>();
     }
   }
 
@@ -296,35 +326,47 @@ struct Product {
     const float* x_sums = x.row_sums(first_row) + blocks.first * subs;
     const auto table = Isa::load_table(weight.table);
     typename Isa::Floats out[rows][vectors];
+    const bool is_first = blocks.first == 0;
+#pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
       for (int v = 0; v < vectors; v++) {
-        out[r][v] = blocks.first == 0 ? Isa::set(0.0f) : Isa::load(y + r * ld + v * Isa::kLanes);
+        out[r][v] = is_first ? Isa::set(0.0f) : Isa::load(y + r * ld + v * Isa::kLanes);
       }
     }
-    for (int64_t block = 0; block < blocks.count; block++) {
-      if constexpr (rows <= 2) {  // with more, memory keeps up
+    const auto all_blocks = [&]<Terms terms>() __attribute__((always_inline)) {
+      for (int64_t block = 0; block < blocks.count; block++) {
+        if constexpr (rows <= 2) {  // with more, memory keeps up
 #pragma GCC unroll 16
-        for (int at = 0; at < kBlockBytes; at += kLine) __builtin_prefetch(codes + kAhead + at);
+          for (int at = 0; at < kBlockBytes; at += kLine) __builtin_prefetch(codes + kAhead + at);
+        }
+        one_sub<0, terms>(codes, table, values, plane_stride, row_stride, scales, mins, x_scales, x_sums, x.blocks,
+                          weight.zero, out);
+        if constexpr (subs == 2) {
+          one_sub<1, terms>(codes, table, values, plane_stride, row_stride, scales, mins, x_scales, x_sums + 1, x.blocks,
+                            weight.zero, out);
+        }
+        codes += kBlockBytes;
+        values += kBlock;
+        scales.next();
+        if (mins.is_there()) mins.next();
+        x_scales++;
+        x_sums += subs;
       }
-      one_sub<0>(codes, table, values, plane_stride, row_stride, scales, mins, x_scales, x_sums, x.blocks, weight.zero,
-                 out);
-      if constexpr (subs == 2) {
-        one_sub<1>(codes, table, values, plane_stride, row_stride, scales, mins, x_scales, x_sums + 1, x.blocks,
-                   weight.zero, out);
-      }
-      codes += kBlockBytes;
-      values += kBlock;
-      scales.next();
-      if (mins.is_there()) mins.next();
-      x_scales++;
-      x_sums += subs;
+    };
+    if constexpr (rows < 4) {  // not worth the code
+      all_blocks.template operator()<Terms::kAsked>();
+    } else {
+      with_terms(mins.is_there(), weight.zero, all_blocks);
     }
+#pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
       for (int v = 0; v < vectors; v++) Isa::store(y + r * ld + v * Isa::kLanes, out[r][v]);
     }
   }
 
-  template <int sub, int first = 0>
+  template <int sub, Terms terms, int first = 0>
   static inline __attribute__((always_inline)) void one_sub(
       const uint8_t* codes, typename Isa::Bytes table, const int8_t* x, int64_t plane_stride, int64_t row_stride,
       const Reader& scales, const Reader& mins, const float* x_scales, const float* x_sums, int64_t blocks, int zero,
@@ -340,14 +382,17 @@ struct Product {
     }
     all_steps<sub>(std::make_integer_sequence<int, kOwnSteps / kStepsAtOnce>(), codes + first * 4 * Isa::kLanes, table,
                    x, plane_stride, row_stride, sums);
-    if (mins.is_there()) {
-      scale<sub, true, first>(sums, scales, mins, x_scales, x_sums, blocks, zero, out);
+    const auto with = [&]<Terms own>() __attribute__((always_inline)) {
+      scale<sub, own, first>(sums, scales, mins, x_scales, x_sums, blocks, zero, out);
+    };
+    if constexpr (terms == Terms::kAsked) {
+      with_terms(mins.is_there(), zero, with);
     } else {
-      scale<sub, false, first>(sums, scales, mins, x_scales, x_sums, blocks, zero, out);
+      with.template operator()<terms>();
     }
     constexpr int next = first + kAtOnce;
     if constexpr (next < vectors) {
-      one_sub<sub, next>(codes, table, x, plane_stride, row_stride, scales, mins, x_scales, x_sums, blocks, zero, out);
+      one_sub<sub, terms, next>(codes, table, x, plane_stride, row_stride, scales, mins, x_scales, x_sums, blocks, zero, out);
     }
   }
 };
@@ -407,12 +452,6 @@ auto for_kind(Codes kind, Run&& run) {
       return run.template operator()<Codes::kBytes>();
   }
   __builtin_unreachable();
-}
-
-// Likewise for its groups in a block.
-template <class Run>
-auto for_subs(int subs, Run&& run) {
-  return subs == 2 ? run.template operator()<2>() : run.template operator()<1>();
 }
 
 // The codes of a vector of columns of a block, from one step on.

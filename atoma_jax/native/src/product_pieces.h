@@ -8,7 +8,7 @@
 
 namespace atoma {
 
-inline constexpr int64_t kRowsOfAPiece = 256;  // their activations stay in a core's second cache while tiles go by
+inline constexpr int64_t kRowsOfAPiece = 128;  // their activations stay in a core's second cache while tiles go by
 inline constexpr int64_t kPiecesOfAThread = 4;
 inline constexpr int64_t kRoundedAlone = 1 << 14;  // activations: waking a thread costs more than rounding as many
 
