@@ -10,7 +10,7 @@ from jaxtyping import Array, Float32, Int32
 
 from atoma_jax import ops
 from atoma_jax.model_spec import ModelSpec
-from atoma_jax.models.layers import rms_norm, rope_tables, softcapped, window_sizes
+from atoma_jax.models.layers import rope_tables, softcapped, window_sizes
 from atoma_jax.models.params import gathered_ahead, indexed, matrix, vector
 from atoma_jax.models.registry import LAYERS
 from atoma_jax.ops import tables
@@ -99,7 +99,7 @@ class Decoder(nnx.Module):
 
     def normed(self, x: Float32[Array, "B D"]) -> Float32[Array, "B D"]:
         """What the head reads of hidden states, and what embeddings are made of."""
-        return rms_norm(x, self.final_norm[...], self.spec.norm_eps)
+        return ops.rms_norm(x, self.final_norm[...], self.spec.norm_eps, self.backend)
 
     def logits(self, x: Float32[Array, "B D"]) -> Float32[Array, "B V"]:
         """Scores of the next token, from the hidden states of some tokens."""

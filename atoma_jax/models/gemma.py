@@ -4,7 +4,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from atoma_jax import ops
 from atoma_jax.model_spec import ModelSpec
-from atoma_jax.models.layers import Rope, rms_norm
+from atoma_jax.models.layers import Rope
 from atoma_jax.models.llama import LlamaLayer
 from atoma_jax.models.params import vector
 
@@ -29,9 +29,9 @@ class GemmaLayer(LlamaLayer):
         windowed: Bool[Array, ""],
     ) -> tuple[Float32[Array, "t D"], ops.KVPages]:
         """One layer over the step's tokens; `layer` is its place in the cache."""
-        eps = self.spec.norm_eps
-        h = rms_norm(x, self.attn_norm[...], eps)
+        eps, backend = self.spec.norm_eps, self.backend
+        h = ops.rms_norm(x, self.attn_norm[...], eps, backend)
         h, pages = self.attention(h, pages, rope, batch, layer=layer, window=window, windowed=windowed)
-        x = x + rms_norm(h, self.post_attn_norm[...], eps)
-        h = self.feed_forward(rms_norm(x, self.ffn_norm[...], eps), rope.tokens, layer)
-        return x + rms_norm(h, self.post_ffn_norm[...], eps), pages
+        x = x + ops.rms_norm(h, self.post_attn_norm[...], eps, backend)
+        h = self.feed_forward(ops.rms_norm(x, self.ffn_norm[...], eps, backend), rope.tokens, layer)
+        return x + ops.rms_norm(h, self.post_ffn_norm[...], eps, backend), pages

@@ -1,15 +1,12 @@
-"""Pieces that decoders share: normalization, rotary positions, activations. All in float32."""
+"""Pieces that decoders share: rotary positions, capped logits, windows. All in float32."""
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
-from atoma_jax.model_spec import Activation, ModelSpec, RopeSpec
-from sharding.collectives import mean_over
-from sharding.mesh import MeshShape
+from atoma_jax.model_spec import ModelSpec, RopeSpec
 
 
 class Rope(NamedTuple):
@@ -22,14 +19,6 @@ class Rope(NamedTuple):
     def tokens(self) -> int:
         """T, of the whole step."""
         return self.cos.shape[1]
-
-
-def rms_norm(
-    x: Float32[Array, "*lead D"], scale: Float[Array, " D"], eps: float, *, cut_over: MeshShape | None = None
-) -> Float32[Array, "*lead D"]:
-    """Root-mean-square normalization (arXiv:1910.07467); `cut_over`: a mesh over whose `tensor` axis D is cut."""
-    square = mean_over(jnp.mean(x * x, axis=-1, keepdims=True), cut_over, "tensor")
-    return x * jax.lax.rsqrt(square + eps) * scale
 
 
 def rope_tables(positions: Int32[Array, " T"], spec: RopeSpec) -> Rope:
@@ -47,16 +36,6 @@ def rotate(x: Float32[Array, "T n H"], rope: Rope, windowed: Bool[Array, ""]) ->
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
-
-
-def gated(gate_up: Float32[Array, "T twoF"], activation: Activation) -> Float32[Array, "T F"]:
-    """activation(gate) · up (arXiv:2002.05202), gate in the first half."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    if activation == "silu":
-        return jax.nn.silu(gate) * up
-    if activation == "gelu_tanh":
-        return jax.nn.gelu(gate, approximate=True) * up
-    return jnp.square(jax.nn.relu(gate)) * up
 
 
 def softcapped(logits: Float32[Array, "B V"], limit: float | None) -> Float32[Array, "B V"]:

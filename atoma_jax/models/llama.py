@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from atoma_jax import ops
 from atoma_jax.model_spec import ModelSpec
-from atoma_jax.models.layers import Rope, gated, rms_norm, rotate
+from atoma_jax.models.layers import Rope, rotate
 from atoma_jax.models.params import matrix, vector
 
 
@@ -60,10 +60,10 @@ class LlamaLayer(nnx.Module):
 
         Of the T tokens, devices that share a layer may have t each in front of the norms and behind the branches.
         """
-        h = rms_norm(x, self.attn_norm[...], self.spec.norm_eps)
+        h = ops.rms_norm(x, self.attn_norm[...], self.spec.norm_eps, self.backend)
         h, pages = self.attention(h, pages, rope, batch, layer=layer, window=window, windowed=windowed)
         x = x + h
-        h = rms_norm(x, self.ffn_norm[...], self.spec.norm_eps)
+        h = ops.rms_norm(x, self.ffn_norm[...], self.spec.norm_eps, self.backend)
         return x + self.feed_forward(h, rope.tokens, layer), pages
 
     def attention(
@@ -87,8 +87,8 @@ class LlamaLayer(nnx.Module):
         qkv = qkv.reshape(T, K, N // K + 2, H)
         q, k, v = qkv[:, :, :-2].reshape(T, N, H), qkv[:, :, -2], qkv[:, :, -1]
         if spec.qk_norm:
-            q = rms_norm(q, self.q_norm[...], spec.norm_eps)
-            k = rms_norm(k, self.k_norm[...], spec.norm_eps)
+            q = ops.rms_norm(q, self.q_norm[...], spec.norm_eps, self.backend)
+            k = ops.rms_norm(k, self.k_norm[...], spec.norm_eps, self.backend)
         out, pages = ops.attend(
             rotate(q, rope, windowed),
             rotate(k, rope, windowed),
@@ -103,7 +103,7 @@ class LlamaLayer(nnx.Module):
         )
         out = out.reshape(T, N * H)
         if spec.sub_norms:
-            out = rms_norm(out, self.attn_sub_norm[...], spec.norm_eps, cut_over=None if whole else self.backend.mesh)
+            out = ops.rms_norm(out, self.attn_sub_norm[...], spec.norm_eps, self.backend, is_cut=not whole)
         weight, D = self.attn_out.get_value(), spec.dim
         out = ops.linear_of_parts(out, weight, self.backend, width=D, layer=layer, int8_activations=int8, whole=whole)
         return out, pages
@@ -116,18 +116,20 @@ class LlamaLayer(nnx.Module):
         self, x: Float32[Array, "any D"], gate_up: Any, down: Any, tokens: int, layer: Int32[Array, ""]
     ) -> Float32[Array, "t D"]:
         """The same with the weights given; `x` is of all tokens or of this device's."""
-        spec, mesh = self.spec, self.backend.mesh
+        spec, backend = self.spec, self.backend
 
         def activate(h: Float32[Array, "any twoF"]) -> Float32[Array, "any F"]:
-            h = gated(h, spec.activation)
-            return rms_norm(h, self.ffn_sub_norm[...], spec.norm_eps, cut_over=mesh) if spec.sub_norms else h
+            h = ops.gated(h, spec.activation, backend)
+            if not spec.sub_norms:
+                return h
+            return ops.rms_norm(h, self.ffn_sub_norm[...], spec.norm_eps, backend, is_cut=True)
 
         return ops.net_of_stream(
             x,
             gate_up.get_value(),
             down.get_value(),
             activate,
-            self.backend,
+            backend,
             tokens=tokens,
             layer=layer,
             int8_activations=spec.int8_activations,

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
 from atoma_jax import ops
-from atoma_jax.models.layers import gated
 from atoma_jax.models.llama import LlamaLayer
 from atoma_jax.models.params import dense_matrix, expert_matrix, matrix, vector
 
@@ -38,7 +37,7 @@ class MixtureLayer(LlamaLayer):
             weights,
             self.experts_gate_up.get_value(),
             self.experts_down.get_value(),
-            partial(gated, activation=self.spec.activation),
+            partial(ops.gated, activation=self.spec.activation, backend=self.backend),
             self.backend,
             layer=layer,
             int8_activations=self.spec.int8_activations,

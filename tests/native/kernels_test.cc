@@ -14,6 +14,7 @@
 #include "matmul.h"
 #include "pack.h"
 #include "pool.h"
+#include "rowwise.h"
 #include "sampling.h"
 #include "variant.h"
 
@@ -144,6 +145,35 @@ void dense_products(int variant, DenseType type, int64_t N, int64_t K) {
       if (may_round && has_bfloat) check(worst > 1e-5 * largest, "rounded dense product", variant, -1, rows);
     }
   }
+}
+
+// Norms and gated activations of a few rows, the last of them zeros.
+void rowwise_functions(int variant, int64_t width) {
+  constexpr int64_t kRows = 3;
+  std::mt19937 random(5);
+  const auto x = exactly<float>(kRows * 2 * width), scale = exactly<float>(2 * width);
+  const auto norms = exactly<float>(kRows * 2 * width), gates = exactly<float>(kRows * width);
+  for (int64_t i = 0; i < 2 * width; i++) scale[i] = static_cast<float>(random() % 100) * 0.01f;
+  for (int64_t i = 0; i < kRows * 2 * width; i++) {
+    x[i] = i / (2 * width) == kRows - 1 ? 0.0f : static_cast<float>(random() % 2001) * 0.005f - 5.0f;
+  }
+  rms_norm(x.get(), scale.get(), kRows, 2 * width, 1e-5f, norms.get());
+  gated(x.get(), kRows, width, Gate::kSilu, gates.get());
+  double worst = 0;
+  for (int64_t row = 0; row < kRows; row++) {
+    const float* own = x.get() + row * 2 * width;
+    double square = 0;
+    for (int64_t i = 0; i < 2 * width; i++) square += static_cast<double>(own[i]) * own[i];
+    const double factor = 1 / std::sqrt(square / (2.0 * width) + 1e-5);
+    for (int64_t i = 0; i < 2 * width; i++) {
+      worst = std::fmax(worst, std::fabs(own[i] * factor * scale[i] - norms[row * 2 * width + i]));
+    }
+    for (int64_t i = 0; i < width; i++) {
+      const double due = own[i] / (1 + std::exp(-static_cast<double>(own[i]))) * own[width + i];
+      worst = std::fmax(worst, std::fabs(due - gates[row * width + i]));
+    }
+  }
+  check(worst < 1e-5, "norm or gate", variant, -1, width);
 }
 
 // Evenly spaced numbers draw each token as often as it is likely among those that filters keep; sums and ranks.
@@ -284,6 +314,7 @@ int main() {
       draws(variant, V, 0, 1, 0.2f);
       draws(variant, V, 50, 0.5f, 0.05f);
     }
+    for (int64_t width : {1, 31, 96}) rowwise_functions(variant, width);
     for (DenseType type : {DenseType::kFloat32, DenseType::kBfloat16, DenseType::kFloat16}) {
       dense_products(variant, type, 37, 70);
       dense_products(variant, type, 3, 1500);  // longer than what is asked for ahead

@@ -10,9 +10,9 @@ namespace atoma {
 
 inline constexpr int64_t kRowsOfAPiece = 128;  // their activations stay in a core's second cache while tiles go by
 inline constexpr int64_t kPiecesOfAThread = 4;
-inline constexpr int64_t kRoundedAlone = 1 << 14;  // activations: waking a thread costs more than rounding as many
+inline constexpr int64_t kRoundedAlone = 1 << 14;  // activations: waking a thread costs more than what is done to as many
 
-// Calls use(row) for each row of K activations that are rounded, on all threads where there are many.
+// Calls use(row) for each row of K activations, on all threads where there are many.
 template <class Use>
 void for_each_row(Pool& pool, int64_t rows, int64_t K, Use&& use) {
   const int64_t at_once = std::max<int64_t>(1, kRoundedAlone / 4 / K), pieces = (rows + at_once - 1) / at_once;

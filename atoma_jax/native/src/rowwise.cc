@@ -1,0 +1,47 @@
+// The functions of rowwise.h over all rows: which of them have something, and pieces for the pool.
+#include "rowwise.h"
+
+#include <algorithm>
+
+#include "matmul.h"
+#include "pool.h"
+#include "product_pieces.h"
+#include "variant.h"
+
+namespace atoma {
+
+extern const RowwiseKernels kRowwisePortable;
+#if defined(__x86_64__)
+extern const RowwiseKernels kRowwiseAvx2, kRowwiseAvx512;
+#endif
+
+namespace {
+
+const RowwiseKernels& rowwise_kernels() {  // of the active variant
+#if defined(__x86_64__)
+  if (active_variant() >= Variant::kAvx512Vnni) return kRowwiseAvx512;
+  if (active_variant() == Variant::kAvx2) return kRowwiseAvx2;
+#endif
+  return kRowwisePortable;
+}
+
+}  // namespace
+
+void rms_norm(const float* x, const float* scale, int64_t all_rows, int64_t D, float eps, float* out) {
+  const RowwiseKernels& kernels = rowwise_kernels();
+  const int64_t rows = rows_in_use(x, all_rows, D);
+  std::fill_n(out + rows * D, (all_rows - rows) * D, 0.0f);
+  for_each_row(Pool::shared(), rows, D, [&](int64_t row) { kernels.rms_norm(x + row * D, scale, D, eps, out + row * D); });
+}
+
+void gated(const float* gate_up, int64_t all_rows, int64_t F, Gate kind, float* out) {
+  const RowwiseKernels& kernels = rowwise_kernels();
+  const int64_t rows = rows_in_use(gate_up, all_rows, 2 * F);
+  std::fill_n(out + rows * F, (all_rows - rows) * F, 0.0f);
+  for_each_row(Pool::shared(), rows, 2 * F, [&](int64_t row) {
+    const float* gate = gate_up + row * 2 * F;
+    kernels.gated(gate, gate + F, F, kind, out + row * F);
+  });
+}
+
+}  // namespace atoma
