@@ -28,7 +28,7 @@ void for_each_row(Pool& pool, int64_t rows, int64_t K, Use&& use) {
 template <class Use>
 void for_each_tile(Pool& pool, int64_t rows, int64_t tiles, Use&& use) {
   const int64_t spans = (rows + kRowsOfAPiece - 1) / kRowsOfAPiece;
-  const int64_t wanted = std::max<int64_t>(1, kPiecesOfAThread * pool.threads() / spans);
+  const int64_t wanted = kPiecesOfAThread * pool.threads();  // of a span: its last ones even out what cores differ by
   const int64_t at_once = std::max<int64_t>(1, tiles / wanted);
   const int64_t pieces = (tiles + at_once - 1) / at_once;
   pool.for_each(spans * pieces, [&](int64_t piece) {
