@@ -20,6 +20,11 @@ class Rope(NamedTuple):
         """T, of the whole step."""
         return self.cos.shape[1]
 
+    def of(self, windowed: Bool[Array, ""]) -> tuple[Float32[Array, "T half"], Float32[Array, "T half"]]:
+        """Those of a layer with a window, or without."""
+        kind = windowed.astype(jnp.int32)
+        return self.cos[kind], self.sin[kind]
+
 
 def rope_tables(positions: Int32[Array, " T"], spec: RopeSpec) -> Rope:
     """Rotary embedding (arXiv:2104.09864) of each position of its sequence."""
@@ -28,14 +33,6 @@ def rope_tables(positions: Int32[Array, " T"], spec: RopeSpec) -> Rope:
     angles = positions.astype(jnp.float32)[None, :, None] * np.stack([everywhere, local])[:, None]  # [2, T, half]
     magnitude = np.asarray([spec.magnitude, 1.0 if spec.local_frequencies else spec.magnitude], np.float32)
     return Rope(jnp.cos(angles) * magnitude[:, None, None], jnp.sin(angles) * magnitude[:, None, None])
-
-
-def rotate(x: Float32[Array, "T n H"], rope: Rope, windowed: Bool[Array, ""]) -> Float32[Array, "T n H"]:
-    """Rotates the first half of each head's rotated dimensions against their second half; the rest stays."""
-    cos, sin = (table[windowed.astype(jnp.int32)][:, None] for table in rope)  # [T, 1, half]
-    half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
 def softcapped(logits: Float32[Array, "B V"], limit: float | None) -> Float32[Array, "B V"]:

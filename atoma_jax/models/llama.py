@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from atoma_jax import ops
 from atoma_jax.model_spec import ModelSpec
-from atoma_jax.models.layers import Rope, rotate
+from atoma_jax.models.layers import Rope
 from atoma_jax.models.params import matrix, vector
 
 
@@ -84,15 +84,11 @@ class LlamaLayer(nnx.Module):
         qkv = ops.linear_of_stream(x, weight, self.backend, tokens=T, layer=layer, int8_activations=int8)
         if spec.qkv_bias:
             qkv = qkv + self.qkv_bias[...]
-        qkv = qkv.reshape(T, K, N // K + 2, H)
-        q, k, v = qkv[:, :, :-2].reshape(T, N, H), qkv[:, :, -2], qkv[:, :, -1]
-        if spec.qk_norm:
-            q = ops.rms_norm(q, self.q_norm[...], spec.norm_eps, self.backend)
-            k = ops.rms_norm(k, self.k_norm[...], spec.norm_eps, self.backend)
+        norms = (self.q_norm[...], self.k_norm[...]) if spec.qk_norm else None
+        heads = {"num_heads": N, "num_kv_heads": K}
+        q, k, v = ops.rotated_heads(qkv, *rope.of(windowed), self.backend, **heads, norms=norms, eps=spec.norm_eps)
         out, pages = ops.attend(
-            rotate(q, rope, windowed),
-            rotate(k, rope, windowed),
-            v,
+            *(q, k, v),
             pages,
             batch,
             self.backend,

@@ -20,7 +20,8 @@ from atoma_jax.native.build import LIBRARY, BuildError, Stamp, ffi_version, sour
 VARIANTS: Final = ("portable", "avx2", "avx512-vnni", "avx512-bf16")  # as in src/variant.h
 # Names that handlers are registered under; the library exports each.
 HANDLERS: Final = tuple(
-    f"atoma_{name}" for name in ("attention", "dense", "draw", "gated", "matmul", "probe", "rms_norm", "rows", "survey")
+    f"atoma_{name}"
+    for name in ("attention", "dense", "draw", "gated", "matmul", "probe", "rms_norm", "rotate_heads", "rows", "survey")
 )
 
 REBUILD = "run `python -m atoma_jax.native.build`, which takes a C++ compiler and some seconds"

@@ -1,9 +1,9 @@
 """The one place that chooses a kernel: by platform, by the weight's layout, by shape.
 
 Models call these functions and know no kernel. Where `Backend.kernels` asks for native kernels, they do attention, draw
-tokens, add up logprobs, normalize and gate rows, and multiply dense weights and those in tiles; where it asks for
-Pallas, its kernels do attention and multiply weights in the planar layout and stacks of bfloat16 matrices. The rest is
-XLA's everywhere.
+tokens, add up logprobs, normalize, rotate and gate rows, and multiply dense weights and those in tiles; where it asks
+for Pallas, its kernels do attention and multiply weights in the planar layout and stacks of bfloat16 matrices. The rest
+is XLA's everywhere.
 """
 
 from atoma_jax.native.sampling import draw as native_draw
@@ -14,7 +14,7 @@ from atoma_jax.ops.backend import Backend, Kernels, Platform, has_native_kernels
 from atoma_jax.ops.experts import grouped_feed_forward
 from atoma_jax.ops.linear import PACKED_ROWS, layer_of, linear
 from atoma_jax.ops.residual import all_tokens, own_tokens, rows_of
-from atoma_jax.ops.rowwise import gated, rms_norm
+from atoma_jax.ops.rowwise import gated, rms_norm, rotated_heads
 from atoma_jax.ops.stream import linear_of_parts, linear_of_stream, net_of_stream
 from pallas_kernels.kv_pages import KVPages
 from pallas_kernels.quantized_matmul import pack_planar
@@ -47,5 +47,6 @@ __all__ = [
     "put_codes",
     "put_factors",
     "rms_norm",
+    "rotated_heads",
     "rows_of",
 ]

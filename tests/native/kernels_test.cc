@@ -174,6 +174,24 @@ void rowwise_functions(int variant, int64_t width) {
     }
   }
   check(worst < 1e-5, "norm or gate", variant, -1, width);
+  // Heads that do not turn, as their sines are 0: what comes out is what went in.
+  const int64_t half = width / 2;
+  const auto cos = exactly<float>(kRows * half), sin = exactly<float>(kRows * half);
+  std::fill_n(cos.get(), kRows * half, 1.0f);
+  std::fill_n(sin.get(), kRows * half, 0.0f);
+  const auto qkv = exactly<float>(kRows * 4 * width), q = exactly<float>(kRows * 2 * width);
+  const auto k = exactly<float>(kRows * width), v = exactly<float>(kRows * width);
+  for (int64_t i = 0; i < kRows * 4 * width; i++) qkv[i] = static_cast<float>(i + 1);
+  rotate_heads({1, 2, width, half, nullptr, nullptr, 0.0f}, qkv.get(), cos.get(), sin.get(), kRows, q.get(), k.get(),
+               v.get());
+  bool same = true;
+  for (int64_t row = 0; row < kRows; row++) {
+    const float* own = qkv.get() + row * 4 * width;
+    same &= std::equal(own, own + 2 * width, q.get() + row * 2 * width);
+    same &= std::equal(own + 2 * width, own + 3 * width, k.get() + row * width);
+    same &= std::equal(own + 3 * width, own + 4 * width, v.get() + row * width);
+  }
+  check(same, "heads", variant, -1, width);
 }
 
 // Evenly spaced numbers draw each token as often as it is likely among those that filters keep; sums and ranks.

@@ -1,4 +1,4 @@
-"""Norms and gated activations: every variant against float64, for sizes that fill vectors and those that do not."""
+"""Norms, rotated heads and gated activations: every variant against float64, at sizes that fill vectors or do not."""
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,35 @@ def test_norms_are_those_of_float64(variant: str, width: int):
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-30)
 
 
+@pytest.mark.parametrize("with_norms", [False, True])
+@pytest.mark.parametrize(
+    ("N", "K", "H", "half"), [(9, 3, 64, 32), (4, 4, 80, 40), (6, 1, 96, 12), (2, 1, 10, 5), (3, 3, 8, 0)]
+)
+def test_heads_are_those_of_float64(variant: str, N: int, K: int, H: int, half: int, with_norms: bool):
+    T, G = 21, N // K
+    rng = np.random.default_rng(H)
+    qkv = rng.standard_normal((T, K, G + 2, H)).astype(np.float32)
+    angles = rng.uniform(-9, 9, (T, half))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    scales = rng.uniform(0.5, 2, (2, H)).astype(np.float32)
+    norms = (jnp.asarray(scales[0]), jnp.asarray(scales[1])) if with_norms else None
+    tables = jnp.asarray(cos), jnp.asarray(sin)
+    call = jax.jit(rowwise.rotated_heads, static_argnames=("num_heads", "num_kv_heads", "eps"))
+    got = call(jnp.asarray(qkv.reshape(T, -1)), *tables, num_heads=N, num_kv_heads=K, norms=norms, eps=1e-5)
+
+    def turned(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        x = normed(x.reshape(-1, H), scale, 1e-5).reshape(x.shape) if with_norms else x.astype(np.float64)
+        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        c, s = cos[:, None].astype(np.float64), sin[:, None].astype(np.float64)
+        return np.concatenate([first * c - second * s, second * c + first * s, rest], axis=-1)
+
+    q = turned(qkv[:, :, :G].reshape(T, N, H), scales[0])
+    k = turned(qkv[:, :, G], scales[1])
+    for name, array, expected in zip("qk", got, (q, k), strict=False):
+        np.testing.assert_allclose(np.asarray(array), expected, rtol=1e-6, atol=2e-6, err_msg=name)
+    np.testing.assert_array_equal(np.asarray(got[2]), qkv[:, :, G + 1])
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_gated_activations_are_those_of_float64(variant: str, width: int, activation: Activation):
@@ -91,6 +120,17 @@ def test_arrays_that_do_not_fit_are_refused(kernels: Library):
     call = jax.ffi.ffi_call("atoma_rms_norm", jax.ShapeDtypeStruct((2, 6), jnp.float32))
     with pytest.raises(Exception, match=r"rows of activations: the scale must be \[D\]"):
         jax.block_until_ready(call(x, scale, eps=np.float32(1e-5)))
+    shapes = [jax.ShapeDtypeStruct((2, heads, 2), jnp.float32) for heads in (1, 1, 1)]
+    call, table = jax.ffi.ffi_call("atoma_rotate_heads", shapes), jnp.ones((2, 1), jnp.float32)
+    none = jnp.zeros(0, jnp.float32)
+    for args, problem in (
+        ((x[:, :5], table, table, none, none), r"the projection must be \[tokens, K · \(N / K \+ 2\) · H\]"),
+        ((x, table, table[:1], none, none), r"tables must be \[tokens, half\]"),
+        ((x, jnp.ones((2, 2), jnp.float32), jnp.ones((2, 2), jnp.float32), none, none), "more rotates than a head has"),
+        ((x, table, table, scale, none), r"the scale must be \[H\], or empty"),
+    ):
+        with pytest.raises(Exception, match=f"rows of activations: {problem}"):
+            jax.block_until_ready(call(*args, eps=np.float32(1e-5)))
     call = jax.ffi.ffi_call("atoma_gated", jax.ShapeDtypeStruct((2, 4), jnp.float32))
     with pytest.raises(Exception, match=r"rows of activations: the result must be \[rows, F\] of 2F"):
         jax.block_until_ready(call(x, activation=np.int64(0)))

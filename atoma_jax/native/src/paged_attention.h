@@ -1,6 +1,6 @@
 // Attention of one layer over a paged KV cache: the problem, and what the kernels of an instruction set do of it.
 //
-// A step's tokens are first rotated and written to their pages, then every query attends to its sequence's context.
+// A step's tokens are first written to their pages, then every query attends to its sequence's context.
 // The work is cut into pieces that threads take one by one. How it is cut, and the order in which a piece adds, depend
 // on the sequence alone: its results are the same bits whatever else the step holds and however many threads there are.
 #pragma once

@@ -1,4 +1,4 @@
-// How a product of many rows with a weight becomes pieces for the pool.
+// How work on many rows, by themselves or times a weight, becomes pieces for the pool.
 #pragma once
 
 #include <algorithm>
@@ -10,17 +10,17 @@ namespace atoma {
 
 inline constexpr int64_t kRowsOfAPiece = 128;  // their activations stay in a core's second cache while tiles go by
 inline constexpr int64_t kPiecesOfAThread = 4;
-inline constexpr int64_t kRoundedAlone = 1 << 14;  // activations: waking a thread costs more than what is done to as many
+inline constexpr int64_t kActivationsAlone = 1 << 14;  // waking a thread costs more than what is done to as many
 
 // Calls use(row) for each row of K activations, on all threads where there are many.
 template <class Use>
 void for_each_row(Pool& pool, int64_t rows, int64_t K, Use&& use) {
-  const int64_t at_once = std::max<int64_t>(1, kRoundedAlone / 4 / K), pieces = (rows + at_once - 1) / at_once;
+  const int64_t at_once = std::max<int64_t>(1, kActivationsAlone / 4 / K), pieces = (rows + at_once - 1) / at_once;
   const auto piece = [&](int64_t number) {
     const int64_t end = std::min(rows, (number + 1) * at_once);
     for (int64_t row = number * at_once; row < end; row++) use(row);
   };
-  if (rows * K > kRoundedAlone) return pool.for_each(pieces, piece);
+  if (rows * K > kActivationsAlone) return pool.for_each(pieces, piece);
   for (int64_t number = 0; number < pieces; number++) piece(number);
 }
 

@@ -1,7 +1,6 @@
 // The functions of rowwise.h for one instruction set, see float_vectors.h. Included by rowwise_*.cc alone.
 #pragma once
 
-#include <cmath>
 #include <cstring>
 
 #include "float_vectors.h"
@@ -10,9 +9,10 @@
 namespace atoma {
 namespace {
 
-// Stores the first n < kWidth numbers.
+// Stores the first n ≤ kWidth numbers.
 template <class Isa>
 inline void store_part(float* to, int64_t n, typename Isa::V v) {
+  if (n == Isa::kWidth) return Isa::store(to, v);
   float values[Isa::kWidth];
   Isa::store(values, v);
   std::memcpy(to, values, n * sizeof(float));
@@ -35,11 +35,45 @@ void rms_norm_row(const float* x, const float* scale, int64_t D, float eps, floa
     sums[0] = Isa::fma(part, part, sums[0]);
   }
   const float mean = Isa::sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(D);
-  const auto factor = Isa::set1(1.0f / std::sqrt(mean + eps));
+  const auto factor = Isa::set1(1.0f / __builtin_sqrtf(mean + eps));
   for (at = 0; at + W <= D; at += W) Isa::store(out + at, Isa::load(x + at) * factor * Isa::load(scale + at));
   if (at == D) return;
   const int left = static_cast<int>(D - at);
   store_part<Isa>(out + at, left, load_part<Isa>(x + at, left) * factor * load_part<Isa>(scale + at, left));
+}
+
+// Rotary embedding (arXiv:2104.09864): pairs of the first and the second half turn.
+template <class Isa>
+inline void rotate(float* x, const float* cos, const float* sin, int64_t half) {
+  constexpr int W = Isa::kWidth;
+  for (int64_t at = 0; at < half; at += W) {
+    const int count = half - at < W ? static_cast<int>(half - at) : W;
+    const auto load = [&](const float* from) { return count == W ? Isa::load(from) : load_part<Isa>(from, count); };
+    const auto first = load(x + at), second = load(x + half + at), c = load(cos + at), s = load(sin + at);
+    store_part<Isa>(x + at, count, first * c - second * s);
+    store_part<Isa>(x + half + at, count, second * c + first * s);
+  }
+}
+
+template <class Isa>
+void rotate_heads_row(const Heads& heads, const float* qkv, const float* cos, const float* sin, float* q, float* k,
+                      float* v) {
+  const int64_t H = heads.H;
+  const auto turn = [&](const float* scale, float* to) {
+    if (scale != nullptr) {
+      rms_norm_row<Isa>(qkv, scale, H, heads.eps, to);
+    } else {
+      std::memcpy(to, qkv, H * sizeof(float));
+    }
+    rotate<Isa>(to, cos, sin, heads.half);
+    qkv += H;
+  };
+  for (int64_t head = 0; head < heads.K; head++) {
+    for (int64_t g = 0; g < heads.G; g++) turn(heads.q_scale, q + (head * heads.G + g) * H);
+    turn(heads.k_scale, k + head * H);
+    std::memcpy(v + head * H, qkv, H * sizeof(float));
+    qkv += H;
+  }
 }
 
 template <class Isa, Gate kind>
@@ -78,7 +112,7 @@ void gated_row(const float* gate, const float* up, int64_t F, Gate kind, float* 
 
 template <class Isa>
 constexpr RowwiseKernels rowwise_kernels_of() {
-  return {rms_norm_row<Isa>, gated_row<Isa>};
+  return {rms_norm_row<Isa>, rotate_heads_row<Isa>, gated_row<Isa>};
 }
 
 }  // namespace
