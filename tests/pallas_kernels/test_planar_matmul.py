@@ -64,7 +64,7 @@ def test_few_rows_are_exact_but_for_sums_in_float32(name):
     assert is_exact_but_for_sums_in_float32(product(x, w.stack, index(1), w.kind, FEW), x, w)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("rows", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MOST)
 def test_so_are_more_and_fewer_spans_side_by_side(name, rows):
     """A turn takes parts of a block, a block, or more than the last part of K has."""

@@ -11,6 +11,7 @@ namespace {
 
 struct Avx2 {
   static constexpr int kLanes = 8;
+  static constexpr int kRegisters = 16;
   // Sums take eight of the sixteen registers, the weights' fields four.
   static constexpr int kMaxRows = 4;
   static constexpr int kStoredRows = 4;  // up to which factors are read as they are stored

@@ -11,6 +11,7 @@ namespace {
 
 struct Avx512 {
   static constexpr int kLanes = 16;
+  static constexpr int kRegisters = 32;
   static constexpr int kMaxRows = 4;
   static constexpr int kStoredRows = 4;  // up to which factors are read as they are stored
   static constexpr int vectors(int) { return 2; }

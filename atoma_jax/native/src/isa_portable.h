@@ -15,6 +15,7 @@ namespace {
 
 struct Portable {
   static constexpr int kLanes = 4;         // of floats, and of the int32 that four bytes sum to
+  static constexpr int kRegisters = 16;    // for vectors
   static constexpr int kMaxRows = 2;       // that a product works on at once; of two planes half as many
   static constexpr int kStoredRows = 0;  // here the arithmetic takes longest
   static constexpr int vectors(int rows) { return rows == 1 ? 4 : 2; }  // of columns at once

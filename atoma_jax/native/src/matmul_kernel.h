@@ -194,8 +194,8 @@ constexpr auto arithmetic_of() {
 // last tile may be asked for, too: that reads nothing.
 constexpr int kLine = 64, kAhead = 4096;  // bytes
 
-// What is taken off a weight's codes and numbers. Known as the code is compiled, so that nothing is asked in a loop; but
-// for `kAsked`.
+// What is taken off a weight's codes and numbers. Known as the code is compiled, where registers are few and rows many:
+// with several ends in one loop sums do not stay in registers. `kAsked`: as it runs.
 enum class Terms { kNone, kMins, kZero, kBoth, kAsked };
 
 // `rows` rows of x by `vectors` vectors of columns, over all of K. `Reader` finds the factors of each block.
@@ -354,7 +354,7 @@ struct Product {
         x_sums += subs;
       }
     };
-    if constexpr (rows < 4) {  // not worth the code
+    if constexpr (rows < 4 || Isa::kRegisters > 16) {  // not worth the code
       all_blocks.template operator()<Terms::kAsked>();
     } else {
       with_terms(mins.is_there(), weight.zero, all_blocks);
