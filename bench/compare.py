@@ -12,7 +12,8 @@ ids, new in every round and the same for all; outputs are greedy, of a fixed len
 | batch | 16 sequences, 128 in, 64 out | 16·64 / time, prefill included |
 | batch decode | the same run | tokens that came once every sequence had its first / their time |
 
-Beside this engine's numbers stands what the machine could do at most (`bench/roofline.py`).
+Beside this engine's numbers stands what the machine could do at most (`bench/roofline.py`), measured right before and
+right behind each of its runs; what is reached of that is taken within a round, too.
 
 `python -m bench.compare --model smollm2-135m-instruct --python llama_cpp=/other/venv/bin/python`, and on another
 type of the same model with `--requantize Q8_0`; `--json`, `--markdown` and `--plot` write files.
@@ -36,8 +37,9 @@ from atoma_jax.loading.fetch.hub import resolve
 from atoma_jax.loading.gguf.file import GGUFFile
 from atoma_jax.loading.gguf.mixtures import TypeOptions
 from atoma_jax.loading.gguf.requantize import requantize
+from atoma_jax.native.build import BuildError
 from bench.compare_report import ENGINE, markdown, plot, ratios, report
-from bench.roofline import Peaks, Weight, limits
+from bench.roofline import Gauge, Peaks, Weight, limits
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("llama_cpp", "transformers", "openvino")
@@ -93,6 +95,10 @@ class Sizes:
             "batch": self.num_seqs * self.output_tokens / batch["total_s"],
             "batch_decode": batch["decoded"] / (batch["total_s"] - batch["first_s"]),
         }
+
+
+# Kinds of numbers that come of each kind of work.
+KINDS = {"prefill": ("prefill",), "decode": ("decode",), "batch": ("batch", "batch_decode")}
 
 
 class PeerError(Exception):
@@ -213,8 +219,13 @@ def main(
         target, value = _pair(entry, "--option")
         peer, _, setting = target.partition(":")
         options.setdefault(peer, {})[setting] = value
-    peaks = Peaks.measure(setup["threads"])
+    peaks: dict[str, list[Peaks]] = {}
     with tempfile.TemporaryDirectory() as scratch:
+        try:
+            gauge = Gauge(setup["threads"], Path(scratch))
+        except BuildError as error:
+            print(f"without limits of the machine: {error}", file=sys.stderr)
+            gauge = None
         path = resolve(model).path.absolute()
         if requantized is not None:
             target_path = Path(scratch) / f"{path.stem}-{requantized}.gguf"
@@ -226,17 +237,26 @@ def main(
             weight = Weight.of(file)
         workers = start([ENGINE, *names], {"model": str(path), **setup}, interpreters, options)
         try:
-            results = compare(workers, sizes, rounds=rounds, vocab_size=len(tokens), seed=seed)
+            results = compare(
+                workers, sizes, rounds=rounds, vocab_size=len(tokens), seed=seed, gauge=gauge, peaks=peaks
+            )
         finally:
             for worker in workers:
                 worker.close()
-    most = None if peaks is None else sizes.limits(weight, peaks)
+    most = {
+        kind: [sizes.limits(weight, own)[kind] for own in measured]
+        for work, measured in peaks.items()
+        for kind in KINDS[work]
+    } or None
     report(results, most)
     descriptions = {worker.name: worker.description for worker in workers}
     if json_file is not None:
         about = {"model": model, "requantized": requantized, "rounds": rounds, "threads": setup["threads"]}
         measured = {"rates": results, "ratios": ratios(results), "limits": most}
-        machine = {**describe_host(), "peaks": None if peaks is None else asdict(peaks)}
+        machine = {
+            **describe_host(),
+            "peaks": {work: [asdict(own) for own in measured] for work, measured in peaks.items()},
+        }
         everything = {**about, **machine, "weights": asdict(weight), "engines": descriptions, **measured}
         json_file.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
     if markdown_file is not None:
@@ -267,9 +287,19 @@ def start(
 
 
 def compare(
-    workers: list[Worker], sizes: Sizes, *, rounds: int, vocab_size: int, seed: int
+    workers: list[Worker],
+    sizes: Sizes,
+    *,
+    rounds: int,
+    vocab_size: int,
+    seed: int,
+    gauge: Gauge | None = None,
+    peaks: dict[str, list[Peaks]] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
-    """Tokens a second by engine and kind, one a round, after a first round that does not count."""
+    """Tokens a second by engine and kind, one a round, after a first round that does not count.
+
+    What the machine did around this engine's runs, by a `gauge`, goes into `peaks` by kind of work, one a round.
+    """
     results: dict[str, dict[str, list[float]]] = {worker.name: {} for worker in workers}
     rng = random.Random(seed)
     lowest = min(LOWEST_ID, vocab_size // 2)
@@ -283,8 +313,12 @@ def compare(
             ]
             turn = number % len(alive)
             for worker in [*alive[turn:], *alive[:turn]]:
+                own = gauge if worker.name == ENGINE and number else None
                 try:
+                    before = own.measure() if own else None
                     timings[worker.name][kind] = worker.run(prompts, work.new_tokens)
+                    if own and before and peaks is not None:
+                        peaks.setdefault(kind, []).append(Peaks.mean([before, own.measure()]))
                 except PeerError as error:
                     _give_up_on(worker.name, error)
                     alive.remove(worker)

@@ -10,6 +10,7 @@ from pathlib import Path
 ENGINE = "atoma"
 
 Rates = Mapping[str, Mapping[str, Sequence[float]]]  # tokens a second by engine and kind, one a round
+Limits = Mapping[str, Sequence[float]]  # likewise, at most, by kind
 
 
 def ratios(results: Rates) -> dict[str, dict[str, dict[str, float]]]:
@@ -29,12 +30,17 @@ def ratios(results: Rates) -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
-def report(results: Rates, limits: Mapping[str, float] | None = None) -> None:
+def share(results: Rates, limits: Limits, kind: str) -> float:
+    """What this engine reaches of the machine's limit, within each round: the median."""
+    return statistics.median(rate / most for rate, most in zip(results[ENGINE][kind], limits[kind], strict=True))
+
+
+def report(results: Rates, limits: Limits | None = None) -> None:
     """Prints a table: medians in tokens a second; behind each peer's, this engine's ratio to it (min–max).
 
     Args:
         results: of `compare`.
-        limits: of the machine, by kind; None where they are not known.
+        limits: of the machine, by kind, one a round; None where they are not known.
     """
     quotients = ratios(results)
     names = [ENGINE, *quotients]
@@ -49,13 +55,13 @@ def report(results: Rates, limits: Mapping[str, float] | None = None) -> None:
                 ratio = quotients[name][kind]
                 cell += f"  ×{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})".rjust(23)
             elif limits:
-                cell += f"{limits[kind]:10.1f} ({median / limits[kind]:4.0%})"
+                cell += f"{statistics.median(limits[kind]):10.1f} ({share(results, limits, kind):4.0%})"
             cells.append(cell)
         print(f"{kind.replace('_', ' '):<15}" + "".join(cells))
     print(f"× = {ENGINE} / peer: above 1, this engine is faster.")
 
 
-def markdown(results: Rates, limits: Mapping[str, float] | None, descriptions: Mapping[str, str]) -> str:
+def markdown(results: Rates, limits: Limits | None, descriptions: Mapping[str, str]) -> str:
     """The same table in Markdown, with the engines' versions below it."""
     quotients = ratios(results)
     titles = ["tokens a second", ENGINE, *(["limit of the machine"] if limits else []), *quotients]
@@ -64,7 +70,8 @@ def markdown(results: Rates, limits: Mapping[str, float] | None, descriptions: M
         median = statistics.median(rates)
         cells = [kind.replace("_", " "), f"{median:.1f}"]
         if limits:
-            cells.append(f"{limits[kind]:.1f}: {median / limits[kind]:.0%} reached")
+            most = statistics.median(limits[kind])
+            cells.append(f"{most:.1f}: {share(results, limits, kind):.0%} reached")
         for name, by_kind in quotients.items():
             ratio = by_kind[kind]
             theirs = statistics.median(results[name][kind])
@@ -73,7 +80,7 @@ def markdown(results: Rates, limits: Mapping[str, float] | None, descriptions: M
     return "\n".join([*lines, "", *(f"- {name}: {text}" for name, text in descriptions.items() if name in results), ""])
 
 
-def plot(results: Rates, limits: Mapping[str, float] | None, path: Path) -> None:
+def plot(results: Rates, limits: Limits | None, path: Path) -> None:
     """Medians of each engine with their extremes, a panel a kind, and the machine's limit as a line.
 
     Raises:
@@ -95,7 +102,7 @@ def plot(results: Rates, limits: Mapping[str, float] | None, path: Path) -> None
             spread = [[median - min(rates)], [max(rates) - median]]
             axes.bar(place, median, yerr=spread, color="C0" if name == ENGINE else "C7", capsize=3)
         if limits:
-            axes.axhline(limits[kind], color="C3", linewidth=1, linestyle="--")
+            axes.axhline(statistics.median(limits[kind]), color="C3", linewidth=1, linestyle="--")
         axes.set_title(kind.replace("_", " "))
         axes.set_xticks(range(len(results)), list(results), rotation=30, ha="right")
         axes.set_ylim(bottom=0)

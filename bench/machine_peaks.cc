@@ -1,5 +1,6 @@
 // What this processor can do at most, for bench/roofline.py: bytes read from memory a second, and products of int8 with
-// their sums a second. Prints "BYTES PRODUCTS" of all threads together, the best of several runs. Argument: threads.
+// their sums a second. Prints "BYTES PRODUCTS" of all threads together, the median of several runs: on a virtual machine
+// single runs are interrupted, or have for a moment what other machines do not use. Argument: threads.
 //
 // Compiled for the processor at hand. Products are those of its fastest instruction for them: vpdpbusd, or vpmaddubsw
 // and a sum of words, or what the compiler makes of plain C++.
@@ -20,16 +21,16 @@ namespace {
 
 constexpr int kRuns = 12;
 constexpr int64_t kBytes = int64_t{256} << 20;  // more than any cache of a core's share
-constexpr int64_t kSteps = 2000000;
+constexpr int64_t kSteps = 10000000;
 
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// The least time that all threads take for one part each, begun together.
+// The time that all threads take for one part each, begun together.
 template <class Part>
-double fastest(int threads, Part part) {
-  double best = 1e30;
+double typical(int threads, Part part) {
+  std::vector<double> times;
   for (int run = 0; run < kRuns; run++) {
     std::atomic<int> waiting{threads};
     std::vector<double> begin(threads), end(threads);
@@ -45,9 +46,10 @@ double fastest(int threads, Part part) {
       });
     }
     for (auto& thread : all) thread.join();
-    best = std::min(best, *std::max_element(end.begin(), end.end()) - *std::min_element(begin.begin(), begin.end()));
+    times.push_back(*std::max_element(end.begin(), end.end()) - *std::min_element(begin.begin(), begin.end()));
   }
-  return best;
+  std::nth_element(times.begin(), times.begin() + kRuns / 2, times.end());
+  return times[kRuns / 2];
 }
 
 std::atomic<uint64_t> sink{0};  // so that nothing is left out as without effect
@@ -124,8 +126,8 @@ int main(int argc, char** argv) {
   const int threads = argc > 1 ? std::max(1, std::atoi(argv[1])) : 1;
   std::vector<uint64_t> memory(kBytes / 8, 1);
   const int64_t share = kBytes / 8 / threads;
-  const double reading = fastest(threads, [&](int thread) { read(memory.data() + thread * share, share); });
-  const double multiplying = fastest(threads, [](int) { multiply(); });
+  const double reading = typical(threads, [&](int thread) { read(memory.data() + thread * share, share); });
+  const double multiplying = typical(threads, [](int) { multiply(); });
   std::printf("%.6e %.6e\n", 8.0 * static_cast<double>(share) * threads / reading,
               8.0 * kSteps * kProducts * threads / multiplying);
   return sink.load() == 1;

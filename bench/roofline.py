@@ -6,8 +6,9 @@ a step and its products of eight bits. So nothing reaches it, and what is far be
 """
 
 import math
+import statistics
 import subprocess
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,21 +26,37 @@ class Peaks:
     products_per_s: float  # of int8, each with its sum
 
     @classmethod
-    def measure(cls, threads: int) -> "Peaks | None":
-        """None where there is no C++ compiler, or it does not compile for the processor at hand."""
-        try:
-            command = compiler()
-        except BuildError:
-            return None
-        with tempfile.TemporaryDirectory() as folder:
-            program = Path(folder) / "peaks"
-            flags = ("-std=c++20", "-O2", "-march=native", "-pthread", "-Wno-psabi")
-            built = subprocess.run([command, *flags, str(SOURCE), "-o", str(program)], capture_output=True, check=False)
-            if built.returncode != 0:
-                return None
-            done = subprocess.run([str(program), str(threads)], capture_output=True, text=True, check=True)
+    def mean(cls, several: "Sequence[Peaks]") -> "Peaks":
+        """Of several measurements."""
+        return cls(
+            bytes_per_s=statistics.fmean(peaks.bytes_per_s for peaks in several),
+            products_per_s=statistics.fmean(peaks.products_per_s for peaks in several),
+        )
+
+
+class Gauge:
+    """Measures this machine's peaks, in half a second each time: it is compiled once."""
+
+    def __init__(self, threads: int, folder: Path):
+        """For so many threads; its program goes into `folder`.
+
+        Raises:
+            BuildError: there is no C++ compiler, or it does not compile for the processor at hand.
+        """
+        self._threads = threads
+        self._program = folder / "peaks"
+        flags = ("-std=c++20", "-O2", "-march=native", "-pthread", "-Wno-psabi")
+        built = subprocess.run(
+            [compiler(), *flags, str(SOURCE), "-o", str(self._program)], capture_output=True, text=True, check=False
+        )
+        if built.returncode != 0:
+            raise BuildError(f"{SOURCE.name} does not compile here: {built.stderr[-500:]}")
+
+    def measure(self) -> Peaks:
+        """What the machine does right now."""
+        done = subprocess.run([str(self._program), str(self._threads)], capture_output=True, text=True, check=True)
         read, products = map(float, done.stdout.split())
-        return cls(bytes_per_s=read, products_per_s=products)
+        return Peaks(bytes_per_s=read, products_per_s=products)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,15 +60,14 @@ class LlamaLayer(nnx.Module):
 
         Of the T tokens, devices that share a layer may have t each in front of the norms and behind the branches.
         """
-        h = ops.rms_norm(x, self.attn_norm[...], self.spec.norm_eps, self.backend)
-        h, pages = self.attention(h, pages, rope, batch, layer=layer, window=window, windowed=windowed)
-        x = x + h
-        h = ops.rms_norm(x, self.ffn_norm[...], self.spec.norm_eps, self.backend)
-        return x + self.feed_forward(h, rope.tokens, layer), pages
+        h = ops.Normed(x, self.attn_norm[...], self.spec.norm_eps)
+        x, pages = self.attention(h, pages, rope, batch, layer=layer, window=window, windowed=windowed, residual=x)
+        h = ops.Normed(x, self.ffn_norm[...], self.spec.norm_eps)
+        return self.feed_forward(h, rope.tokens, layer, residual=x), pages
 
     def attention(
         self,
-        x: Float32[Array, "t D"],
+        x: Float32[Array, "t D"] | ops.Normed,
         pages: ops.KVPages,
         rope: Rope,
         batch: ops.AttentionBatch,
@@ -76,8 +75,9 @@ class LlamaLayer(nnx.Module):
         layer: Int32[Array, ""],
         window: Int32[Array, ""],
         windowed: Bool[Array, ""],
+        residual: Float32[Array, "t D"] | None = None,
     ) -> tuple[Float32[Array, "t D"], ops.KVPages]:
-        """Projections, rotation, paged attention, output projection."""
+        """Projections, rotation, paged attention, output projection, what that is added to."""
         spec, whole = self.spec, self.backend.whole_heads
         T, N, K, H = rope.tokens, spec.num_heads, spec.num_kv_heads, spec.head_dim
         int8, weight = spec.int8_activations, self.qkv.get_value()
@@ -100,24 +100,44 @@ class LlamaLayer(nnx.Module):
         out = out.reshape(T, N * H)
         if spec.sub_norms:
             out = ops.rms_norm(out, self.attn_sub_norm[...], spec.norm_eps, self.backend, is_cut=not whole)
-        weight, D = self.attn_out.get_value(), spec.dim
-        out = ops.linear_of_parts(out, weight, self.backend, width=D, layer=layer, int8_activations=int8, whole=whole)
+        out = ops.linear_of_parts(
+            out,
+            self.attn_out.get_value(),
+            self.backend,
+            width=spec.dim,
+            layer=layer,
+            int8_activations=int8,
+            whole=whole,
+            residual=residual,
+        )
         return out, pages
 
-    def feed_forward(self, x: Float32[Array, "t D"], tokens: int, layer: Int32[Array, ""]) -> Float32[Array, "t D"]:
-        """down(activation(gate · x) · (up · x)), of a step of so many tokens."""
-        return self.gated_net(x, self.gate_up, self.down, tokens, layer)
+    def feed_forward(
+        self,
+        x: Float32[Array, "t D"] | ops.Normed,
+        tokens: int,
+        layer: Int32[Array, ""],
+        residual: Float32[Array, "t D"] | None = None,
+    ) -> Float32[Array, "t D"]:
+        """down(activation(gate · x) · (up · x)), of a step of so many tokens, and what it is added to."""
+        return self.gated_net(x, self.gate_up, self.down, tokens, layer, residual)
 
     def gated_net(
-        self, x: Float32[Array, "any D"], gate_up: Any, down: Any, tokens: int, layer: Int32[Array, ""]
+        self,
+        x: Float32[Array, "any D"] | ops.Normed,
+        gate_up: Any,
+        down: Any,
+        tokens: int,
+        layer: Int32[Array, ""],
+        residual: Float32[Array, "t D"] | None = None,
     ) -> Float32[Array, "t D"]:
         """The same with the weights given; `x` is of all tokens or of this device's."""
         spec, backend = self.spec, self.backend
 
-        def activate(h: Float32[Array, "any twoF"]) -> Float32[Array, "any F"]:
-            h = ops.gated(h, spec.activation, backend)
+        def activate(h: Float32[Array, "any twoF"]) -> Float32[Array, "any F"] | ops.Gated:
             if not spec.sub_norms:
-                return h
+                return ops.Gated(h, spec.activation)
+            h = ops.gated(h, spec.activation, backend)
             return ops.rms_norm(h, self.ffn_sub_norm[...], spec.norm_eps, backend, is_cut=True)
 
         return ops.net_of_stream(
@@ -130,4 +150,5 @@ class LlamaLayer(nnx.Module):
             layer=layer,
             int8_activations=spec.int8_activations,
             exchanges=spec.sub_norms,
+            residual=residual,
         )

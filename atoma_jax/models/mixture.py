@@ -26,9 +26,16 @@ class MixtureLayer(LlamaLayer):
             self.shared_down = matrix(D, shared, ("embed_out", "ffn"))
             self.shared_gate = vector(D, "embed")
 
-    def feed_forward(self, x: Float32[Array, "t D"], tokens: int, layer: Int32[Array, ""]) -> Float32[Array, "t D"]:
+    def feed_forward(
+        self,
+        x: Float32[Array, "t D"] | ops.Normed,
+        tokens: int,
+        layer: Int32[Array, ""],
+        residual: Float32[Array, "t D"] | None = None,
+    ) -> Float32[Array, "t D"]:
         """The chosen experts' outputs by their weights, and the shared expert's behind its own gate."""
         assert self.spec.experts is not None
+        x = ops.computed(x, self.backend)
         whole = ops.all_tokens(x, tokens, self.backend.mesh)  # in float32, for the router
         experts, weights = self.route(whole)
         out = ops.grouped_feed_forward(
@@ -45,7 +52,7 @@ class MixtureLayer(LlamaLayer):
         if self.spec.experts.shared_ffn_dim:
             gate = jax.nn.sigmoid(jnp.sum(x * self.shared_gate[...], axis=-1, keepdims=True))
             out = out + gate * self.gated_net(whole, self.shared_gate_up, self.shared_down, tokens, layer)
-        return out
+        return out if residual is None else residual + out
 
     def route(self, x: Float32[Array, "T D"]) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
         """The k likeliest experts of each token and their weights, in float32 whatever the operands of products are:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
+from atoma_jax.model_spec import Activation
+from atoma_jax.native.rowwise import GATES
 from atoma_jax.quant.qtensor import QTensor
 
 # How activations are rounded: to int8 in groups of 32; what that leaves likewise, as a second plane; to int8 by token;
@@ -25,7 +27,14 @@ _TABLE_CODES = 2
 
 
 def matmul(
-    x: Float32[Array, "T K"], weight: QTensor, index: Int32[Array, ""], activations: Activations
+    x: Float32[Array, "T width"],
+    weight: QTensor,
+    index: Int32[Array, ""],
+    activations: Activations,
+    *,
+    norm: tuple[Float32[Array, " K"], float] | None = None,
+    gate: Activation | None = None,
+    residual: Float32[Array, "T N"] | None = None,
 ) -> Float32[Array, "T N"]:
     """x · Wᵀ, summed in float32. A row depends on that row of `x` alone, bit for bit.
 
@@ -34,10 +43,20 @@ def matmul(
         weight: a stack in tiles, its columns not permuted.
         index: of the matrix in it, leading axes flattened.
         activations: how they are rounded.
+        norm: scale and epsilon of `rowwise.rms_norm` of `x`, in front of the product and with its bits.
+        gate: the same of `rowwise.gated`: `x` is gates and ups, 2K wide.
+        residual: what the product is added to.
     """
     out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
-    call = jax.ffi.ffi_call("atoma_matmul", out)
-    return call(x, *_arrays(weight), index, **_attributes(weight), activations=np.int64(_ACTIVATIONS[activations]))
+    scale, eps = (jnp.zeros(0, jnp.float32), 0.0) if norm is None else norm
+    residual = jnp.zeros((0, 0), jnp.float32) if residual is None else residual
+    return jax.ffi.ffi_call("atoma_matmul", out)(
+        *(x, *_arrays(weight), index, scale, residual),
+        **_attributes(weight),
+        activations=np.int64(_ACTIVATIONS[activations]),
+        eps=np.float32(eps),
+        gate=np.int64(-1 if gate is None else GATES[gate]),
+    )
 
 
 def rows(ids: Int32[Array, " T"], weight: QTensor, index: Int32[Array, ""]) -> Float32[Array, "T K"]:

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float32
 
 from atoma_jax.model_spec import Activation
 
-_ACTIVATIONS: Final[Mapping[Activation, int]] = MappingProxyType({"silu": 0, "gelu_tanh": 1, "relu_squared": 2})
+# Of `enum class Gate`.
+GATES: Final[Mapping[Activation, int]] = MappingProxyType({"silu": 0, "gelu_tanh": 1, "relu_squared": 2})
 
 
 def rms_norm(x: Float32[Array, "R D"], scale: Float32[Array, " D"], eps: float) -> Float32[Array, "R D"]:
@@ -52,4 +53,4 @@ def gated(gate_up: Float32[Array, "R twoF"], activation: Activation) -> Float32[
     """activation(gate) · up, of each row by itself, gates in the first half."""
     rows, width = gate_up.shape
     call = jax.ffi.ffi_call("atoma_gated", jax.ShapeDtypeStruct((rows, width // 2), jnp.float32))
-    return call(gate_up, activation=np.int64(_ACTIVATIONS[activation]))
+    return call(gate_up, activation=np.int64(GATES[activation]))

@@ -12,6 +12,7 @@ from atoma_jax.native import dense as native_dense
 from atoma_jax.native import matmul as native_matmul
 from atoma_jax.ops.backend import Backend, Precision
 from atoma_jax.ops.parts import gathered
+from atoma_jax.ops.rowwise import Gated, Normed, computed
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from pallas_kernels import quantized_matmul as matmul_kernels
 from pallas_kernels.dense_matmul import dense_matmul
@@ -29,12 +30,13 @@ PACKED_ROWS = 128
 
 
 def linear(
-    x: Float[Array, "T K"],
+    x: Float[Array, "T K"] | Normed | Gated,
     weight: QTensor | LayerVariants | Array,
     backend: Backend,
     *,
     layer: Int32[Array, ""] | None = None,
     int8_activations: bool = False,
+    residual: Float32[Array, "T N"] | None = None,
 ) -> Float32[Array, "T N"]:
     """x · Wᵀ for a weight `[N, K]`, summed in float32. Dense weights are multiplied in the type they have.
 
@@ -44,17 +46,31 @@ def linear(
         backend: where it runs.
         layer: whose of all layers'; without effect for the weight of one.
         int8_activations: each token of `x` is rounded to int8 first, because the model was trained so.
+        residual: what the product is added to.
     """
     if isinstance(weight, LayerVariants):
         assert layer is not None, "variants are of several layers"
 
         def product(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "T N"]:
-            return linear(x, stack, backend, layer=place, int8_activations=int8_activations)
+            return linear(x, stack, backend, layer=place, int8_activations=int8_activations, residual=residual)
 
         return in_variant(weight, layer, product)
     if isinstance(weight, QTensor) and weight.layout == "tiles":
         index = () if layer is None or weight.lead == () else (layer,)
-        return tiled_linear(x, weight, index, backend, int8_activations=int8_activations)
+        return tiled_linear(x, weight, index, backend, int8_activations=int8_activations, residual=residual)
+    y = _linear(computed(x, backend), weight, backend, layer, int8_activations=int8_activations)
+    return y if residual is None else residual + y
+
+
+def _linear(
+    x: Float[Array, "T K"],
+    weight: QTensor | Array,
+    backend: Backend,
+    layer: Int32[Array, ""] | None,
+    *,
+    int8_activations: bool,
+) -> Float32[Array, "T N"]:
+    """`linear` of a layout whose kernels take nothing in."""
     if layer is not None:
         weight = at_hand(weight, layer, backend)
     if isinstance(weight, Array) and backend.kernels == "native":
@@ -88,21 +104,28 @@ def _lead(weight: QTensor | Array) -> tuple[int, ...]:
 
 
 def tiled_linear(
-    x: Float[Array, "T K"],
+    x: Float[Array, "T K"] | Normed | Gated,
     weight: QTensor,
     index: tuple[Int32[Array, ""], ...],
     backend: Backend,
     *,
     int8_activations: bool,
+    residual: Float32[Array, "T N"] | None = None,
 ) -> Float32[Array, "T N"]:
-    """By the native kernels, which take whole stacks: a part of one would be copied first."""
+    """By the native kernels, which take whole stacks (a part of one would be copied first), and norms, gates and
+    residuals in."""
     place = jnp.int32(0)
     for size, at in zip(weight.lead, index, strict=True):
         place = place * size + at
     if weight.permutation is not None:
-        x = x[:, picked(weight.permutation, *index)]
+        x = computed(x, backend)[:, picked(weight.permutation, *index)]
     activations: native_matmul.Activations = "tokens" if int8_activations else _ACTIVATIONS[backend.precision]
-    return native_matmul.matmul(x.astype(jnp.float32), weight, place, activations)
+    product = partial(native_matmul.matmul, weight=weight, index=place, activations=activations, residual=residual)
+    if isinstance(x, Normed):
+        return product(x.x, norm=(x.scale.astype(jnp.float32), x.eps))
+    if isinstance(x, Gated):
+        return product(x.gate_up, gate=x.activation)
+    return product(x.astype(jnp.float32))
 
 
 _ACTIVATIONS: dict[Precision, native_matmul.Activations] = {"default": "groups", "high": "planes", "exact": "exact"}

@@ -1,7 +1,11 @@
 """What a layer does to each row of activations by itself: norms, heads, activations with gates. All in float32.
 
-Native kernels where the backend asks for them; elsewhere XLA, which fuses these with what is around them.
+Native kernels where the backend asks for them; elsewhere XLA, which fuses these with what is around them. A norm or a
+gate in front of a product can be handed to the product as it is, `Normed` or `Gated`: kernels that take it in never
+write what it makes.
 """
+
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +15,46 @@ from atoma_jax.model_spec import Activation
 from atoma_jax.native import rowwise as native_rowwise
 from atoma_jax.ops.backend import Backend
 from sharding.collectives import mean_over, size_of
+
+
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """`rms_norm` of rows, for a product to compute or to take in."""
+
+    x: Float32[Array, "T D"]
+    scale: Float[Array, " D"]
+    eps: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what it makes."""
+        return self.x.shape
+
+    def rows(self, backend: Backend) -> Float32[Array, "T D"]:
+        """What it makes."""
+        return rms_norm(self.x, self.scale, self.eps, backend)
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """`gated` of rows, likewise."""
+
+    gate_up: Float32[Array, "T twoF"]
+    activation: Activation
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what it makes."""
+        return (*self.gate_up.shape[:-1], self.gate_up.shape[-1] // 2)
+
+    def rows(self, backend: Backend) -> Float32[Array, "T F"]:
+        """What it makes."""
+        return gated(self.gate_up, self.activation, backend)
+
+
+def computed(x: Float[Array, "T K"] | Normed | Gated, backend: Backend) -> Float[Array, "T K"]:
+    """Rows for whoever needs them as an array."""
+    return x.rows(backend) if isinstance(x, (Normed, Gated)) else x
 
 
 def rms_norm(

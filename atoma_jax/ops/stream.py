@@ -15,12 +15,13 @@ from atoma_jax.ops.linear import at_hand, has_kernel, in_variant, linear
 from atoma_jax.ops.parts import inputs_of, quantized_parts
 from atoma_jax.ops.residual import all_tokens, is_cut, own_tokens, sum_of_parts
 from atoma_jax.ops.ring import goes_round, joined_products, summed_nets, summed_products
+from atoma_jax.ops.rowwise import Gated, Normed, computed
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from sharding.collectives import size_of
 
 
 def linear_of_stream(
-    x: Float[Array, "t D"],
+    x: Float[Array, "t D"] | Normed,
     weight: QTensor | LayerVariants | Array,
     backend: Backend,
     *,
@@ -29,6 +30,9 @@ def linear_of_stream(
     int8_activations: bool = False,
 ) -> Float32[Array, "T N"]:
     """`linear` of all `tokens` of a step, of which this device may have a part."""
+    if backend.mesh is None:
+        return linear(x, weight, backend, layer=layer, int8_activations=int8_activations)
+    x = computed(x, backend)  # of this device's tokens alone
     is_whole = x.shape[0] == tokens
     if not is_whole and not int8_activations:
         x = _as_sent(x, weight, backend)
@@ -48,7 +52,7 @@ def linear_of_stream(
 
 
 def linear_of_parts(
-    x: Float[Array, "T K"],
+    x: Float[Array, "T K"] | Gated,
     weight: QTensor | LayerVariants | Array,
     backend: Backend,
     *,
@@ -56,9 +60,28 @@ def linear_of_parts(
     layer: Int32[Array, ""],
     int8_activations: bool = False,
     whole: bool = False,
+    residual: Float32[Array, "t D"] | None = None,
 ) -> Float32[Array, "t D"]:
     """`linear` where inputs may be cut over devices, as heads and feed-forward nets are: the sum over the parts, of the
-    tokens that this device has of the stream, which is `width` wide. `whole`: every device has all inputs."""
+    tokens that this device has of the stream, which is `width` wide. `whole`: every device has all inputs. `residual`:
+    what it is added to."""
+    if backend.mesh is None:
+        return linear(x, weight, backend, layer=layer, int8_activations=int8_activations, residual=residual)
+    x = computed(x, backend)
+    y = _over_parts(x, weight, backend, layer, width=width, whole=whole, int8_activations=int8_activations)
+    return y if residual is None else residual + y
+
+
+def _over_parts(
+    x: Float[Array, "T K"],
+    weight: QTensor | LayerVariants | Array,
+    backend: Backend,
+    layer: Int32[Array, ""],
+    *,
+    width: int,
+    whole: bool,
+    int8_activations: bool,
+) -> Float32[Array, "t D"]:
     mesh = backend.mesh
     if whole or size_of(mesh, "tensor") == 1:
         return own_tokens(linear(x, weight, backend, layer=layer, int8_activations=int8_activations), mesh)
@@ -81,26 +104,35 @@ def linear_of_parts(
 
 
 def net_of_stream(
-    x: Float[Array, "any D"],
+    x: Float[Array, "any D"] | Normed,
     up: QTensor | LayerVariants | Array,
     down: QTensor | LayerVariants | Array,
-    activate: Callable[[Array], Array],
+    activate: Callable[[Array], Array | Gated],
     backend: Backend,
     *,
     tokens: int,
     layer: Int32[Array, ""],
     int8_activations: bool = False,
     exchanges: bool = False,
+    residual: Float32[Array, "t D"] | None = None,
 ) -> Float32[Array, "t D"]:
     """down(activate(up · x)) of a step of so many `tokens`, of which `x` has all or this device's: of the tokens that
-    this device has of the stream. `exchanges`: devices need one another in `activate`."""
+    this device has of the stream. `exchanges`: devices need one another in `activate`. `residual`: what it is added
+    to."""
     mesh, width = backend.mesh, x.shape[1]
     apart = exchanges or int8_activations or _is_permuted(down)
     if apart or x.shape[0] == tokens or not goes_round(tokens, width, mesh, "tensor"):
         h = linear_of_stream(x, up, backend, tokens=tokens, layer=layer, int8_activations=int8_activations)
-        h = activate(h)
-        return linear_of_parts(h, down, backend, width=width, layer=layer, int8_activations=int8_activations)
-    x = _as_sent(x, up, backend)
+        return linear_of_parts(
+            activate(h),
+            down,
+            backend,
+            width=width,
+            layer=layer,
+            int8_activations=int8_activations,
+            residual=residual,
+        )
+    x = _as_sent(computed(x, backend), up, backend)
 
     def of_up(ups: QTensor | Array, up_place: Int32[Array, ""]) -> Float32[Array, "t D"]:
         ups = at_hand(ups, up_place, backend)
@@ -115,7 +147,8 @@ def net_of_stream(
 
         return in_variant(down, layer, of_down)
 
-    return in_variant(up, layer, of_up)
+    y = in_variant(up, layer, of_up)
+    return y if residual is None else residual + y
 
 
 def _as_sent(x: Float[Array, "t D"], weight: QTensor | LayerVariants | Array, backend: Backend) -> Float[Array, "t D"]:

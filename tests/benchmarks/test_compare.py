@@ -8,8 +8,9 @@ import pytest
 
 from bench import compare
 from bench.compare import PeerError, Sizes, Worker
-from bench.compare_report import markdown, ratios, report
+from bench.compare_report import markdown, ratios, report, share
 from bench.peers import worker as worker_module
+from bench.roofline import Gauge, Peaks
 
 SIZES = Sizes(prefill_tokens=512, decode_tokens=128, num_seqs=16, prompt_tokens=128, output_tokens=64)
 
@@ -80,6 +81,36 @@ def test_a_peer_that_fails_is_left_out_and_the_rest_goes_on(capsys: pytest.Captu
     assert "llama_cpp: left out" in capsys.readouterr().out
 
 
+def test_the_machine_is_measured_around_each_run_of_this_engine() -> None:
+    calls: list[str] = []
+
+    class FakeGauge(Gauge):
+        def __init__(self) -> None:
+            self.count = 0
+
+        def measure(self) -> Peaks:
+            calls.append("gauge")
+            self.count += 1
+            return Peaks(bytes_per_s=self.count, products_per_s=1)
+
+    ours, theirs = FakeWorker("atoma", 1.0, 0.01, calls), FakeWorker("llama_cpp", 2.0, 0.01, calls)
+    peaks: dict[str, list[Peaks]] = {}
+    compare.compare([ours, theirs], SIZES, rounds=2, vocab_size=5000, seed=0, gauge=FakeGauge(), peaks=peaks)
+    assert calls[:6] == ["atoma", "llama_cpp"] * 3  # what warms up is not measured
+    assert calls[6:10] == ["llama_cpp", "gauge", "atoma", "gauge"]
+    assert {work: [own.bytes_per_s for own in measured] for work, measured in peaks.items()} == {
+        "prefill": [1.5, 7.5],
+        "decode": [3.5, 9.5],
+        "batch": [5.5, 11.5],
+    }
+    assert set(SIZES.works()) == set(compare.KINDS)
+
+
+def test_what_is_reached_of_a_limit_is_taken_within_a_round() -> None:
+    results = {"atoma": {"decode": [80.0, 40.0, 60.0]}}
+    assert share(results, {"decode": [100.0, 50.0, 100.0]}, "decode") == pytest.approx(0.8)
+
+
 def test_this_engine_must_not_fail() -> None:
     calls: list[str] = []
     ours = FakeWorker("atoma", 1.0, 0.01, calls)
@@ -99,9 +130,10 @@ def test_the_table_names_peers_and_spreads(capsys: pytest.CaptureFixture[str]) -
 
 def test_the_tables_say_how_much_of_the_machine_is_used(capsys: pytest.CaptureFixture[str]) -> None:
     results = {"atoma": {"decode": [80.0, 120.0]}, "openvino": {"decode": [50.0, 40.0]}}
-    report(results, {"decode": 200.0})
+    limits = {"decode": [200.0, 200.0]}
+    report(results, limits)
     assert "200.0 ( 50%)" in capsys.readouterr().out
-    table = markdown(results, {"decode": 200.0}, {"atoma": "atoma 1", "openvino": "ov 2", "llama_cpp": "failed"})
+    table = markdown(results, limits, {"atoma": "atoma 1", "openvino": "ov 2", "llama_cpp": "failed"})
     assert "| decode | 100.0 | 200.0: 50% reached | 45.0, ×2.30 (1.60–3.00) |" in table
     assert table.endswith("- atoma: atoma 1\n- openvino: ov 2\n")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from atoma_jax.native.build import BuildError, compiler
-from bench.roofline import Peaks, Weight, limits
+from bench.roofline import Gauge, Peaks, Weight, limits
 
 PEAKS = Peaks(bytes_per_s=1e9, products_per_s=1e11)
 WEIGHT = Weight(step_bytes=10**8, token_products=150 * 10**6, head_products=50 * 10**6)
@@ -46,13 +46,18 @@ def test_a_head_of_its_own_leaves_the_embedding_out(tmp_path: Path, tied: bool) 
     assert found == Weight(step_bytes=32 * 4 + 32 * 32 * 2 + head, token_products=1024, head_products=2048)
 
 
+def test_several_measurements_are_averaged() -> None:
+    once, again = Peaks(bytes_per_s=1e9, products_per_s=3e11), Peaks(bytes_per_s=3e9, products_per_s=1e11)
+    assert Peaks.mean([once, again]) == Peaks(bytes_per_s=2e9, products_per_s=2e11)
+
+
 @pytest.mark.slow
-def test_the_machine_is_measured() -> None:
+def test_the_machine_is_measured(tmp_path: Path) -> None:
     try:
         compiler()
     except BuildError as error:
         pytest.skip(str(error))
-    peaks = Peaks.measure(1)
-    assert peaks is not None
+    gauge = Gauge(1, tmp_path)
+    peaks = Peaks.mean([gauge.measure(), gauge.measure()])
     assert 1e8 < peaks.bytes_per_s < 1e13
     assert 1e8 < peaks.products_per_s < 1e14

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from atoma_jax.native import matmul as native
+from atoma_jax.native import rowwise
 from atoma_jax.native.library import Library
 from atoma_jax.quant.groups import F32, GroupFormat
 from pallas_kernels.quantized_matmul import quantize_tokens
@@ -16,6 +17,7 @@ from tests.native.weights import FORMATS, Tiled, activations, tiled
 # Of the largest number of a row: int8 rounds to 1/254 of a group's largest, and two planes to 1/254 of that.
 TOLERANCE = {"groups": 1.5e-2, "planes": 6e-5, "exact": 2e-6}
 ROW_COUNTS = (1, 2, 3, 4, 5, 16, 17, 64)
+ALL_KINDS: tuple[native.Activations, ...] = ("groups", "planes", "tokens", "exact")
 
 product = jax.jit(native.matmul, static_argnums=3)  # variants share the programs: they are chosen when these run
 rows = jax.jit(native.rows)
@@ -71,6 +73,38 @@ def test_a_row_is_the_same_however_many_others_there_are(variant: str, kind: str
         np.testing.assert_array_equal(alone, y[300 - count :])
 
 
+@pytest.mark.parametrize("how", ALL_KINDS)
+@pytest.mark.parametrize("count", [1, 5, 40])  # factors as they are stored, and decoded; results made aside
+def test_norms_and_gates_in_front_have_the_bits_of_their_own_calls(
+    variant: str, count: int, how: native.Activations
+) -> None:
+    K = 96
+    made = tiled(FORMATS["Q4_1"], 70, K)
+    x = np.zeros((count + 2, K), np.float32)
+    x[:count] = np.asarray(activations(count, K))
+    scale = jnp.linspace(0.5, 1.5, K, dtype=jnp.float32)
+    y = jax.jit(partial(native.matmul, activations=how, norm=(scale, 1e-5)))(x, made.weight, jnp.int32(1))
+    normed = jax.jit(partial(rowwise.rms_norm, eps=1e-5))(x, scale)
+    np.testing.assert_array_equal(y, product(normed, made.weight, 1, how))
+    assert not np.asarray(y)[count:].any()
+    for activation in rowwise.GATES:
+        both = np.concatenate([x, x[:, ::-1]], axis=1)
+        y = jax.jit(partial(native.matmul, activations=how, gate=activation))(both, made.weight, jnp.int32(1))
+        gated = jax.jit(partial(rowwise.gated, activation=activation))(both)
+        np.testing.assert_array_equal(y, product(gated, made.weight, 1, how))
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q6_K"])
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_what_a_product_is_added_to(variant: str, count: int, kind: str) -> None:
+    made = tiled(FORMATS[kind], 70, 256)
+    x = np.zeros((count + 2, 256), np.float32)
+    x[:count] = np.asarray(activations(count, 256))
+    residual = np.asarray(activations(count + 2, 70))
+    y = jax.jit(partial(native.matmul, activations="groups"))(x, made.weight, jnp.int32(0), residual=residual)
+    np.testing.assert_array_equal(y, residual + np.asarray(product(x, made.weight, 0, "groups")))
+
+
 def test_the_number_of_threads_does_not_show(kernels: Library) -> None:
     made = tiled(FORMATS["Q4_K"], 500, 256)
     x = activations(300, 256)
@@ -82,7 +116,7 @@ def test_the_number_of_threads_does_not_show(kernels: Library) -> None:
         np.testing.assert_array_equal(result, results[0])
 
 
-@pytest.mark.parametrize("how", ["groups", "planes", "tokens", "exact"])
+@pytest.mark.parametrize("how", ALL_KINDS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_row_that_is_not_finite_shows_it_and_no_other_does(
     variant: str, how: native.Activations, value: float
@@ -104,7 +138,7 @@ def test_zeros_and_denormal_numbers_give_zeros(variant: str, how: native.Activat
     assert np.abs(y).max() < 1e-30
 
 
-@pytest.mark.parametrize("how", ["groups", "planes", "tokens", "exact"])
+@pytest.mark.parametrize("how", ALL_KINDS)
 def test_rows_that_fill_a_program_up_change_no_other_and_give_zeros(variant: str, how: native.Activations) -> None:
     made = tiled(FORMATS["Q4_1"], 70, 96)
     x = np.asarray(activations(5, 96))
@@ -193,3 +227,19 @@ def test_a_matrix_outside_the_stack_is_refused(kernels: Library, index: int) -> 
     made = tiled(FORMATS["Q4_0"], 70, 64)
     with pytest.raises(Exception, match="outside the stack"):
         jax.block_until_ready(product(activations(1, 64), made.weight, index, "groups"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        ({"norm": (jnp.ones(32), 1e-5)}, "the norm's scale must be"),
+        ({"norm": (jnp.ones(64), 1e-5), "gate": "silu"}, "in front of one product"),
+        ({"gate": "silu"}, "do not hold the inputs"),
+        ({"residual": jnp.ones((1, 64))}, "added to must be"),
+    ],
+    ids=["scale", "both", "width", "residual"],
+)
+def test_what_does_not_fit_in_front_or_behind_is_refused(kernels: Library, extra: dict, problem: str) -> None:
+    made = tiled(FORMATS["Q4_0"], 70, 64)
+    with pytest.raises(Exception, match=problem):
+        jax.block_until_ready(native.matmul(activations(1, 64), made.weight, jnp.int32(0), "groups", **extra))

@@ -2,6 +2,7 @@
 #include "matmul.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -87,9 +88,40 @@ void rounded_product(const MatmulKernels& kernels, const TiledWeight& weight, in
   }
 }
 
-// One tile by some rows.
+// Puts a tile's results where they go, rows of N numbers, with what they are added to. `from` may be `to`.
+void put_tile(const float* from, int64_t ld, const float* residual, int64_t rows, int64_t columns, int64_t N, float* to) {
+  for (int64_t row = 0; row < rows; row++, from += ld, to += N) {
+    const float* added = residual == nullptr ? nullptr : residual + row * N;
+    if (columns < kTile) {
+      for (int64_t i = 0; i < columns; i++) to[i] = added == nullptr ? from[i] : from[i] + added[i];
+      continue;
+    }
+    float whole[kTile];  // of a size that is known: these loops are a few instructions
+    std::memcpy(whole, from, sizeof whole);
+    if (added != nullptr) {
+      for (int i = 0; i < kTile; i++) whole[i] += added[i];
+    }
+    std::memcpy(to, whole, sizeof whole);
+  }
+}
+
+// Row `row` of x as a product takes it: itself, or made of it, until the calling thread's next one.
+const float* input_row(const Inputs& x, int64_t row, int64_t K) {
+  static thread_local std::vector<float> memory;
+  const float* from = x.rows + row * x.width(K);
+  if (x.first == Inputs::First::kNothing) return from;
+  float* made = scratch(memory, K);
+  if (x.first == Inputs::First::kNorm) {
+    rowwise_kernels().rms_norm(from, x.scale, K, x.eps, made);
+  } else {
+    rowwise_kernels().gated(from, from + K, K, x.gate, made);
+  }
+  return made;
+}
+
+// One tile by some rows. `exact`: rows of x, where they are not rounded.
 void one_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, const RoundedRows* rounded,
-              const float* x, int64_t K, int64_t first_row, int64_t rows, float* y) {
+              const float* exact, int64_t K, int64_t first_row, int64_t rows, const float* residual, float* y) {
   static thread_local std::vector<float> scale_memory, min_memory, exact_memory, aside_memory;
   const int64_t columns = std::min<int64_t>(kTile, weight.N - tile * kTile);
   const bool aside = rows >= kRowsAside || columns < kTile;  // the last tile reaches over the last column
@@ -113,10 +145,11 @@ void one_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t t
       rounded_product(kernels, weight, tile, scales, mins, *rounded, first_row, rows, to, ld);
     } else {
       float* values = scratch(exact_memory, weight.blocks * kBlock * kTile);
-      kernels.exact_tile_product(weight, tile, scales, mins, x + first_row * K, K, rows, values, to, ld);
+      kernels.exact_tile_product(weight, tile, scales, mins, exact + first_row * K, K, rows, values, to, ld);
     }
   }
-  for (int64_t row = 0; aside && row < rows; row++) std::copy_n(to + row * kTile, columns, out + row * weight.N);
+  if (residual != nullptr) residual += out - y;
+  if (aside || residual != nullptr) put_tile(to, ld, residual, rows, columns, weight.N, out);
 }
 
 }  // namespace
@@ -126,19 +159,31 @@ int64_t rows_in_use(const float* x, int64_t rows, int64_t K) {
   return rows;
 }
 
-void matmul(const TiledWeight& weight, const float* x, int64_t all_rows, int64_t K, Activations how, float* y) {
+void matmul(const TiledWeight& weight, const Inputs& x, int64_t all_rows, int64_t K, Activations how,
+            const float* residual, float* y) {
   const MatmulKernels& kernels = matmul_kernels();
   Pool& pool = Pool::shared();
-  const int64_t rows = rows_in_use(x, all_rows, K);
-  std::fill_n(y + rows * weight.N, (all_rows - rows) * weight.N, 0.0f);
+  const int64_t rows = rows_in_use(x.rows, all_rows, x.width(K)), written = rows * weight.N, all = all_rows * weight.N;
+  if (residual == nullptr) {
+    std::fill(y + written, y + all, 0.0f);
+  } else {
+    std::copy(residual + written, residual + all, y + written);
+  }
   if (rows == 0) return;
+  static thread_local std::vector<float> exact_memory;
+  const float* exact = x.rows;
   RoundedRows rounded{};
   if (how != Activations::kExact) {
     rounded = rounded_rows(weight, rows, how);
-    for_each_row(pool, rows, K, [&](int64_t row) { kernels.round_row(x + row * K, K, how, rounded, row); });
+    for_each_row(pool, rows, K, [&](int64_t row) { kernels.round_row(input_row(x, row, K), K, how, rounded, row); });
+  } else if (x.first != Inputs::First::kNothing) {
+    float* made = scratch(exact_memory, rows * K);
+    for (int64_t row = 0; row < rows; row++) std::copy_n(input_row(x, row, K), K, made + row * K);
+    exact = made;
   }
   for_each_tile(pool, rows, weight.tiles(), [&](int64_t first_row, int64_t count, int64_t tile) {
-    one_tile(kernels, weight, tile, how == Activations::kExact ? nullptr : &rounded, x, K, first_row, count, y);
+    one_tile(kernels, weight, tile, how == Activations::kExact ? nullptr : &rounded, exact, K, first_row, count,
+             residual, y);
   });
 }
 

@@ -113,18 +113,48 @@ ffi::Error Pick(const Form& form, const Stack& stack, int64_t index, TiledWeight
   return ffi::Error::Success();
 }
 
+// What is done to rows of x first. Norm and gate are empty or below 0 where there is none.
+ffi::Error PickInputs(const ffi::BufferR2<ffi::F32>& x, const ffi::BufferR1<ffi::F32>& norm, float eps, int64_t gate,
+                      atoma::Inputs* out, int64_t* K) {
+  out->rows = x.typed_data();
+  *K = x.dimensions()[1];
+  if (norm.element_count() > 0) {
+    if (gate >= 0) return Wrong("a norm and a gate in front of one product");
+    if (norm.dimensions()[0] != *K) return Wrong("the norm's scale must be [K]");
+    out->first = atoma::Inputs::First::kNorm;
+    out->scale = norm.typed_data();
+    out->eps = eps;
+  } else if (gate >= 0) {
+    if (gate > 2) return Wrong("unknown activation");
+    if (*K % 2 != 0) return Wrong("gates and ups must be as many");
+    out->first = atoma::Inputs::First::kGate;
+    out->gate = static_cast<atoma::Gate>(gate);
+    *K /= 2;
+  }
+  return ffi::Error::Success();
+}
+
 ffi::Error MatmulImpl(ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer codes, ffi::AnyBuffer scales, ffi::AnyBuffer mins,
                       ffi::AnyBuffer scale_supers, ffi::AnyBuffer min_supers, ffi::BufferR0<ffi::S32> index,
+                      ffi::BufferR1<ffi::F32> norm, ffi::BufferR2<ffi::F32> residual,
                       ffi::ResultBufferR2<ffi::F32> y, int64_t columns, int64_t kind, int64_t zero,
-                      ffi::Span<const int32_t> table, int64_t activations) {
-  const int64_t rows = x.dimensions()[0], K = x.dimensions()[1];
+                      ffi::Span<const int32_t> table, int64_t activations, float eps, int64_t gate) {
+  const int64_t rows = x.dimensions()[0];
+  int64_t K;
+  atoma::Inputs inputs;
+  if (auto error = PickInputs(x, norm, eps, gate, &inputs, &K); error.failure()) return error;
   TiledWeight weight;
   const Form form{columns, K, kind, zero, table};
   const Stack stack{codes, scales, mins, scale_supers, min_supers};
   if (auto error = Pick(form, stack, *index.typed_data(), &weight); error.failure()) return error;
   if (y->dimensions()[0] != rows || y->dimensions()[1] != columns) return Wrong("the product must be [rows, N]");
+  const bool is_added = residual.element_count() > 0;
+  if (is_added && (residual.dimensions()[0] != rows || residual.dimensions()[1] != columns)) {
+    return Wrong("what the product is added to must be [rows, N]");
+  }
   if (activations < 0 || activations > 3) return Wrong("unknown precision of activations");
-  atoma::matmul(weight, x.typed_data(), rows, K, static_cast<Activations>(activations), y->typed_data());
+  atoma::matmul(weight, inputs, rows, K, static_cast<Activations>(activations),
+                is_added ? residual.typed_data() : nullptr, y->typed_data());
   return ffi::Error::Success();
 }
 
@@ -153,12 +183,16 @@ ATOMA_HANDLER(matmul, MatmulImpl,
                   .Arg<ffi::AnyBuffer>()           // scale_supers
                   .Arg<ffi::AnyBuffer>()           // min_supers
                   .Arg<ffi::BufferR0<ffi::S32>>()  // which matrix of the stack
+                  .Arg<ffi::BufferR1<ffi::F32>>()  // scale of a norm in front, or empty
+                  .Arg<ffi::BufferR2<ffi::F32>>()  // what the product is added to, or empty
                   .Ret<ffi::BufferR2<ffi::F32>>()
                   .Attr<int64_t>("columns")
                   .Attr<int64_t>("codes")
                   .Attr<int64_t>("zero")
                   .Attr<ffi::Span<const int32_t>>("table")
-                  .Attr<int64_t>("activations"));
+                  .Attr<int64_t>("activations")
+                  .Attr<float>("eps")
+                  .Attr<int64_t>("gate"));
 
 ATOMA_HANDLER(rows, RowsImpl,
               ffi::Ffi::Bind()

@@ -15,17 +15,13 @@ extern const RowwiseKernels kRowwisePortable;
 extern const RowwiseKernels kRowwiseAvx2, kRowwiseAvx512;
 #endif
 
-namespace {
-
-const RowwiseKernels& rowwise_kernels() {  // of the active variant
+const RowwiseKernels& rowwise_kernels() {
 #if defined(__x86_64__)
   if (active_variant() >= Variant::kAvx512Vnni) return kRowwiseAvx512;
   if (active_variant() == Variant::kAvx2) return kRowwiseAvx2;
 #endif
   return kRowwisePortable;
 }
-
-}  // namespace
 
 void rms_norm(const float* x, const float* scale, int64_t all_rows, int64_t D, float eps, float* out) {
   const RowwiseKernels& kernels = rowwise_kernels();

@@ -33,6 +33,8 @@ struct RowwiseKernels {
   void (*gated)(const float* gate, const float* up, int64_t F, Gate kind, float* out);
 };
 
+const RowwiseKernels& rowwise_kernels();  // of the active variant
+
 // Of each row of x [rows, D], on all threads.
 void rms_norm(const float* x, const float* scale, int64_t rows, int64_t D, float eps, float* out);
 
