@@ -134,21 +134,18 @@ class LlamaLayer(nnx.Module):
         """The same with the weights given; `x` is of all tokens or of this device's."""
         spec, backend = self.spec, self.backend
 
-        def activate(h: Float32[Array, "any twoF"]) -> Float32[Array, "any F"] | ops.Gated:
-            if not spec.sub_norms:
-                return ops.Gated(h, spec.activation)
-            h = ops.gated(h, spec.activation, backend)
+        def sub_norm(h: Float32[Array, "T F"]) -> Float32[Array, "T F"]:
             return ops.rms_norm(h, self.ffn_sub_norm[...], spec.norm_eps, backend, is_cut=True)
 
         return ops.net_of_stream(
             x,
             gate_up.get_value(),
             down.get_value(),
-            activate,
+            spec.activation,
             backend,
             tokens=tokens,
             layer=layer,
             int8_activations=spec.int8_activations,
-            exchanges=spec.sub_norms,
+            sub_norm=sub_norm if spec.sub_norms else None,
             residual=residual,
         )

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float32, Int32
 
 from atoma_jax.model_spec import Activation
 from atoma_jax.native.rowwise import GATES
-from atoma_jax.quant.qtensor import QTensor
+from atoma_jax.quant.qtensor import TILE, QTensor
 
 # How activations are rounded: to int8 in groups of 32; what that leaves likewise, as a second plane; to int8 by token;
 # not at all.
@@ -27,7 +27,7 @@ _TABLE_CODES = 2
 
 
 def matmul(
-    x: Float32[Array, "T width"],
+    x: Float32[Array, "T K"],
     weight: QTensor,
     index: Int32[Array, ""],
     activations: Activations,
@@ -35,7 +35,7 @@ def matmul(
     norm: tuple[Float32[Array, " K"], float] | None = None,
     gate: Activation | None = None,
     residual: Float32[Array, "T N"] | None = None,
-) -> Float32[Array, "T N"]:
+) -> Float32[Array, "T width"]:
     """x · Wᵀ, summed in float32. A row depends on that row of `x` alone, bit for bit.
 
     Args:
@@ -44,10 +44,11 @@ def matmul(
         index: of the matrix in it, leading axes flattened.
         activations: how they are rounded.
         norm: scale and epsilon of `rowwise.rms_norm` of `x`, in front of the product and with its bits.
-        gate: the same of `rowwise.gated`: `x` is gates and ups, 2K wide.
-        residual: what the product is added to.
+        gate: the same of `rowwise.gated` behind it: of N columns come N / 2. Where `takes_gate` says so.
+        residual: what the product is added to, unless there is a gate.
     """
-    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
+    T, N = x.shape[0], weight.shape[0]
+    out = jax.ShapeDtypeStruct((T, N if gate is None else N // 2), jnp.float32)
     scale, eps = (jnp.zeros(0, jnp.float32), 0.0) if norm is None else norm
     residual = jnp.zeros((0, 0), jnp.float32) if residual is None else residual
     return jax.ffi.ffi_call("atoma_matmul", out)(
@@ -57,6 +58,11 @@ def matmul(
         eps=np.float32(eps),
         gate=np.int64(-1 if gate is None else GATES[gate]),
     )
+
+
+def takes_gate(weight: QTensor) -> bool:
+    """Whether gates and ups are whole tiles."""
+    return weight.shape[0] % (2 * TILE) == 0
 
 
 def rows(ids: Int32[Array, " T"], weight: QTensor, index: Int32[Array, ""]) -> Float32[Array, "T K"]:

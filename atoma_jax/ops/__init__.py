@@ -14,7 +14,7 @@ from atoma_jax.ops.backend import Backend, Kernels, Platform, has_native_kernels
 from atoma_jax.ops.experts import grouped_feed_forward
 from atoma_jax.ops.linear import PACKED_ROWS, layer_of, linear
 from atoma_jax.ops.residual import all_tokens, own_tokens, rows_of
-from atoma_jax.ops.rowwise import Gated, Normed, computed, gated, rms_norm, rotated_heads
+from atoma_jax.ops.rowwise import Normed, computed, gated, rms_norm, rotated_heads
 from atoma_jax.ops.stream import linear_of_parts, linear_of_stream, net_of_stream
 from pallas_kernels.kv_pages import KVPages
 from pallas_kernels.quantized_matmul import pack_planar
@@ -25,7 +25,6 @@ __all__ = [
     "AttentionBatch",
     "Backend",
     "Chunks",
-    "Gated",
     "KVPages",
     "Kernels",
     "Normed",

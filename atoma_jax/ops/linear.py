@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
+from atoma_jax.model_spec import Activation
 from atoma_jax.native import dense as native_dense
 from atoma_jax.native import matmul as native_matmul
 from atoma_jax.ops.backend import Backend, Precision
 from atoma_jax.ops.parts import gathered
-from atoma_jax.ops.rowwise import Gated, Normed, computed
+from atoma_jax.ops.rowwise import Normed, computed, gated
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from pallas_kernels import quantized_matmul as matmul_kernels
 from pallas_kernels.dense_matmul import dense_matmul
@@ -30,14 +31,15 @@ PACKED_ROWS = 128
 
 
 def linear(
-    x: Float[Array, "T K"] | Normed | Gated,
+    x: Float[Array, "T K"] | Normed,
     weight: QTensor | LayerVariants | Array,
     backend: Backend,
     *,
     layer: Int32[Array, ""] | None = None,
     int8_activations: bool = False,
+    gate: Activation | None = None,
     residual: Float32[Array, "T N"] | None = None,
-) -> Float32[Array, "T N"]:
+) -> Float32[Array, "T any"]:
     """x · Wᵀ for a weight `[N, K]`, summed in float32. Dense weights are multiplied in the type they have.
 
     Args:
@@ -46,19 +48,29 @@ def linear(
         backend: where it runs.
         layer: whose of all layers'; without effect for the weight of one.
         int8_activations: each token of `x` is rounded to int8 first, because the model was trained so.
+        gate: what becomes of the first half of the product, which is then multiplied by the second: `[T, N / 2]`.
         residual: what the product is added to.
     """
     if isinstance(weight, LayerVariants):
         assert layer is not None, "variants are of several layers"
 
-        def product(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "T N"]:
-            return linear(x, stack, backend, layer=place, int8_activations=int8_activations, residual=residual)
+        def product(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "T any"]:
+            return linear(
+                x,
+                stack,
+                backend,
+                layer=place,
+                int8_activations=int8_activations,
+                gate=gate,
+                residual=residual,
+            )
 
         return in_variant(weight, layer, product)
     if isinstance(weight, QTensor) and weight.layout == "tiles":
         index = () if layer is None or weight.lead == () else (layer,)
-        return tiled_linear(x, weight, index, backend, int8_activations=int8_activations, residual=residual)
+        return tiled_linear(x, weight, index, backend, int8_activations=int8_activations, gate=gate, residual=residual)
     y = _linear(computed(x, backend), weight, backend, layer, int8_activations=int8_activations)
+    y = y if gate is None else gated(y, gate, backend)
     return y if residual is None else residual + y
 
 
@@ -104,14 +116,15 @@ def _lead(weight: QTensor | Array) -> tuple[int, ...]:
 
 
 def tiled_linear(
-    x: Float[Array, "T K"] | Normed | Gated,
+    x: Float[Array, "T K"] | Normed,
     weight: QTensor,
     index: tuple[Int32[Array, ""], ...],
     backend: Backend,
     *,
     int8_activations: bool,
+    gate: Activation | None = None,
     residual: Float32[Array, "T N"] | None = None,
-) -> Float32[Array, "T N"]:
+) -> Float32[Array, "T any"]:
     """By the native kernels, which take whole stacks (a part of one would be copied first), and norms, gates and
     residuals in."""
     place = jnp.int32(0)
@@ -120,12 +133,14 @@ def tiled_linear(
     if weight.permutation is not None:
         x = computed(x, backend)[:, picked(weight.permutation, *index)]
     activations: native_matmul.Activations = "tokens" if int8_activations else _ACTIVATIONS[backend.precision]
-    product = partial(native_matmul.matmul, weight=weight, index=place, activations=activations, residual=residual)
+    norm = None
     if isinstance(x, Normed):
-        return product(x.x, norm=(x.scale.astype(jnp.float32), x.eps))
-    if isinstance(x, Gated):
-        return product(x.gate_up, gate=x.activation)
-    return product(x.astype(jnp.float32))
+        x, norm = x.x, (x.scale.astype(jnp.float32), x.eps)
+    product = partial(native_matmul.matmul, x.astype(jnp.float32), weight, place, activations, norm=norm)
+    if gate is None:
+        return product(residual=residual)
+    y = product(gate=gate) if native_matmul.takes_gate(weight) else gated(product(), gate, backend)
+    return y if residual is None else residual + y
 
 
 _ACTIVATIONS: dict[Precision, native_matmul.Activations] = {"default": "groups", "high": "planes", "exact": "exact"}

@@ -1,8 +1,7 @@
 """What a layer does to each row of activations by itself: norms, heads, activations with gates. All in float32.
 
-Native kernels where the backend asks for them; elsewhere XLA, which fuses these with what is around them. A norm or a
-gate in front of a product can be handed to the product as it is, `Normed` or `Gated`: kernels that take it in never
-write what it makes.
+Native kernels where the backend asks for them; elsewhere XLA, which fuses these with what is around them. A norm in
+front of a product can be handed to it as it is, `Normed`: kernels that take it in never write what it makes.
 """
 
 from dataclasses import dataclass
@@ -30,31 +29,10 @@ class Normed:
         """Of what it makes."""
         return self.x.shape
 
-    def rows(self, backend: Backend) -> Float32[Array, "T D"]:
-        """What it makes."""
-        return rms_norm(self.x, self.scale, self.eps, backend)
 
-
-@dataclass(frozen=True, slots=True)
-class Gated:
-    """`gated` of rows, likewise."""
-
-    gate_up: Float32[Array, "T twoF"]
-    activation: Activation
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of what it makes."""
-        return (*self.gate_up.shape[:-1], self.gate_up.shape[-1] // 2)
-
-    def rows(self, backend: Backend) -> Float32[Array, "T F"]:
-        """What it makes."""
-        return gated(self.gate_up, self.activation, backend)
-
-
-def computed(x: Float[Array, "T K"] | Normed | Gated, backend: Backend) -> Float[Array, "T K"]:
+def computed(x: Float[Array, "T K"] | Normed, backend: Backend) -> Float[Array, "T K"]:
     """Rows for whoever needs them as an array."""
-    return x.rows(backend) if isinstance(x, (Normed, Gated)) else x
+    return rms_norm(x.x, x.scale, x.eps, backend) if isinstance(x, Normed) else x
 
 
 def rms_norm(

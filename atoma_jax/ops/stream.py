@@ -10,12 +10,13 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from atoma_jax.model_spec import Activation
 from atoma_jax.ops.backend import Backend
 from atoma_jax.ops.linear import at_hand, has_kernel, in_variant, linear
 from atoma_jax.ops.parts import inputs_of, quantized_parts
 from atoma_jax.ops.residual import all_tokens, is_cut, own_tokens, sum_of_parts
 from atoma_jax.ops.ring import goes_round, joined_products, summed_nets, summed_products
-from atoma_jax.ops.rowwise import Gated, Normed, computed
+from atoma_jax.ops.rowwise import Normed, computed, gated
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from sharding.collectives import size_of
 
@@ -28,11 +29,25 @@ def linear_of_stream(
     tokens: int,
     layer: Int32[Array, ""],
     int8_activations: bool = False,
-) -> Float32[Array, "T N"]:
+    gate: Activation | None = None,
+) -> Float32[Array, "T any"]:
     """`linear` of all `tokens` of a step, of which this device may have a part."""
     if backend.mesh is None:
-        return linear(x, weight, backend, layer=layer, int8_activations=int8_activations)
+        return linear(x, weight, backend, layer=layer, int8_activations=int8_activations, gate=gate)
     x = computed(x, backend)  # of this device's tokens alone
+    y = _of_joined(x, weight, backend, layer, tokens=tokens, int8_activations=int8_activations)
+    return y if gate is None else gated(y, gate, backend)
+
+
+def _of_joined(
+    x: Float[Array, "t D"],
+    weight: QTensor | LayerVariants | Array,
+    backend: Backend,
+    layer: Int32[Array, ""],
+    *,
+    tokens: int,
+    int8_activations: bool,
+) -> Float32[Array, "T N"]:
     is_whole = x.shape[0] == tokens
     if not is_whole and not int8_activations:
         x = _as_sent(x, weight, backend)
@@ -52,7 +67,7 @@ def linear_of_stream(
 
 
 def linear_of_parts(
-    x: Float[Array, "T K"] | Gated,
+    x: Float[Array, "T K"],
     weight: QTensor | LayerVariants | Array,
     backend: Backend,
     *,
@@ -67,7 +82,6 @@ def linear_of_parts(
     what it is added to."""
     if backend.mesh is None:
         return linear(x, weight, backend, layer=layer, int8_activations=int8_activations, residual=residual)
-    x = computed(x, backend)
     y = _over_parts(x, weight, backend, layer, width=width, whole=whole, int8_activations=int8_activations)
     return y if residual is None else residual + y
 
@@ -107,24 +121,38 @@ def net_of_stream(
     x: Float[Array, "any D"] | Normed,
     up: QTensor | LayerVariants | Array,
     down: QTensor | LayerVariants | Array,
-    activate: Callable[[Array], Array | Gated],
+    activation: Activation,
     backend: Backend,
     *,
     tokens: int,
     layer: Int32[Array, ""],
     int8_activations: bool = False,
-    exchanges: bool = False,
+    sub_norm: Callable[[Array], Array] | None = None,
     residual: Float32[Array, "t D"] | None = None,
 ) -> Float32[Array, "t D"]:
-    """down(activate(up · x)) of a step of so many `tokens`, of which `x` has all or this device's: of the tokens that
-    this device has of the stream. `exchanges`: devices need one another in `activate`. `residual`: what it is added
-    to."""
+    """The gated net down(activation(gate · x) · (up · x)) of a step of so many `tokens`, of which `x` has all or this
+    device's: of the tokens that this device has of the stream.
+
+    Args:
+        x: activations.
+        up: of gates, then of ups.
+        down: of what they make.
+        activation: of gates.
+        backend: where it runs.
+        tokens: T.
+        layer: whose weights.
+        int8_activations: as in `linear`.
+        sub_norm: in front of `down`; devices need one another in it.
+        residual: what the net is added to.
+    """
     mesh, width = backend.mesh, x.shape[1]
-    apart = exchanges or int8_activations or _is_permuted(down)
+    apart = sub_norm is not None or int8_activations or _is_permuted(down)
     if apart or x.shape[0] == tokens or not goes_round(tokens, width, mesh, "tensor"):
-        h = linear_of_stream(x, up, backend, tokens=tokens, layer=layer, int8_activations=int8_activations)
+        h = linear_of_stream(
+            x, up, backend, tokens=tokens, layer=layer, int8_activations=int8_activations, gate=activation
+        )
         return linear_of_parts(
-            activate(h),
+            h if sub_norm is None else sub_norm(h),
             down,
             backend,
             width=width,
@@ -141,7 +169,8 @@ def net_of_stream(
             downs = at_hand(downs, down_place, backend)
 
             def net(part: Float[Array, "t D"]) -> Float32[Array, "t D"]:
-                return linear(activate(linear(part, ups, backend, layer=up_place)), downs, backend, layer=down_place)
+                h = linear(part, ups, backend, layer=up_place, gate=activation)
+                return linear(h, downs, backend, layer=down_place)
 
             return summed_nets(x, net, mesh)
 

@@ -89,7 +89,7 @@ void products(int variant, Codes kind, int subs, bool with_mins, FactorType type
     const auto y = exactly<float>(rows * N);
     for (int64_t i = 0; i < rows * K; i++) x[i] = static_cast<float>(random() % 2001) * 0.001f - 1.0f;
     for (Activations how : {Activations::kGroups, Activations::kTwoPlanes, Activations::kTokens, Activations::kExact}) {
-      matmul(weight, {x.get()}, rows, K, how, nullptr, y.get());
+      matmul(weight, {x.get()}, rows, K, how, {y.get()});
       const double tolerance = how == Activations::kTwoPlanes ? 1e-4 : how == Activations::kExact ? 1e-5 : 3e-2;
       double worst = 0, largest = 0;
       for (int64_t row = 0; row < rows; row++) {
@@ -110,40 +110,39 @@ void products(int variant, Codes kind, int subs, bool with_mins, FactorType type
         static_cast<int>(kind), 4);
 }
 
-// Norms and gates in front of a product, and what it is added to, against calls of their own: the same bits.
+// A norm in front of a product, and a gate or a residual behind it, against calls of their own: the same bits.
 void joined_products(int variant) {
   std::mt19937 random(13);
-  const int64_t N = 40, K = 80;
+  const int64_t N = 128, K = 80;
   TiledWeight weight;
   weight.N = N;
   weight.blocks = (K + kBlock - 1) / kBlock;
   const int64_t bytes = weight.tiles() * weight.tile_bytes(), size = weight.tiles() * weight.blocks * kTile;
   const auto codes = exactly<uint8_t>(bytes);
   for (int64_t i = 0; i < bytes; i++) codes[i] = static_cast<uint8_t>(random());
-  const auto scales = exactly<float>(size);
+  const auto scales = exactly<float>(size), scale = exactly<float>(K);
   std::fill_n(scales.get(), size, 0.01f);
   weight.codes = codes.get();
   weight.scales = {scales.get(), nullptr, FactorType::kFloat32, weight.blocks, 0};
   const auto number = [&] { return static_cast<float>(random() % 2001) * 0.001f - 1.0f; };
-  const auto scale = exactly<float>(K);
   std::generate_n(scale.get(), K, number);
   for (int64_t rows : {1, 5, 33}) {
-    const auto x = exactly<float>(rows * 2 * K), made = exactly<float>(rows * K);
-    const auto residual = exactly<float>(rows * N), y = exactly<float>(rows * N), apart = exactly<float>(rows * N);
-    std::generate_n(x.get(), rows * 2 * K, number);
+    const auto x = exactly<float>(rows * K), normed = exactly<float>(rows * K), apart = exactly<float>(rows * N);
+    const auto residual = exactly<float>(rows * N), y = exactly<float>(rows * N);
+    const auto gated_apart = exactly<float>(rows * N / 2), gated_y = exactly<float>(rows * N / 2);
+    std::generate_n(x.get(), rows * K, number);
     std::generate_n(residual.get(), rows * N, number);
     for (Activations how : {Activations::kGroups, Activations::kExact}) {
-      const auto same = [&](const Inputs& inputs) {
-        matmul(weight, inputs, rows, K, how, residual.get(), y.get());
-        matmul(weight, {made.get()}, rows, K, how, nullptr, apart.get());
-        bool all = true;
-        for (int64_t i = 0; i < rows * N; i++) all &= y[i] == apart[i] + residual[i];
-        check(all, "joined product", variant, static_cast<int>(inputs.first), rows);
-      };
-      rms_norm(x.get(), scale.get(), rows, K, 1e-5f, made.get());
-      same({x.get(), Inputs::First::kNorm, scale.get(), 1e-5f});
-      gated(x.get(), rows, K, Gate::kGeluTanh, made.get());
-      same({x.get(), Inputs::First::kGate, nullptr, 0, Gate::kGeluTanh});
+      const Inputs inputs{x.get(), scale.get(), 1e-5f};
+      rms_norm(x.get(), scale.get(), rows, K, 1e-5f, normed.get());
+      matmul(weight, {normed.get()}, rows, K, how, {apart.get()});
+      gated(apart.get(), rows, N / 2, Gate::kSilu, gated_apart.get());
+      matmul(weight, inputs, rows, K, how, {y.get(), residual.get()});
+      matmul(weight, inputs, rows, K, how, {gated_y.get(), nullptr, true, Gate::kSilu});
+      bool same = true;
+      for (int64_t i = 0; i < rows * N; i++) same &= y[i] == apart[i] + residual[i];
+      for (int64_t i = 0; i < rows * N / 2; i++) same &= gated_y[i] == gated_apart[i];
+      check(same, "joined product", variant, -1, rows);
     }
   }
 }

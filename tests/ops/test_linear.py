@@ -10,6 +10,7 @@ import pytest
 from atoma_jax import ops
 from atoma_jax.ops.linear import has_kernel
 from atoma_jax.quant.qtensor import QTensor
+from tests.native.weights import FORMATS, tiled
 
 
 def ternary(N: int, K: int, layout: str) -> tuple[QTensor, np.ndarray]:
@@ -84,3 +85,18 @@ def test_default_precision_alone_rounds_what_dense_weights_are_multiplied_by(pre
     product = jax.make_jaxpr(lambda x: ops.linear(x, weight, backend, layer=jnp.int32(1)))(jnp.zeros((3, 16)))
     (call,) = (eqn for eqn in product.eqns if eqn.params.get("target_name") == "atoma_dense")
     assert bool(dict(call.params["attributes"])["may_round"]) is rounds
+
+
+@pytest.mark.parametrize(("F", "calls"), [(64, ["atoma_matmul"]), (48, ["atoma_matmul", "atoma_gated"])])
+def test_a_gate_that_is_no_whole_tiles_is_a_call_of_its_own(F, calls):
+    backend = ops.Backend(platform="cpu", operands="float32", weight_layout="tiles", kernels="native")
+    weight = tiled(FORMATS["Q4_0"], 2 * F, 64).weight
+    x = jnp.ones((3, 64))
+
+    def product(x):
+        normed = ops.Normed(x, jnp.ones(64), 1e-6)
+        return ops.linear(normed, weight, backend, layer=jnp.int32(1), gate="silu")
+
+    traced = jax.make_jaxpr(product)(x)
+    assert [eqn.params["target_name"] for eqn in traced.eqns if eqn.primitive.name == "ffi_call"] == calls
+    assert traced.out_avals[0].shape == (3, F)

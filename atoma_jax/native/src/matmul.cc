@@ -105,51 +105,74 @@ void put_tile(const float* from, int64_t ld, const float* residual, int64_t rows
   }
 }
 
-// Row `row` of x as a product takes it: itself, or made of it, until the calling thread's next one.
+// Row `row` of x as a product takes it: itself, or normed, until the calling thread's next one.
 const float* input_row(const Inputs& x, int64_t row, int64_t K) {
   static thread_local std::vector<float> memory;
-  const float* from = x.rows + row * x.width(K);
-  if (x.first == Inputs::First::kNothing) return from;
-  float* made = scratch(memory, K);
-  if (x.first == Inputs::First::kNorm) {
-    rowwise_kernels().rms_norm(from, x.scale, K, x.eps, made);
-  } else {
-    rowwise_kernels().gated(from, from + K, K, x.gate, made);
-  }
-  return made;
+  const float* from = x.rows + row * K;
+  if (x.scale == nullptr) return from;
+  float* normed = scratch(memory, K);
+  rowwise_kernels().rms_norm(from, x.scale, K, x.eps, normed);
+  return normed;
 }
 
-// One tile by some rows. `exact`: rows of x, where they are not rounded.
-void one_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, const RoundedRows* rounded,
-              const float* exact, int64_t K, int64_t first_row, int64_t rows, const float* residual, float* y) {
-  static thread_local std::vector<float> scale_memory, min_memory, exact_memory, aside_memory;
-  const int64_t columns = std::min<int64_t>(kTile, weight.N - tile * kTile);
-  const bool aside = rows >= kRowsAside || columns < kTile;  // the last tile reaches over the last column
-  float* out = y + first_row * weight.N + tile * kTile;
-  float* to = aside ? scratch(aside_memory, rows * kTile) : out;
-  const int64_t ld = aside ? kTile : weight.N;
-  if (rounded == nullptr || !kernels.stored_tile_product(weight, tile, *rounded, first_row, rows, to, ld)) {
-    const int64_t size = weight.blocks * weight.subs * kTile;
-    float* scales = scratch(scale_memory, size);
-    kernels.decode_factors(weight.scales, tile, spread_of(weight, weight.scales), scales);
-    float* mins = nullptr;
-    if (weight.mins.values != nullptr) {
-      mins = scratch(min_memory, size);
-      kernels.decode_factors(weight.mins, tile, spread_of(weight, weight.mins), mins);
-    }
-    if (tile + 1 < weight.tiles()) {
-      prefetch(weight.scales, tile + 1);
-      prefetch(weight.mins, tile + 1);
-    }
-    if (rounded != nullptr) {
-      rounded_product(kernels, weight, tile, scales, mins, *rounded, first_row, rows, to, ld);
-    } else {
-      float* values = scratch(exact_memory, weight.blocks * kBlock * kTile);
-      kernels.exact_tile_product(weight, tile, scales, mins, exact + first_row * K, K, rows, values, to, ld);
-    }
+// What all tiles multiply: rounded rows of x, or rows as they are.
+struct Operand {
+  const RoundedRows* rounded;
+  const float* exact;  // where they are not rounded
+  int64_t K;
+};
+
+// One tile by some rows, `ld` floats from row to row.
+void tile_results(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, const Operand& x,
+                  int64_t first_row, int64_t rows, float* to, int64_t ld) {
+  static thread_local std::vector<float> scale_memory, min_memory, exact_memory;
+  if (x.rounded != nullptr && kernels.stored_tile_product(weight, tile, *x.rounded, first_row, rows, to, ld)) return;
+  const int64_t size = weight.blocks * weight.subs * kTile;
+  float* scales = scratch(scale_memory, size);
+  kernels.decode_factors(weight.scales, tile, spread_of(weight, weight.scales), scales);
+  float* mins = nullptr;
+  if (weight.mins.values != nullptr) {
+    mins = scratch(min_memory, size);
+    kernels.decode_factors(weight.mins, tile, spread_of(weight, weight.mins), mins);
   }
-  if (residual != nullptr) residual += out - y;
+  if (tile + 1 < weight.tiles()) {
+    prefetch(weight.scales, tile + 1);
+    prefetch(weight.mins, tile + 1);
+  }
+  if (x.rounded != nullptr) return rounded_product(kernels, weight, tile, scales, mins, *x.rounded, first_row, rows, to, ld);
+  float* values = scratch(exact_memory, weight.blocks * kBlock * kTile);
+  kernels.exact_tile_product(weight, tile, scales, mins, x.exact + first_row * x.K, x.K, rows, values, to, ld);
+}
+
+float* memory_aside(int64_t rows) {
+  static thread_local std::vector<float> memory;
+  return scratch(memory, rows * kTile);
+}
+
+// One tile by some rows, put where it goes.
+void one_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, const Operand& x,
+              int64_t first_row, int64_t rows, const Outputs& y) {
+  const int64_t columns = std::min<int64_t>(kTile, weight.N - tile * kTile), place = first_row * weight.N + tile * kTile;
+  const bool aside = rows >= kRowsAside || columns < kTile;  // the last tile reaches over the last column
+  float* out = y.rows + place;
+  float* to = aside ? memory_aside(rows) : out;
+  const int64_t ld = aside ? kTile : weight.N;
+  tile_results(kernels, weight, tile, x, first_row, rows, to, ld);
+  const float* residual = y.residual == nullptr ? nullptr : y.residual + place;
   if (aside || residual != nullptr) put_tile(to, ld, residual, rows, columns, weight.N, out);
+}
+
+// A tile of gates and that of their ups by some rows: both are needed at once, and neither is written.
+void gated_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, const Operand& x,
+                int64_t first_row, int64_t rows, const Outputs& y) {
+  const int64_t F = weight.N / 2;
+  float* gates = memory_aside(2 * rows);
+  float* ups = gates + rows * kTile;
+  tile_results(kernels, weight, tile, x, first_row, rows, gates, kTile);
+  tile_results(kernels, weight, tile + F / kTile, x, first_row, rows, ups, kTile);
+  const RowwiseKernels& rowwise = rowwise_kernels();
+  float* out = y.rows + first_row * F + tile * kTile;
+  for (int64_t row = 0; row < rows; row++, out += F) rowwise.gated(gates + row * kTile, ups + row * kTile, kTile, y.gate, out);
 }
 
 }  // namespace
@@ -159,31 +182,31 @@ int64_t rows_in_use(const float* x, int64_t rows, int64_t K) {
   return rows;
 }
 
-void matmul(const TiledWeight& weight, const Inputs& x, int64_t all_rows, int64_t K, Activations how,
-            const float* residual, float* y) {
+void matmul(const TiledWeight& weight, const Inputs& x, int64_t all_rows, int64_t K, Activations how, const Outputs& y) {
   const MatmulKernels& kernels = matmul_kernels();
   Pool& pool = Pool::shared();
-  const int64_t rows = rows_in_use(x.rows, all_rows, x.width(K)), written = rows * weight.N, all = all_rows * weight.N;
-  if (residual == nullptr) {
-    std::fill(y + written, y + all, 0.0f);
+  const int64_t rows = rows_in_use(x.rows, all_rows, K), width = y.is_gated ? weight.N / 2 : weight.N;
+  if (y.residual == nullptr) {
+    std::fill(y.rows + rows * width, y.rows + all_rows * width, 0.0f);
   } else {
-    std::copy(residual + written, residual + all, y + written);
+    std::copy(y.residual + rows * width, y.residual + all_rows * width, y.rows + rows * width);
   }
   if (rows == 0) return;
   static thread_local std::vector<float> exact_memory;
-  const float* exact = x.rows;
   RoundedRows rounded{};
+  Operand operand{nullptr, x.rows, K};
   if (how != Activations::kExact) {
     rounded = rounded_rows(weight, rows, how);
     for_each_row(pool, rows, K, [&](int64_t row) { kernels.round_row(input_row(x, row, K), K, how, rounded, row); });
-  } else if (x.first != Inputs::First::kNothing) {
-    float* made = scratch(exact_memory, rows * K);
-    for (int64_t row = 0; row < rows; row++) std::copy_n(input_row(x, row, K), K, made + row * K);
-    exact = made;
+    operand.rounded = &rounded;
+  } else if (x.scale != nullptr) {
+    float* normed = scratch(exact_memory, rows * K);
+    for (int64_t row = 0; row < rows; row++) std::copy_n(input_row(x, row, K), K, normed + row * K);
+    operand.exact = normed;
   }
-  for_each_tile(pool, rows, weight.tiles(), [&](int64_t first_row, int64_t count, int64_t tile) {
-    one_tile(kernels, weight, tile, how == Activations::kExact ? nullptr : &rounded, exact, K, first_row, count,
-             residual, y);
+  const int64_t tiles = y.is_gated ? width / kTile : weight.tiles();
+  for_each_tile(pool, rows, tiles, [&](int64_t first_row, int64_t count, int64_t tile) {
+    (y.is_gated ? gated_tile : one_tile)(kernels, weight, tile, operand, first_row, count, y);
   });
 }
 

@@ -83,18 +83,20 @@ struct RoundedRows {
   float* row_sums(int64_t row) const { return sums + row * blocks * subs; }
 };
 
-// Rows of activations in front of a product, and what is done to each of them first (rowwise.h): what that makes is
-// rounded at once and never written.
+// Rows of activations in front of a product. With a norm (rowwise.h), each is normed and then rounded at once: what that
+// makes is never written.
 struct Inputs {
-  enum class First { kNothing, kNorm, kGate };
+  const float* rows;             // [rows, K]
+  const float* scale = nullptr;  // [K] of the norm; null: there is none
+  float eps = 0;                 // likewise
+};
 
-  const float* rows;               // [rows, width(K)]
-  First first = First::kNothing;
-  const float* scale = nullptr;    // [K] of the norm
-  float eps = 0;                   // likewise
-  Gate gate = Gate::kSilu;         // rows are gate and up, of K numbers each
-
-  int64_t width(int64_t K) const { return first == First::kGate ? 2 * K : K; }
+// What becomes of a product [rows, N] before it is written: at most one of both.
+struct Outputs {
+  float* rows;                      // [rows, N]; [rows, N / 2] behind a gate
+  const float* residual = nullptr;  // [rows, N] that it is added to
+  bool is_gated = false;            // the first half of its columns are gates, the last ups (rowwise.h)
+  Gate gate = Gate::kSilu;
 };
 
 // Some blocks of a row of W.
@@ -136,10 +138,9 @@ const MatmulKernels& matmul_kernels();  // of the active variant
 // How many of the rows of x [rows, K] there are up to the last one that is not zeros.
 int64_t rows_in_use(const float* x, int64_t rows, int64_t K);
 
-// y [rows, N] = x [rows, K] · Wᵀ, and `residual` [rows, N] where there is one. The last rows of x, as far as they are
-// zeros, cost nothing and give zeros: a step has as many rows as its program, filled up with them.
-void matmul(const TiledWeight& weight, const Inputs& x, int64_t rows, int64_t K, Activations how, const float* residual,
-            float* y);
+// y [rows, N] = x [rows, K] · Wᵀ, and what becomes of that. The last rows of x, as far as they are zeros, cost nothing and
+// give zeros: a step has as many rows as its program, filled up with them. Gates and ups must be whole tiles.
+void matmul(const TiledWeight& weight, const Inputs& x, int64_t rows, int64_t K, Activations how, const Outputs& y);
 
 // Rows `ids` of W, as floats [num_ids, K]. An id outside [0, N) gives NaN, as look-ups in XLA do.
 void read_rows(const TiledWeight& weight, const int32_t* ids, int64_t num_ids, int64_t K, float* out);

@@ -113,24 +113,25 @@ ffi::Error Pick(const Form& form, const Stack& stack, int64_t index, TiledWeight
   return ffi::Error::Success();
 }
 
-// What is done to rows of x first. Norm and gate are empty or below 0 where there is none.
-ffi::Error PickInputs(const ffi::BufferR2<ffi::F32>& x, const ffi::BufferR1<ffi::F32>& norm, float eps, int64_t gate,
-                      atoma::Inputs* out, int64_t* K) {
-  out->rows = x.typed_data();
-  *K = x.dimensions()[1];
-  if (norm.element_count() > 0) {
-    if (gate >= 0) return Wrong("a norm and a gate in front of one product");
-    if (norm.dimensions()[0] != *K) return Wrong("the norm's scale must be [K]");
-    out->first = atoma::Inputs::First::kNorm;
-    out->scale = norm.typed_data();
-    out->eps = eps;
-  } else if (gate >= 0) {
+// What becomes of the product. The residual is empty, and the gate below 0, where there is none.
+ffi::Error PickOutputs(const ffi::BufferR2<ffi::F32>& residual, int64_t gate, int64_t rows, int64_t columns,
+                       const ffi::BufferR2<ffi::F32>& y, atoma::Outputs* out) {
+  int64_t width = columns;
+  if (gate >= 0) {
     if (gate > 2) return Wrong("unknown activation");
-    if (*K % 2 != 0) return Wrong("gates and ups must be as many");
-    out->first = atoma::Inputs::First::kGate;
+    if (residual.element_count() > 0) return Wrong("a gate and a residual behind one product");
+    if (columns % (2 * atoma::kTile) != 0) return Wrong("gates and ups must be whole tiles");
+    out->is_gated = true;
     out->gate = static_cast<atoma::Gate>(gate);
-    *K /= 2;
+    width /= 2;
   }
+  if (y.dimensions()[0] != rows || y.dimensions()[1] != width) return Wrong("the product must be [rows, N]");
+  out->rows = y.typed_data();
+  if (residual.element_count() == 0) return ffi::Error::Success();
+  if (residual.dimensions()[0] != rows || residual.dimensions()[1] != columns) {
+    return Wrong("what the product is added to must be [rows, N]");
+  }
+  out->residual = residual.typed_data();
   return ffi::Error::Success();
 }
 
@@ -139,22 +140,21 @@ ffi::Error MatmulImpl(ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer codes, ffi::AnyB
                       ffi::BufferR1<ffi::F32> norm, ffi::BufferR2<ffi::F32> residual,
                       ffi::ResultBufferR2<ffi::F32> y, int64_t columns, int64_t kind, int64_t zero,
                       ffi::Span<const int32_t> table, int64_t activations, float eps, int64_t gate) {
-  const int64_t rows = x.dimensions()[0];
-  int64_t K;
-  atoma::Inputs inputs;
-  if (auto error = PickInputs(x, norm, eps, gate, &inputs, &K); error.failure()) return error;
+  const int64_t rows = x.dimensions()[0], K = x.dimensions()[1];
   TiledWeight weight;
   const Form form{columns, K, kind, zero, table};
   const Stack stack{codes, scales, mins, scale_supers, min_supers};
   if (auto error = Pick(form, stack, *index.typed_data(), &weight); error.failure()) return error;
-  if (y->dimensions()[0] != rows || y->dimensions()[1] != columns) return Wrong("the product must be [rows, N]");
-  const bool is_added = residual.element_count() > 0;
-  if (is_added && (residual.dimensions()[0] != rows || residual.dimensions()[1] != columns)) {
-    return Wrong("what the product is added to must be [rows, N]");
+  atoma::Inputs inputs{x.typed_data()};
+  if (norm.element_count() > 0) {
+    if (norm.dimensions()[0] != K) return Wrong("the norm's scale must be [K]");
+    inputs.scale = norm.typed_data();
+    inputs.eps = eps;
   }
+  atoma::Outputs outputs{};
+  if (auto error = PickOutputs(residual, gate, rows, columns, *y, &outputs); error.failure()) return error;
   if (activations < 0 || activations > 3) return Wrong("unknown precision of activations");
-  atoma::matmul(weight, inputs, rows, K, static_cast<Activations>(activations),
-                is_added ? residual.typed_data() : nullptr, y->typed_data());
+  atoma::matmul(weight, inputs, rows, K, static_cast<Activations>(activations), outputs);
   return ffi::Error::Success();
 }
 
