@@ -15,7 +15,7 @@ from bench.roofline import Gauge, Peaks
 SIZES = Sizes(prefill_tokens=512, decode_tokens=128, num_seqs=16, prompt_tokens=128, output_tokens=64)
 
 
-class FakeWorker:
+class FakeWorker(Worker):
     """A peer that takes a known time for everything, and writes down when it was called."""
 
     def __init__(self, name: str, first: float, token: float, calls: list[str]):
@@ -37,7 +37,7 @@ class FakeWorker:
 
 def test_rates_are_what_the_table_in_the_docstring_says() -> None:
     timings = {
-        "prefill": {"first_s": 2.0, "total_s": 2.0, "decoded": 0},
+        "prefill": {"first_s": 6.0, "total_s": 6.0, "decoded": 0},  # of three
         "decode": {"first_s": 0.5, "total_s": 1.77, "decoded": 127},
         "batch": {"first_s": 5.0, "total_s": 8.0, "decoded": 900},  # 108 came while others were still read
     }
@@ -59,9 +59,9 @@ def test_rounds_take_turns_with_the_same_new_prompts_for_all() -> None:
     assert results["atoma"]["prefill"] == [512.0] * 3
     assert ours.prompts == theirs.prompts
     flat = [tuple(prompt) for prompts in ours.prompts for prompt in prompts]
-    assert len(flat) == len(set(flat)) == 4 * (1 + 1 + 16)
-    assert calls[:2] == ["atoma", "llama_cpp"]
-    assert calls[6:8] == ["llama_cpp", "atoma"]  # the next round goes the other way round
+    assert len(flat) == len(set(flat)) == 4 * (3 + 1 + 16)
+    assert calls[:8] == ["atoma"] * 3 + ["llama_cpp"] * 3 + ["atoma", "llama_cpp"]
+    assert calls[10:16] == ["llama_cpp"] * 3 + ["atoma"] * 3  # the next round goes the other way round
 
 
 def test_ratios_are_taken_within_a_round() -> None:
@@ -96,8 +96,8 @@ def test_the_machine_is_measured_around_each_run_of_this_engine() -> None:
     ours, theirs = FakeWorker("atoma", 1.0, 0.01, calls), FakeWorker("llama_cpp", 2.0, 0.01, calls)
     peaks: dict[str, list[Peaks]] = {}
     compare.compare([ours, theirs], SIZES, rounds=2, vocab_size=5000, seed=0, gauge=FakeGauge(), peaks=peaks)
-    assert calls[:6] == ["atoma", "llama_cpp"] * 3  # what warms up is not measured
-    assert calls[6:10] == ["llama_cpp", "gauge", "atoma", "gauge"]
+    assert "gauge" not in calls[:10]  # what warms up is not measured
+    assert calls[10:18] == ["llama_cpp"] * 3 + ["gauge"] + ["atoma"] * 3 + ["gauge"]
     assert {work: [own.bytes_per_s for own in measured] for work, measured in peaks.items()} == {
         "prefill": [1.5, 7.5],
         "decode": [3.5, 9.5],
