@@ -29,8 +29,8 @@ const MatmulKernels& matmul_kernels() {
 namespace {
 
 constexpr int64_t kCacheLine = 64;  // bytes
-// From how many rows on a tile's results are copied to where they go when all are there: kernels that store them there,
-// in rows far from each other, take a tenth longer.
+// From so many rows on a tile's results are made aside, so many at once, and then put where they go: kernels that store
+// them there, in rows far from each other, take a tenth longer.
 constexpr int64_t kRowsAside = 32;
 constexpr int64_t kBlocksOfASpan = 16;  // 16 KiB as bytes: half of a first cache
 
@@ -122,26 +122,47 @@ struct Operand {
   int64_t K;
 };
 
-// One tile by some rows, `ld` floats from row to row.
-void tile_results(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, const Operand& x,
-                  int64_t first_row, int64_t rows, float* to, int64_t ld) {
-  static thread_local std::vector<float> scale_memory, min_memory, exact_memory;
-  if (x.rounded != nullptr && kernels.stored_tile_product(weight, tile, *x.rounded, first_row, rows, to, ld)) return;
+// Factors of a tile, decoded for many rows.
+struct DecodedTile {
+  const float* scales;
+  const float* mins;  // null where there are none
+};
+
+// Into memory of the calling thread, until its next tile in the same place: 0, or 1 for a second one.
+DecodedTile decode_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, int place) {
+  static thread_local std::vector<float> scale_memory[2], min_memory[2];
   const int64_t size = weight.blocks * weight.subs * kTile;
-  float* scales = scratch(scale_memory, size);
+  float* scales = scratch(scale_memory[place], size);
   kernels.decode_factors(weight.scales, tile, spread_of(weight, weight.scales), scales);
   float* mins = nullptr;
   if (weight.mins.values != nullptr) {
-    mins = scratch(min_memory, size);
+    mins = scratch(min_memory[place], size);
     kernels.decode_factors(weight.mins, tile, spread_of(weight, weight.mins), mins);
   }
   if (tile + 1 < weight.tiles()) {
     prefetch(weight.scales, tile + 1);
     prefetch(weight.mins, tile + 1);
   }
-  if (x.rounded != nullptr) return rounded_product(kernels, weight, tile, scales, mins, *x.rounded, first_row, rows, to, ld);
+  return {scales, mins};
+}
+
+// One tile by some rows, `ld` floats from row to row.
+void decoded_product(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, const DecodedTile& factors,
+                     const Operand& x, int64_t first_row, int64_t rows, float* to, int64_t ld) {
+  static thread_local std::vector<float> exact_memory;
+  if (x.rounded != nullptr) {
+    return rounded_product(kernels, weight, tile, factors.scales, factors.mins, *x.rounded, first_row, rows, to, ld);
+  }
   float* values = scratch(exact_memory, weight.blocks * kBlock * kTile);
-  kernels.exact_tile_product(weight, tile, scales, mins, x.exact + first_row * x.K, x.K, rows, values, to, ld);
+  kernels.exact_tile_product(weight, tile, factors.scales, factors.mins, x.exact + first_row * x.K, x.K, rows, values, to,
+                             ld);
+}
+
+// The same of few rows, with factors as they are stored where there is code for them.
+void few_rows(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, const Operand& x, int64_t first_row,
+              int64_t rows, float* to, int64_t ld) {
+  if (x.rounded != nullptr && kernels.stored_tile_product(weight, tile, *x.rounded, first_row, rows, to, ld)) return;
+  decoded_product(kernels, weight, tile, decode_tile(kernels, weight, tile, 0), x, first_row, rows, to, ld);
 }
 
 float* memory_aside(int64_t rows) {
@@ -149,30 +170,73 @@ float* memory_aside(int64_t rows) {
   return scratch(memory, rows * kTile);
 }
 
+// How many rows of a tile are made aside at once. Spread codes are joined anew for each call.
+int64_t rows_aside(const TiledWeight& weight, const Operand& x, int64_t rows) {
+  return x.rounded == nullptr || is_spread(weight.kind) ? rows : std::min(rows, kRowsAside);
+}
+
+// Asks for one tile's columns of some rows, which lie far from each other, while products are still made.
+void prefetch_rows(const float* from, int64_t N, int64_t rows) {
+  constexpr int kSecondCache = 2;
+  for (int64_t row = 0; row < rows; row++, from += N) {
+    __builtin_prefetch(from, 0, kSecondCache);
+    __builtin_prefetch(from + kTile / 2, 0, kSecondCache);
+  }
+}
+
 // One tile by some rows, put where it goes.
 void one_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, const Operand& x,
               int64_t first_row, int64_t rows, const Outputs& y) {
   const int64_t columns = std::min<int64_t>(kTile, weight.N - tile * kTile), place = first_row * weight.N + tile * kTile;
-  const bool aside = rows >= kRowsAside || columns < kTile;  // the last tile reaches over the last column
   float* out = y.rows + place;
-  float* to = aside ? memory_aside(rows) : out;
-  const int64_t ld = aside ? kTile : weight.N;
-  tile_results(kernels, weight, tile, x, first_row, rows, to, ld);
   const float* residual = y.residual == nullptr ? nullptr : y.residual + place;
-  if (aside || residual != nullptr) put_tile(to, ld, residual, rows, columns, weight.N, out);
+  if (rows < kRowsAside) {
+    const bool aside = columns < kTile;  // the last tile reaches over the last column
+    float* to = aside ? memory_aside(rows) : out;
+    const int64_t ld = aside ? kTile : weight.N;
+    few_rows(kernels, weight, tile, x, first_row, rows, to, ld);
+    if (aside || residual != nullptr) put_tile(to, ld, residual, rows, columns, weight.N, out);
+    return;
+  }
+  const DecodedTile factors = decode_tile(kernels, weight, tile, 0);
+  const int64_t at_once = rows_aside(weight, x, rows);
+  float* to = memory_aside(at_once);
+  for (int64_t row = 0; row < rows; row += at_once) {
+    const int64_t count = std::min(at_once, rows - row), at = row * weight.N;
+    prefetch_rows(out + at, weight.N, count);
+    if (residual != nullptr) prefetch_rows(residual + at, weight.N, count);
+    decoded_product(kernels, weight, tile, factors, x, first_row + row, count, to, kTile);
+    put_tile(to, kTile, residual == nullptr ? nullptr : residual + at, count, columns, weight.N, out + at);
+  }
 }
 
 // A tile of gates and that of their ups by some rows: both are needed at once, and neither is written.
 void gated_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, const Operand& x,
                 int64_t first_row, int64_t rows, const Outputs& y) {
-  const int64_t F = weight.N / 2;
-  float* gates = memory_aside(2 * rows);
-  float* ups = gates + rows * kTile;
-  tile_results(kernels, weight, tile, x, first_row, rows, gates, kTile);
-  tile_results(kernels, weight, tile + F / kTile, x, first_row, rows, ups, kTile);
+  const int64_t F = weight.N / 2, ups_tile = tile + F / kTile;
   const RowwiseKernels& rowwise = rowwise_kernels();
   float* out = y.rows + first_row * F + tile * kTile;
-  for (int64_t row = 0; row < rows; row++, out += F) rowwise.gated(gates + row * kTile, ups + row * kTile, kTile, y.gate, out);
+  const auto put = [&](const float* gates, const float* ups, int64_t count) {
+    for (int64_t row = 0; row < count; row++, out += F) rowwise.gated(gates + row * kTile, ups + row * kTile, kTile, y.gate, out);
+  };
+  if (rows < kRowsAside) {
+    float* gates = memory_aside(2 * rows);
+    float* ups = gates + rows * kTile;
+    few_rows(kernels, weight, tile, x, first_row, rows, gates, kTile);
+    few_rows(kernels, weight, ups_tile, x, first_row, rows, ups, kTile);
+    return put(gates, ups, rows);
+  }
+  const DecodedTile of_gates = decode_tile(kernels, weight, tile, 0), of_ups = decode_tile(kernels, weight, ups_tile, 1);
+  const int64_t at_once = rows_aside(weight, x, rows);
+  float* gates = memory_aside(2 * at_once);
+  float* ups = gates + at_once * kTile;
+  for (int64_t row = 0; row < rows; row += at_once) {
+    const int64_t count = std::min(at_once, rows - row);
+    prefetch_rows(out, F, count);
+    decoded_product(kernels, weight, tile, of_gates, x, first_row + row, count, gates, kTile);
+    decoded_product(kernels, weight, ups_tile, of_ups, x, first_row + row, count, ups, kTile);
+    put(gates, ups, count);
+  }
 }
 
 }  // namespace
