@@ -35,7 +35,7 @@ class Peaks:
 
 
 class Gauge:
-    """Measures this machine's peaks, in half a second each time: it is compiled once."""
+    """Measures this machine's peaks, in less than a second each time: it is compiled once."""
 
     def __init__(self, threads: int, folder: Path):
         """For so many threads; its program goes into `folder`.
