@@ -33,7 +33,11 @@ def test_throughput(run: Run, fake_llm: type[FakeLLM]) -> None:
     assert (value["num_seqs"], value["prompt_tokens"], value["output_tokens"], len(value["runs"])) == (3, 10, 5, 2)
     assert value["host_ms_per_step"] == pytest.approx(0.5)
     assert value["kv_waste"] == 0.02
-    assert value["decode_tokens_per_s"] > value["output_tokens_per_s"] > 0
+    for one in value["runs"]:  # 3 × 10 tokens read, then 3 × 4 after each one's first
+        assert 30 / one["prefill_tokens_per_s"] + 12 / one["decode_tokens_per_s"] == pytest.approx(one["total_seconds"])
+        assert 15 / one["output_tokens_per_s"] == pytest.approx(one["total_seconds"])
+    rates = [one["decode_tokens_per_s"] for one in value["runs"]]
+    assert value["decode_tokens_per_s"] == pytest.approx(sum(rates) / 2)  # the median of two
     assert value["peak_rss_bytes"] > 1 << 20
     assert set(value["versions"]) == {"atoma_jax", "jax", "python"}
     assert "1 + 2 runs of 3 × (10 + 5) tokens" in result.stderr
