@@ -21,7 +21,19 @@ VARIANTS: Final = ("portable", "avx2", "avx512-vnni", "avx512-bf16")  # as in sr
 # Names that handlers are registered under; the library exports each.
 HANDLERS: Final = tuple(
     f"atoma_{name}"
-    for name in ("attention", "dense", "draw", "gated", "matmul", "probe", "rms_norm", "rotate_heads", "rows", "survey")
+    for name in (
+        "attention",
+        "dense",
+        "draw",
+        "gated",
+        "matmul",
+        "net",
+        "probe",
+        "rms_norm",
+        "rotate_heads",
+        "rows",
+        "survey",
+    )
 )
 
 REBUILD = "run `python -m atoma_jax.native.build`, which takes a C++ compiler and some seconds"

@@ -1,4 +1,4 @@
-"""Typed calls of the kernels for weights in tiles (`src/matmul.h`): products, and look-ups of rows.
+"""Typed calls of the kernels for weights in tiles (`src/matmul.h`): products, gated nets, and look-ups of rows.
 
 A call gets the arrays of a whole stack and the index of one matrix in it: a slice would be copied before every call.
 """
@@ -50,14 +50,64 @@ def matmul(
     T, N = x.shape[0], weight.shape[0]
     out = jax.ShapeDtypeStruct((T, N if gate is None else N // 2), jnp.float32)
     scale, eps = (jnp.zeros(0, jnp.float32), 0.0) if norm is None else norm
-    residual = jnp.zeros((0, 0), jnp.float32) if residual is None else residual
-    return jax.ffi.ffi_call("atoma_matmul", out)(
-        *(x, *_arrays(weight), index, scale, residual),
+    operands = (x, *_arrays(weight), index, scale)
+    in_place = residual is not None and gate is None  # what nothing else reads is not copied
+    alias = {len(operands): 0} if in_place else {}
+    added = jnp.zeros((0, 0), jnp.float32) if residual is None else residual
+    return jax.ffi.ffi_call("atoma_matmul", out, input_output_aliases=alias)(
+        *(*operands, added),
         **_attributes(weight),
         activations=np.int64(_ACTIVATIONS[activations]),
         eps=np.float32(eps),
         gate=np.int64(-1 if gate is None else GATES[gate]),
     )
+
+
+def gated_net(
+    x: Float32[Array, "T K"],
+    up: QTensor,
+    up_index: Int32[Array, ""],
+    down: QTensor,
+    down_index: Int32[Array, ""],
+    activations: Activations,
+    gate: Activation,
+    *,
+    norm: tuple[Float32[Array, " K"], float] | None = None,
+    residual: Float32[Array, "T N"] | None = None,
+) -> Float32[Array, "T N"]:
+    """Two calls of `matmul`, one behind the other, as one and with their bits; where `takes_net` says so.
+
+    Args:
+        x: activations.
+        up: of gates, then of ups.
+        up_index: of the matrix in its stack, leading axes flattened.
+        down: of what the gate makes of both.
+        down_index: likewise.
+        activations: how those of both products are rounded.
+        gate: what becomes of gates.
+        norm: in front of `up`, as in `matmul`.
+        residual: what the net is added to; `x` itself needs no memory of its own.
+    """
+    out = jax.ShapeDtypeStruct((x.shape[0], down.shape[0]), jnp.float32)
+    scale, eps = (jnp.zeros(0, jnp.float32), 0.0) if norm is None else norm
+    operands = (x, *_arrays(up), up_index, *_arrays(down), down_index, scale)
+    adds_input = residual is x
+    alias = {0: 0} if adds_input else {} if residual is None else {len(operands): 0}  # in place, as in `matmul`
+    added = jnp.zeros((0, 0), jnp.float32) if residual is None or adds_input else residual
+    return jax.ffi.ffi_call("atoma_net", out, input_output_aliases=alias)(
+        *(*operands, added),
+        **{f"up_{name}": value for name, value in _attributes(up).items()},
+        **{f"down_{name}": value for name, value in _attributes(down).items()},
+        activations=np.int64(_ACTIVATIONS[activations]),
+        eps=np.float32(eps),
+        gate=np.int64(GATES[gate]),
+        adds_input=adds_input,
+    )
+
+
+def takes_net(up: QTensor, activations: Activations) -> bool:
+    """Whether what a gate makes can be rounded tile by tile."""
+    return takes_gate(up) and activations in {"groups", "planes"}
 
 
 def takes_gate(weight: QTensor) -> bool:

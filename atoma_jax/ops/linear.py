@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def linear(
             )
 
         return in_variant(weight, layer, product)
-    if isinstance(weight, QTensor) and weight.layout == "tiles":
+    if _is_tiled(weight):
         index = () if layer is None or weight.lead == () else (layer,)
         return tiled_linear(x, weight, index, backend, int8_activations=int8_activations, gate=gate, residual=residual)
     y = _linear(computed(x, backend), weight, backend, layer, int8_activations=int8_activations)
@@ -127,20 +128,77 @@ def tiled_linear(
 ) -> Float32[Array, "T any"]:
     """By the native kernels, which take whole stacks (a part of one would be copied first), and norms, gates and
     residuals in."""
-    place = jnp.int32(0)
-    for size, at in zip(weight.lead, index, strict=True):
-        place = place * size + at
     if weight.permutation is not None:
         x = computed(x, backend)[:, picked(weight.permutation, *index)]
     activations: native_matmul.Activations = "tokens" if int8_activations else _ACTIVATIONS[backend.precision]
-    norm = None
-    if isinstance(x, Normed):
-        x, norm = x.x, (x.scale.astype(jnp.float32), x.eps)
-    product = partial(native_matmul.matmul, x.astype(jnp.float32), weight, place, activations, norm=norm)
+    rows, norm = _norm_apart(x)
+    product = partial(native_matmul.matmul, rows, weight, _place(weight, index), activations, norm=norm)
     if gate is None:
         return product(residual=residual)
     y = product(gate=gate) if native_matmul.takes_gate(weight) else gated(product(), gate, backend)
     return y if residual is None else residual + y
+
+
+def gated_net(
+    x: Float[Array, "T K"] | Normed,
+    up: QTensor | Array,
+    up_layer: Int32[Array, ""],
+    down: QTensor | Array,
+    down_layer: Int32[Array, ""],
+    activation: Activation,
+    backend: Backend,
+    *,
+    residual: Float32[Array, "T N"] | None = None,
+) -> Float32[Array, "T N"]:
+    """down(activation(gate · x) · (up · x)), of one device, and what that is added to.
+
+    Args:
+        x: activations.
+        up: of gates, then of ups; of one layer, or a stack.
+        up_layer: whose of a stack; without effect for the weight of one.
+        down: of what they make.
+        down_layer: likewise.
+        activation: of gates.
+        backend: where it runs.
+        residual: what the net is added to.
+    """
+    if not (is_one_call(up, down, backend) and isinstance(up, QTensor) and isinstance(down, QTensor)):
+        h = linear(x, up, backend, layer=up_layer, gate=activation)
+        return linear(h, down, backend, layer=down_layer, residual=residual)
+    rows, norm = _norm_apart(x)
+    up_place, down_place = _place(up, (up_layer,) * len(up.lead)), _place(down, (down_layer,) * len(down.lead))
+    how = _ACTIVATIONS[backend.precision]
+    return native_matmul.gated_net(rows, up, up_place, down, down_place, how, activation, norm=norm, residual=residual)
+
+
+def is_one_call(up: QTensor | LayerVariants | Array, down: QTensor | LayerVariants | Array, backend: Backend) -> bool:
+    """Whether a native kernel makes both products of a gated net, whichever of its layers' variants they have."""
+    ups, downs = (weight.stacks if isinstance(weight, LayerVariants) else (weight,) for weight in (up, down))
+    how = _ACTIVATIONS[backend.precision]
+    if not all(_is_tiled(stack) and stack.permutation is None for stack in downs):
+        return False
+    return all(_is_tiled(one) and one.permutation is None and native_matmul.takes_net(one, how) for one in ups)
+
+
+def _is_tiled(weight: QTensor | Array) -> TypeGuard[QTensor]:
+    return isinstance(weight, QTensor) and weight.layout == "tiles"
+
+
+def _place(weight: QTensor, index: tuple[Int32[Array, ""], ...]) -> Int32[Array, ""]:
+    """Of a matrix in a stack, leading axes flattened."""
+    place = jnp.int32(0)
+    for size, at in zip(weight.lead, index, strict=True):
+        place = place * size + at
+    return place
+
+
+def _norm_apart(
+    x: Float[Array, "T K"] | Normed,
+) -> tuple[Float32[Array, "T K"], tuple[Float32[Array, " K"], float] | None]:
+    """Rows, and the norm in front of them, as native kernels take them."""
+    if isinstance(x, Normed):
+        return x.x.astype(jnp.float32), (x.scale.astype(jnp.float32), x.eps)
+    return x.astype(jnp.float32), None
 
 
 _ACTIVATIONS: dict[Precision, native_matmul.Activations] = {"default": "groups", "high": "planes", "exact": "exact"}

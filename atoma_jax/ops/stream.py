@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from atoma_jax.model_spec import Activation
 from atoma_jax.ops.backend import Backend
-from atoma_jax.ops.linear import at_hand, has_kernel, in_variant, linear
+from atoma_jax.ops.linear import at_hand, gated_net, has_kernel, in_variant, is_one_call, linear
 from atoma_jax.ops.parts import inputs_of, quantized_parts
 from atoma_jax.ops.residual import all_tokens, is_cut, own_tokens, sum_of_parts
 from atoma_jax.ops.ring import goes_round, joined_products, summed_nets, summed_products
@@ -147,6 +147,8 @@ def net_of_stream(
     """
     mesh, width = backend.mesh, x.shape[1]
     apart = sub_norm is not None or int8_activations or _is_permuted(down)
+    if mesh is None and not apart and is_one_call(up, down, backend):
+        return _net(x, up, down, activation, backend, layer, residual)
     if apart or x.shape[0] == tokens or not goes_round(tokens, width, mesh, "tensor"):
         h = linear_of_stream(
             x, up, backend, tokens=tokens, layer=layer, int8_activations=int8_activations, gate=activation
@@ -169,8 +171,7 @@ def net_of_stream(
             downs = at_hand(downs, down_place, backend)
 
             def net(part: Float[Array, "t D"]) -> Float32[Array, "t D"]:
-                h = linear(part, ups, backend, layer=up_place, gate=activation)
-                return linear(h, downs, backend, layer=down_place)
+                return gated_net(part, ups, up_place, downs, down_place, activation, backend)
 
             return summed_nets(x, net, mesh)
 
@@ -178,6 +179,26 @@ def net_of_stream(
 
     y = in_variant(up, layer, of_up)
     return y if residual is None else residual + y
+
+
+def _net(
+    x: Float[Array, "T D"] | Normed,
+    up: QTensor | LayerVariants | Array,
+    down: QTensor | LayerVariants | Array,
+    activation: Activation,
+    backend: Backend,
+    layer: Int32[Array, ""],
+    residual: Float32[Array, "T D"] | None,
+) -> Float32[Array, "T D"]:
+    """`gated_net` of the stacks that have the layer, of one device alone."""
+
+    def of_up(ups: QTensor | Array, up_place: Int32[Array, ""]) -> Float32[Array, "T D"]:
+        def of_down(downs: QTensor | Array, down_place: Int32[Array, ""]) -> Float32[Array, "T D"]:
+            return gated_net(x, ups, up_place, downs, down_place, activation, backend, residual=residual)
+
+        return in_variant(down, layer, of_down)
+
+    return in_variant(up, layer, of_up)
 
 
 def _as_sent(x: Float[Array, "t D"], weight: QTensor | LayerVariants | Array, backend: Backend) -> Float[Array, "t D"]:

@@ -147,6 +147,43 @@ void joined_products(int variant) {
   }
 }
 
+// A gated net, written over its own input, against two products: the same bits.
+void gated_nets(int variant) {
+  std::mt19937 random(17);
+  const int64_t D = 96, F = 64;
+  std::vector<std::unique_ptr<uint8_t[]>> codes;
+  std::vector<std::unique_ptr<float[]>> scales;
+  const auto weight_of = [&](int64_t N, int64_t K, Codes kind, int subs) {
+    TiledWeight weight;
+    weight.kind = kind;
+    weight.N = N;
+    weight.blocks = K / kBlock;
+    weight.subs = subs;
+    const int64_t bytes = weight.tiles() * weight.tile_bytes(), groups = weight.blocks * subs;
+    codes.push_back(exactly<uint8_t>(bytes));
+    std::generate_n(codes.back().get(), bytes, [&] { return static_cast<uint8_t>(random()); });
+    scales.push_back(exactly<float>(weight.tiles() * groups * kTile));
+    std::fill_n(scales.back().get(), weight.tiles() * groups * kTile, 0.01f);
+    weight.codes = codes.back().get();
+    weight.scales = {scales.back().get(), nullptr, FactorType::kFloat32, groups, 0};
+    return weight;
+  };
+  const auto up = weight_of(2 * F, D, Codes::kBits4, 1);
+  for (const TiledWeight& down : {weight_of(D, F, Codes::kBits4, 1), weight_of(D, F, Codes::kBits6, 2)}) {
+    for (int64_t rows : {1, 7, 45, 150}) {
+      for (Activations how : {Activations::kGroups, Activations::kTwoPlanes}) {
+        const auto x = exactly<float>(rows * D), between = exactly<float>(rows * F), apart = exactly<float>(rows * D);
+        std::generate_n(x.get(), rows * D, [&] { return static_cast<float>(random() % 2001) * 0.001f - 1.0f; });
+        matmul(up, {x.get()}, rows, D, how, {between.get(), nullptr, true, Gate::kSilu});
+        matmul(down, {between.get()}, rows, F, how, {apart.get(), x.get()});
+        gated_net(up, down, {x.get()}, rows, D, how, Gate::kSilu, x.get(), x.get());
+        check(std::equal(apart.get(), apart.get() + rows * D, x.get()), "gated net", variant, static_cast<int>(down.kind),
+              rows);
+      }
+    }
+  }
+}
+
 // Products with dense weights: of x as it is, or rounded to bfloat16 where the variant has instructions for that.
 void dense_products(int variant, DenseType type, int64_t N, int64_t K) {
   std::mt19937 random(11);
@@ -373,6 +410,7 @@ int main() {
     }
     for (int64_t width : {1, 31, 96}) rowwise_functions(variant, width);
     joined_products(variant);
+    gated_nets(variant);
     for (DenseType type : {DenseType::kFloat32, DenseType::kBfloat16, DenseType::kFloat16}) {
       dense_products(variant, type, 37, 70);
       dense_products(variant, type, 3, 1500);  // longer than what is asked for ahead

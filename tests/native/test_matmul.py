@@ -94,6 +94,62 @@ def test_norms_in_front_and_gates_behind_have_the_bits_of_their_own_calls(
         assert not np.asarray(y)[count:].any()
 
 
+@pytest.mark.parametrize("how", ["groups", "planes"])
+@pytest.mark.parametrize("count", [1, 5, 40, 300])
+@pytest.mark.parametrize("kind", ["Q4_1", "Q4_K", "Q6_K", "Q8_0", "MXFP4", "Q2_K"])
+def test_a_net_has_the_bits_of_two_products(variant: str, kind: str, count: int, how: native.Activations) -> None:
+    D, F = 70, 64 if FORMATS[kind].supergroup is None else 256  # the last tile of rows that come out is not full
+    up, down = tiled(FORMATS["Q4_1"], 2 * F, D - D % 32).weight, tiled(FORMATS[kind], D, F).weight
+    K = up.shape[1]
+    x = np.zeros((count + 2, K), np.float32)
+    x[:count] = np.asarray(activations(count, K))
+    residual = np.asarray(activations(count + 2, D, seed=1))
+    norm = (jnp.linspace(0.5, 1.5, K, dtype=jnp.float32), 1e-5)
+    one, zero = jnp.int32(1), jnp.int32(0)
+    assert native.takes_net(up, how)
+
+    @jax.jit
+    def apart(x: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
+        h = native.matmul(x, up, one, how, norm=norm, gate="silu")
+        return native.matmul(h, down, zero, how), native.matmul(h, down, zero, how, residual=residual)
+
+    @jax.jit
+    def joined(x: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
+        net = partial(native.gated_net, x, up, one, down, zero, how, "silu", norm=norm)
+        return net(), net(residual=residual)
+
+    for due, y in zip(apart(x, residual), joined(x, residual), strict=True):
+        np.testing.assert_array_equal(y, due)
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_net_is_written_over_its_own_input_where_nothing_else_reads_it(variant: str, count: int) -> None:
+    D, F = 96, 64
+    up, down = tiled(FORMATS["Q4_1"], 2 * F, D).weight, tiled(FORMATS["Q4_0"], D, F).weight
+    zero = jnp.int32(0)
+    x = activations(count, D)
+
+    def net(x: jax.Array) -> jax.Array:
+        return native.gated_net(x, up, zero, down, zero, "groups", "silu", residual=x)
+
+    compiled = jax.jit(net, donate_argnums=0).lower(x).compile()
+    assert " copy(" not in compiled.as_text()
+    due = jax.jit(lambda x: x + native.gated_net(x, up, zero, down, zero, "groups", "silu"))(x)
+    kept = jax.jit(lambda x: (x, net(x)))(x)  # who else reads it sees it as it was
+    np.testing.assert_array_equal(kept[0], x)
+    np.testing.assert_array_equal(kept[1], due)
+    np.testing.assert_array_equal(compiled(x + 0), due)
+
+
+@pytest.mark.parametrize("how", ["tokens", "exact"])
+def test_a_net_whose_gates_are_not_rounded_tile_by_tile_is_refused(kernels: Library, how: native.Activations) -> None:
+    up, down = tiled(FORMATS["Q4_1"], 128, 96).weight, tiled(FORMATS["Q4_1"], 96, 64).weight
+    assert not native.takes_net(up, how)
+    zero = jnp.int32(0)
+    with pytest.raises(Exception, match="rounds groups"):
+        jax.block_until_ready(native.gated_net(activations(1, 96), up, zero, down, zero, how, "silu"))
+
+
 @pytest.mark.parametrize("kind", ["Q4_1", "Q6_K"])
 @pytest.mark.parametrize("count", [1, 5, 40])
 def test_what_a_product_is_added_to(variant: str, count: int, kind: str) -> None:
@@ -234,7 +290,7 @@ def test_a_matrix_outside_the_stack_is_refused(kernels: Library, index: int) -> 
     [
         ({"gate": "silu"}, "must be whole tiles"),
         ({"gate": "silu", "residual": jnp.ones((1, 70))}, "behind one product"),
-        ({"residual": jnp.ones((1, 64))}, "added to must be"),
+        ({"residual": jnp.ones((1, 64))}, "different abstract value"),  # JAX's words: it is written in place
     ],
     ids=["tiles", "both", "residual"],
 )

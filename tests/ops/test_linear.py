@@ -1,6 +1,7 @@
 """Products that `ops` chooses: activations of eight bits lose nothing to the operands' type."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from atoma_jax import ops
 from atoma_jax.ops.linear import has_kernel
-from atoma_jax.quant.qtensor import QTensor
+from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from tests.native.weights import FORMATS, tiled
 
 
@@ -100,3 +101,45 @@ def test_a_gate_that_is_no_whole_tiles_is_a_call_of_its_own(F, calls):
     traced = jax.make_jaxpr(product)(x)
     assert [eqn.params["target_name"] for eqn in traced.eqns if eqn.primitive.name == "ffi_call"] == calls
     assert traced.out_avals[0].shape == (3, F)
+
+
+@pytest.mark.parametrize(
+    ("precision", "how", "calls"),
+    [
+        ("default", {}, ["atoma_net"]),
+        ("high", {}, ["atoma_net"]),
+        ("exact", {}, ["atoma_matmul", "atoma_matmul"]),
+        ("default", {"int8_activations": True}, ["atoma_matmul", "atoma_matmul"]),  # scales of whole tokens
+        ("default", {"sub_norm": lambda h: h}, ["atoma_matmul", "atoma_matmul"]),
+    ],
+    ids=["default", "high", "exact", "tokens", "sub-norm"],
+)
+def test_a_net_is_one_call_where_gates_are_rounded_tile_by_tile(precision, how, calls):
+    backend = ops.Backend(
+        platform="cpu", operands="float32", weight_layout="tiles", kernels="native", precision=precision
+    )
+    up, down = tiled(FORMATS["Q4_0"], 128, 96).weight, tiled(FORMATS["Q4_0"], 96, 64).weight
+    x = jnp.ones((3, 96))
+    net = partial(
+        ops.net_of_stream, up=up, down=down, activation="silu", backend=backend, tokens=3, layer=jnp.int32(1), **how
+    )
+    traced = jax.make_jaxpr(lambda x: net(x, residual=x))(x)
+    assert [eqn.params["target_name"] for eqn in traced.eqns if eqn.primitive.name == "ffi_call"] == calls
+
+
+def test_layers_whose_down_projections_differ_have_a_net_each():
+    backend = ops.Backend(platform="cpu", operands="float32", weight_layout="tiles", kernels="native")
+    shapes = (("Q4_0", 128, 96), ("Q4_0", 96, 64), ("Q5_0", 96, 64))
+    up, *downs = (tiled(FORMATS[kind], N, K).weight for kind, N, K in shapes)
+    variants = LayerVariants(stacks=tuple(downs), which=(0, 1, 1, 0), place=(0, 0, 1, 1))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 96)), jnp.float32)
+
+    @jax.jit
+    def net(layer):
+        stack = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), up)
+        return ops.net_of_stream(x, stack, variants, "silu", backend, tokens=3, layer=layer, residual=x)
+
+    for layer, (which, place) in enumerate([(0, 0), (1, 0), (1, 1), (0, 1)]):
+        h = ops.linear(x, up, backend, layer=jnp.int32(layer % 2), gate="silu")
+        due = ops.linear(h, downs[which], backend, layer=jnp.int32(place), residual=x)
+        np.testing.assert_array_equal(net(jnp.int32(layer)), due)

@@ -12,8 +12,6 @@ namespace {
 struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kRegisters = 16;
-  // Sums take eight of the sixteen registers, the weights' fields four.
-  static constexpr int kMaxRows = 4;
   static constexpr int kStoredRows = 4;  // up to which factors are read as they are stored
   static constexpr int vectors(int rows) { return rows < 4 ? 4 : 2; }
 
@@ -99,6 +97,7 @@ struct Avx2 {
   // vpmaddubsw saturates sums of two products of unsigned and signed bytes. With codes up to 255 they overflow; with
   // |number| up to 128 and the number's sign moved to the activation, whose -128 does not occur, they do not.
   struct Wide {
+    static constexpr int kMaxRows = 4;
     static constexpr int kBias = 0;
     struct Weights {
       __m256i magnitude, number;
@@ -117,6 +116,7 @@ struct Avx2 {
   };
   // 2 steps × 2 products of at most 63 · 127 fit 16 bits.
   struct Medium {
+    static constexpr int kMaxRows = 4;
     using Weights = __m256i;
     using Sum = __m256i;
     static Weights prepare(Bytes codes) { return codes; }
@@ -129,6 +129,7 @@ struct Avx2 {
   };
   // 8 steps × 2 products of at most 15 · 127 fit 16 bits.
   struct Small {
+    static constexpr int kMaxRows = 6;  // twelve sums, two vectors of weights, one of activations, and a mask
     using Weights = __m256i;
     using Sum = __m256i;
     static Weights prepare(Bytes codes) { return codes; }

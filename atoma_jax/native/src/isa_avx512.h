@@ -12,7 +12,6 @@ namespace {
 struct Avx512 {
   static constexpr int kLanes = 16;
   static constexpr int kRegisters = 32;
-  static constexpr int kMaxRows = 4;
   static constexpr int kStoredRows = 4;  // up to which factors are read as they are stored
   static constexpr int vectors(int) { return 2; }
 
@@ -78,6 +77,7 @@ struct Avx512 {
 
   // vpdpbusd multiplies unsigned codes by signed activations and sums four products exactly.
   struct Products {
+    static constexpr int kMaxRows = 4;
     using Weights = __m512i;
     using Sum = __m512i;
     static Weights prepare(Bytes codes) { return codes; }

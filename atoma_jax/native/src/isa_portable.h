@@ -16,7 +16,6 @@ namespace {
 struct Portable {
   static constexpr int kLanes = 4;         // of floats, and of the int32 that four bytes sum to
   static constexpr int kRegisters = 16;    // for vectors
-  static constexpr int kMaxRows = 2;       // that a product works on at once; of two planes half as many
   static constexpr int kStoredRows = 0;  // here the arithmetic takes longest
   static constexpr int vectors(int rows) { return rows == 1 ? 4 : 2; }  // of columns at once
 
@@ -105,6 +104,7 @@ struct Portable {
   // -128. What `Wide` sums up counts codes less `kBias`. `Medium` takes two steps at once. At most eight steps of
   // `Small`, a hundred of the others.
   struct Products {
+    static constexpr int kMaxRows = 2;  // rows of x that a product works on at once; of two planes half as many
     using Weights = Words;
     using Sum = Ints;
     static Sum zero() { return set(int32_t{0}); }

@@ -29,7 +29,7 @@ const MatmulKernels& matmul_kernels() {
 namespace {
 
 constexpr int64_t kCacheLine = 64;  // bytes
-// From so many rows on a tile's results are made aside, so many at once, and then put where they go: kernels that store
+// From so many rows on a tile's results are made aside, some at once, and then put where they go: kernels that store
 // them there, in rows far from each other, take a tenth longer.
 constexpr int64_t kRowsAside = 32;
 constexpr int64_t kBlocksOfASpan = 16;  // 16 KiB as bytes: half of a first cache
@@ -41,16 +41,11 @@ T* scratch(std::vector<T>& memory, int64_t size) {
   return memory.data();
 }
 
-RoundedRows rounded_rows(const TiledWeight& weight, int64_t rows, Activations how) {
-  static thread_local std::vector<int8_t> values;
-  static thread_local std::vector<float> scales, sums;
-  RoundedRows out;
-  out.blocks = weight.blocks;
-  out.subs = weight.subs;
-  out.planes = how == Activations::kTwoPlanes ? 2 : 1;
-  out.values = scratch(values, rows * out.planes * out.blocks * kBlock);
-  out.scales = scratch(scales, rows * out.blocks);
-  out.sums = scratch(sums, rows * out.blocks * out.subs);
+// Room for what a weight multiplies, until the calling thread's next one in the same place: 0 or 1.
+RoundedRows rounded_rows(const TiledWeight& weight, int64_t rows, Activations how, int place) {
+  static thread_local std::vector<uint8_t> memory[2];
+  RoundedRows out{nullptr, weight.blocks, weight.subs, how == Activations::kTwoPlanes ? 2 : 1};
+  out.bytes = scratch(memory[place], rows * out.row_bytes());
   return out;
 }
 
@@ -72,23 +67,22 @@ void rounded_product(const MatmulKernels& kernels, const TiledWeight& weight, in
                      const float* mins, const RoundedRows& x, int64_t first_row, int64_t rows, float* y, int64_t ld) {
   static thread_local std::vector<uint8_t> joined_memory;
   const uint8_t* codes = weight.codes + tile * weight.tile_bytes();
+  if (!is_spread(weight.kind)) {
+    return kernels.tile_product(weight, codes, scales, mins, x, {0, weight.blocks}, first_row, rows, y, ld);
+  }
   TiledWeight joined = weight;
-  if (is_spread(weight.kind)) joined.kind = Codes::kBytes;
-  const int64_t factors = weight.subs * kTile;  // of a block
+  joined.kind = Codes::kBytes;
+  uint8_t* bytes = scratch(joined_memory, kBlocksOfASpan * joined.block_bytes());
   for (Blocks span{0, 0}; span.first < weight.blocks; span.first += span.count) {
-    span.count = is_spread(weight.kind) ? std::min(kBlocksOfASpan, weight.blocks - span.first) : weight.blocks;
-    const uint8_t* own = codes + span.first * weight.block_bytes();
-    if (is_spread(weight.kind)) {
-      uint8_t* bytes = scratch(joined_memory, kBlocksOfASpan * joined.block_bytes());
-      kernels.join_codes(weight.kind, own, span.count, bytes);
-      own = bytes;
-    }
-    kernels.tile_product(joined, own, scales + span.first * factors,
-                         mins == nullptr ? nullptr : mins + span.first * factors, x, span, first_row, rows, y, ld);
+    span.count = std::min(kBlocksOfASpan, weight.blocks - span.first);
+    kernels.join_codes(weight.kind, codes + span.first * weight.block_bytes(), span.count, bytes);
+    const int64_t factors = span.first * weight.subs * kTile;  // in front of the span
+    kernels.tile_product(joined, bytes, scales + factors, mins == nullptr ? nullptr : mins + factors, x, span, first_row,
+                         rows, y, ld);
   }
 }
 
-// Puts a tile's results where they go, rows of N numbers, with what they are added to. `from` may be `to`.
+// Puts a tile's results where they go, rows of N numbers, with what they are added to, which may lie there.
 void put_tile(const float* from, int64_t ld, const float* residual, int64_t rows, int64_t columns, int64_t N, float* to) {
   for (int64_t row = 0; row < rows; row++, from += ld, to += N) {
     const float* added = residual == nullptr ? nullptr : residual + row * N;
@@ -170,9 +164,10 @@ float* memory_aside(int64_t rows) {
   return scratch(memory, rows * kTile);
 }
 
-// How many rows of a tile are made aside at once. Spread codes are joined anew for each call.
+// How many rows of a tile are made aside at once: where they go is asked for before, and a core drops what it is asked
+// for beyond some dozens of lines. Spread codes are joined anew for each call.
 int64_t rows_aside(const TiledWeight& weight, const Operand& x, int64_t rows) {
-  return x.rounded == nullptr || is_spread(weight.kind) ? rows : std::min(rows, kRowsAside);
+  return x.rounded == nullptr || is_spread(weight.kind) ? rows : std::min(rows, kRowsAtOnce);
 }
 
 // Asks for one tile's columns of some rows, which lie far from each other, while products are still made.
@@ -191,11 +186,11 @@ void one_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t t
   float* out = y.rows + place;
   const float* residual = y.residual == nullptr ? nullptr : y.residual + place;
   if (rows < kRowsAside) {
-    const bool aside = columns < kTile;  // the last tile reaches over the last column
+    const bool aside = columns < kTile || residual != nullptr;  // the last tile reaches over the last column
     float* to = aside ? memory_aside(rows) : out;
     const int64_t ld = aside ? kTile : weight.N;
     few_rows(kernels, weight, tile, x, first_row, rows, to, ld);
-    if (aside || residual != nullptr) put_tile(to, ld, residual, rows, columns, weight.N, out);
+    if (aside) put_tile(to, ld, residual, rows, columns, weight.N, out);
     return;
   }
   const DecodedTile factors = decode_tile(kernels, weight, tile, 0);
@@ -204,38 +199,84 @@ void one_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t t
   for (int64_t row = 0; row < rows; row += at_once) {
     const int64_t count = std::min(at_once, rows - row), at = row * weight.N;
     prefetch_rows(out + at, weight.N, count);
-    if (residual != nullptr) prefetch_rows(residual + at, weight.N, count);
+    if (residual != nullptr && residual != out) prefetch_rows(residual + at, weight.N, count);
     decoded_product(kernels, weight, tile, factors, x, first_row + row, count, to, kTile);
     put_tile(to, kTile, residual == nullptr ? nullptr : residual + at, count, columns, weight.N, out + at);
   }
 }
 
+// Where what gates make of ups goes: one of both.
+struct GatedOutputs {
+  Gate gate;
+  int64_t F;
+  float* rows;                 // [rows, F]
+  const RoundedRows* rounded;  // as the next product takes it: a tile is one of its blocks
+};
+
+// Asks for where `put_gated` will put one tile of some rows.
+void prefetch_gated(const GatedOutputs& y, int64_t tile, int64_t first_row, int64_t rows) {
+  if (y.rounded == nullptr) return prefetch_rows(y.rows + first_row * y.F + tile * kTile, y.F, rows);
+  for (int64_t row = first_row; row < first_row + rows; row++) __builtin_prefetch(y.rounded->numbers(row, tile), 1);
+}
+
+void put_gated(const MatmulKernels& kernels, const float* gates, const float* ups, const GatedOutputs& y, int64_t tile,
+               int64_t first_row, int64_t rows) {
+  static_assert(kTile == kBlock);
+  const RowwiseKernels& rowwise = rowwise_kernels();
+  for (int64_t row = first_row; row < first_row + rows; row++, gates += kTile, ups += kTile) {
+    float made[kTile];
+    float* to = y.rounded == nullptr ? y.rows + row * y.F + tile * kTile : made;
+    rowwise.gated(gates, ups, kTile, y.gate, to);
+    if (y.rounded != nullptr) kernels.round_group(made, *y.rounded, row, tile);
+  }
+}
+
 // A tile of gates and that of their ups by some rows: both are needed at once, and neither is written.
 void gated_tile(const MatmulKernels& kernels, const TiledWeight& weight, int64_t tile, const Operand& x,
-                int64_t first_row, int64_t rows, const Outputs& y) {
-  const int64_t F = weight.N / 2, ups_tile = tile + F / kTile;
-  const RowwiseKernels& rowwise = rowwise_kernels();
-  float* out = y.rows + first_row * F + tile * kTile;
-  const auto put = [&](const float* gates, const float* ups, int64_t count) {
-    for (int64_t row = 0; row < count; row++, out += F) rowwise.gated(gates + row * kTile, ups + row * kTile, kTile, y.gate, out);
-  };
+                int64_t first_row, int64_t rows, const GatedOutputs& y) {
+  const int64_t ups_tile = tile + y.F / kTile;
   if (rows < kRowsAside) {
     float* gates = memory_aside(2 * rows);
     float* ups = gates + rows * kTile;
     few_rows(kernels, weight, tile, x, first_row, rows, gates, kTile);
     few_rows(kernels, weight, ups_tile, x, first_row, rows, ups, kTile);
-    return put(gates, ups, rows);
+    return put_gated(kernels, gates, ups, y, tile, first_row, rows);
   }
   const DecodedTile of_gates = decode_tile(kernels, weight, tile, 0), of_ups = decode_tile(kernels, weight, ups_tile, 1);
   const int64_t at_once = rows_aside(weight, x, rows);
   float* gates = memory_aside(2 * at_once);
   float* ups = gates + at_once * kTile;
-  for (int64_t row = 0; row < rows; row += at_once) {
-    const int64_t count = std::min(at_once, rows - row);
-    prefetch_rows(out, F, count);
-    decoded_product(kernels, weight, tile, of_gates, x, first_row + row, count, gates, kTile);
-    decoded_product(kernels, weight, ups_tile, of_ups, x, first_row + row, count, ups, kTile);
-    put(gates, ups, count);
+  for (int64_t row = first_row; row < first_row + rows; row += at_once) {
+    const int64_t count = std::min(at_once, first_row + rows - row);
+    prefetch_gated(y, tile, row, count);
+    decoded_product(kernels, weight, tile, of_gates, x, row, count, gates, kTile);
+    decoded_product(kernels, weight, ups_tile, of_ups, x, row, count, ups, kTile);
+    put_gated(kernels, gates, ups, y, tile, row, count);
+  }
+}
+
+// Rows of x as a product takes them, until the calling thread's next one.
+Operand operand_of(const MatmulKernels& kernels, Pool& pool, const TiledWeight& weight, const Inputs& x, int64_t rows,
+                   int64_t K, Activations how, RoundedRows* rounded) {
+  static thread_local std::vector<float> exact_memory;
+  if (how != Activations::kExact) {
+    *rounded = rounded_rows(weight, rows, how, 0);
+    for_each_row(pool, rows, K, [&](int64_t row) { kernels.round_row(input_row(x, row, K), K, how, *rounded, row); });
+    return {rounded, nullptr, K};
+  }
+  if (x.scale == nullptr) return {nullptr, x.rows, K};
+  float* normed = scratch(exact_memory, rows * K);
+  for (int64_t row = 0; row < rows; row++) std::copy_n(input_row(x, row, K), K, normed + row * K);
+  return {nullptr, normed, K};
+}
+
+// What rows that are not in use give: zeros, or what nothing is added to, which may be there already.
+void fill_unused(const float* residual, int64_t rows, int64_t all_rows, int64_t width, float* y) {
+  if (residual == y) return;
+  if (residual == nullptr) {
+    std::fill(y + rows * width, y + all_rows * width, 0.0f);
+  } else {
+    std::copy(residual + rows * width, residual + all_rows * width, y + rows * width);
   }
 }
 
@@ -250,27 +291,39 @@ void matmul(const TiledWeight& weight, const Inputs& x, int64_t all_rows, int64_
   const MatmulKernels& kernels = matmul_kernels();
   Pool& pool = Pool::shared();
   const int64_t rows = rows_in_use(x.rows, all_rows, K), width = y.is_gated ? weight.N / 2 : weight.N;
-  if (y.residual == nullptr) {
-    std::fill(y.rows + rows * width, y.rows + all_rows * width, 0.0f);
-  } else {
-    std::copy(y.residual + rows * width, y.residual + all_rows * width, y.rows + rows * width);
-  }
+  fill_unused(y.residual, rows, all_rows, width, y.rows);
   if (rows == 0) return;
-  static thread_local std::vector<float> exact_memory;
-  RoundedRows rounded{};
-  Operand operand{nullptr, x.rows, K};
-  if (how != Activations::kExact) {
-    rounded = rounded_rows(weight, rows, how);
-    for_each_row(pool, rows, K, [&](int64_t row) { kernels.round_row(input_row(x, row, K), K, how, rounded, row); });
-    operand.rounded = &rounded;
-  } else if (x.scale != nullptr) {
-    float* normed = scratch(exact_memory, rows * K);
-    for (int64_t row = 0; row < rows; row++) std::copy_n(input_row(x, row, K), K, normed + row * K);
-    operand.exact = normed;
+  RoundedRows rounded;
+  const Operand operand = operand_of(kernels, pool, weight, x, rows, K, how, &rounded);
+  if (y.is_gated) {
+    const GatedOutputs gated{y.gate, width, y.rows, nullptr};
+    for_each_tile(pool, rows, width / kTile, [&](int64_t first_row, int64_t count, int64_t tile) {
+      gated_tile(kernels, weight, tile, operand, first_row, count, gated);
+    });
+    return;
   }
-  const int64_t tiles = y.is_gated ? width / kTile : weight.tiles();
-  for_each_tile(pool, rows, tiles, [&](int64_t first_row, int64_t count, int64_t tile) {
-    (y.is_gated ? gated_tile : one_tile)(kernels, weight, tile, operand, first_row, count, y);
+  for_each_tile(pool, rows, weight.tiles(), [&](int64_t first_row, int64_t count, int64_t tile) {
+    one_tile(kernels, weight, tile, operand, first_row, count, y);
+  });
+}
+
+void gated_net(const TiledWeight& up, const TiledWeight& down, const Inputs& x, int64_t all_rows, int64_t K,
+               Activations how, Gate gate, const float* residual, float* y) {
+  const MatmulKernels& kernels = matmul_kernels();
+  Pool& pool = Pool::shared();
+  const int64_t rows = rows_in_use(x.rows, all_rows, K), F = up.N / 2;
+  fill_unused(residual, rows, all_rows, down.N, y);
+  if (rows == 0) return;
+  RoundedRows rounded;
+  const Operand operand = operand_of(kernels, pool, up, x, rows, K, how, &rounded);
+  const RoundedRows made = rounded_rows(down, rows, how, 1);
+  const GatedOutputs gated{gate, F, nullptr, &made};
+  for_each_tile(pool, rows, F / kTile, [&](int64_t first_row, int64_t count, int64_t tile) {
+    gated_tile(kernels, up, tile, operand, first_row, count, gated);
+  });
+  const Operand between{&made, nullptr, F};
+  for_each_tile(pool, rows, down.tiles(), [&](int64_t first_row, int64_t count, int64_t tile) {
+    one_tile(kernels, down, tile, between, first_row, count, {y, residual});
   });
 }
 

@@ -69,18 +69,25 @@ inline int number_at(const TiledWeight& weight, int64_t tile, int64_t k, int col
   }
 }
 
-// Rows of x, rounded. Those of one row lie together.
+// Rows of x, rounded: [rows][blocks]. All that a product reads of a block lies together: numbers [planes][32], their
+// scale (of the finer plane, where there are two), and the sum of each part's numbers, the planes joined (whole, below 2^24).
 struct RoundedRows {
-  int8_t* values;  // [rows][planes][blocks · 32]
-  float* scales;   // [rows][blocks]; of the finer plane, where there are two
-  float* sums;     // [rows][blocks · subs]: of values, the planes joined; whole numbers below 2^24
+  uint8_t* bytes;
   int64_t blocks;
   int subs;
   int planes;
 
-  int8_t* row_values(int64_t row) const { return values + row * planes * blocks * kBlock; }
-  float* row_scales(int64_t row) const { return scales + row * blocks; }
-  float* row_sums(int64_t row) const { return sums + row * blocks * subs; }
+  static constexpr int64_t block_bytes(int planes, int subs) { return planes * kBlock + (1 + subs) * int64_t{sizeof(float)}; }
+  int64_t row_bytes() const { return blocks * block_bytes(planes, subs); }
+
+  int8_t* numbers(int64_t row, int64_t block) const {
+    return reinterpret_cast<int8_t*>(bytes + row * row_bytes() + block * block_bytes(planes, subs));
+  }
+  // Behind the numbers of a block: its scale, then its sums.
+  static float* factors(int8_t* numbers, int planes) { return reinterpret_cast<float*>(numbers + planes * kBlock); }
+  static const float* factors(const int8_t* numbers, int planes) {
+    return reinterpret_cast<const float*>(numbers + planes * kBlock);
+  }
 };
 
 // Rows of activations in front of a product. With a norm (rowwise.h), each is normed and then rounded at once: what that
@@ -94,7 +101,7 @@ struct Inputs {
 // What becomes of a product [rows, N] before it is written: at most one of both.
 struct Outputs {
   float* rows;                      // [rows, N]; [rows, N / 2] behind a gate
-  const float* residual = nullptr;  // [rows, N] that it is added to
+  const float* residual = nullptr;  // [rows, N] that it is added to, which may be the same memory
   bool is_gated = false;            // the first half of its columns are gates, the last ups (rowwise.h)
   Gate gate = Gate::kSilu;
 };
@@ -111,6 +118,9 @@ struct MatmulKernels {
 
   // Rounds K numbers to row `row` of `out`.
   void (*round_row)(const float* x, int64_t K, Activations how, const RoundedRows& out, int64_t row);
+
+  // Rounds 32 numbers by themselves to block `block` of row `row`.
+  void (*round_group)(const float* x, const RoundedRows& out, int64_t row, int64_t block);
 
   // Scales or mins of a tile as [blocks · subs][32] floats.
   void (*decode_factors)(const Factors& factors, int64_t tile, int64_t spread, float* out);
@@ -141,6 +151,12 @@ int64_t rows_in_use(const float* x, int64_t rows, int64_t K);
 // y [rows, N] = x [rows, K] · Wᵀ, and what becomes of that. The last rows of x, as far as they are zeros, cost nothing and
 // give zeros: a step has as many rows as its program, filled up with them. Gates and ups must be whole tiles.
 void matmul(const TiledWeight& weight, const Inputs& x, int64_t rows, int64_t K, Activations how, const Outputs& y);
+
+// y [rows, N] = down · (gate(G · x) · (U · x)), and what that is added to, with the bits of two calls of `matmul`: `up` has
+// the rows of G and then those of U, whole tiles. What the gate makes is rounded at once, group by group, and never
+// written: `how` is kGroups or kTwoPlanes. `residual`, and x where it is that, may be the memory of y.
+void gated_net(const TiledWeight& up, const TiledWeight& down, const Inputs& x, int64_t rows, int64_t K, Activations how,
+               Gate gate, const float* residual, float* y);
 
 // Rows `ids` of W, as floats [num_ids, K]. An id outside [0, N) gives NaN, as look-ups in XLA do.
 void read_rows(const TiledWeight& weight, const int32_t* ids, int64_t num_ids, int64_t K, float* out);

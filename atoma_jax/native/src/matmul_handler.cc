@@ -113,12 +113,35 @@ ffi::Error Pick(const Form& form, const Stack& stack, int64_t index, TiledWeight
   return ffi::Error::Success();
 }
 
+// Rows of x, and the norm in front of a product: its scale is empty where there is none.
+ffi::Error PickInputs(const ffi::BufferR2<ffi::F32>& x, const ffi::BufferR1<ffi::F32>& norm, float eps,
+                      atoma::Inputs* out) {
+  out->rows = x.typed_data();
+  if (norm.element_count() == 0) return ffi::Error::Success();
+  if (norm.dimensions()[0] != x.dimensions()[1]) return Wrong("the norm's scale must be [K]");
+  out->scale = norm.typed_data();
+  out->eps = eps;
+  return ffi::Error::Success();
+}
+
+// What a product [rows, N] is added to; empty where there is nothing.
+ffi::Error PickResidual(const ffi::BufferR2<ffi::F32>& residual, int64_t rows, int64_t N, const float** out) {
+  if (residual.element_count() == 0) return ffi::Error::Success();
+  if (residual.dimensions()[0] != rows || residual.dimensions()[1] != N) {
+    return Wrong("what the product is added to must be [rows, N]");
+  }
+  *out = residual.typed_data();
+  return ffi::Error::Success();
+}
+
+bool IsGate(int64_t gate) { return gate >= 0 && gate <= 2; }
+
 // What becomes of the product. The residual is empty, and the gate below 0, where there is none.
 ffi::Error PickOutputs(const ffi::BufferR2<ffi::F32>& residual, int64_t gate, int64_t rows, int64_t columns,
                        const ffi::BufferR2<ffi::F32>& y, atoma::Outputs* out) {
   int64_t width = columns;
   if (gate >= 0) {
-    if (gate > 2) return Wrong("unknown activation");
+    if (!IsGate(gate)) return Wrong("unknown activation");
     if (residual.element_count() > 0) return Wrong("a gate and a residual behind one product");
     if (columns % (2 * atoma::kTile) != 0) return Wrong("gates and ups must be whole tiles");
     out->is_gated = true;
@@ -127,12 +150,7 @@ ffi::Error PickOutputs(const ffi::BufferR2<ffi::F32>& residual, int64_t gate, in
   }
   if (y.dimensions()[0] != rows || y.dimensions()[1] != width) return Wrong("the product must be [rows, N]");
   out->rows = y.typed_data();
-  if (residual.element_count() == 0) return ffi::Error::Success();
-  if (residual.dimensions()[0] != rows || residual.dimensions()[1] != columns) {
-    return Wrong("what the product is added to must be [rows, N]");
-  }
-  out->residual = residual.typed_data();
-  return ffi::Error::Success();
+  return PickResidual(residual, rows, columns, &out->residual);
 }
 
 ffi::Error MatmulImpl(ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer codes, ffi::AnyBuffer scales, ffi::AnyBuffer mins,
@@ -145,16 +163,46 @@ ffi::Error MatmulImpl(ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer codes, ffi::AnyB
   const Form form{columns, K, kind, zero, table};
   const Stack stack{codes, scales, mins, scale_supers, min_supers};
   if (auto error = Pick(form, stack, *index.typed_data(), &weight); error.failure()) return error;
-  atoma::Inputs inputs{x.typed_data()};
-  if (norm.element_count() > 0) {
-    if (norm.dimensions()[0] != K) return Wrong("the norm's scale must be [K]");
-    inputs.scale = norm.typed_data();
-    inputs.eps = eps;
-  }
+  atoma::Inputs inputs{};
+  if (auto error = PickInputs(x, norm, eps, &inputs); error.failure()) return error;
   atoma::Outputs outputs{};
   if (auto error = PickOutputs(residual, gate, rows, columns, *y, &outputs); error.failure()) return error;
   if (activations < 0 || activations > 3) return Wrong("unknown precision of activations");
   atoma::matmul(weight, inputs, rows, K, static_cast<Activations>(activations), outputs);
+  return ffi::Error::Success();
+}
+
+ffi::Error NetImpl(ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer up_codes, ffi::AnyBuffer up_scales, ffi::AnyBuffer up_mins,
+                   ffi::AnyBuffer up_scale_supers, ffi::AnyBuffer up_min_supers, ffi::BufferR0<ffi::S32> up_index,
+                   ffi::AnyBuffer down_codes, ffi::AnyBuffer down_scales, ffi::AnyBuffer down_mins,
+                   ffi::AnyBuffer down_scale_supers, ffi::AnyBuffer down_min_supers,
+                   ffi::BufferR0<ffi::S32> down_index, ffi::BufferR1<ffi::F32> norm, ffi::BufferR2<ffi::F32> residual,
+                   ffi::ResultBufferR2<ffi::F32> y, int64_t up_columns, int64_t up_kind, int64_t up_zero,
+                   ffi::Span<const int32_t> up_table, int64_t down_columns, int64_t down_kind, int64_t down_zero,
+                   ffi::Span<const int32_t> down_table, int64_t activations, float eps, int64_t gate, bool adds_input) {
+  const int64_t rows = x.dimensions()[0], K = x.dimensions()[1];
+  if (up_columns % (2 * atoma::kTile) != 0) return Wrong("gates and ups must be whole tiles");
+  TiledWeight up, down;
+  const Form up_form{up_columns, K, up_kind, up_zero, up_table};
+  const Stack up_stack{up_codes, up_scales, up_mins, up_scale_supers, up_min_supers};
+  if (auto error = Pick(up_form, up_stack, *up_index.typed_data(), &up); error.failure()) return error;
+  const Form down_form{down_columns, up_columns / 2, down_kind, down_zero, down_table};
+  const Stack down_stack{down_codes, down_scales, down_mins, down_scale_supers, down_min_supers};
+  if (auto error = Pick(down_form, down_stack, *down_index.typed_data(), &down); error.failure()) return error;
+  atoma::Inputs inputs{};
+  if (auto error = PickInputs(x, norm, eps, &inputs); error.failure()) return error;
+  const float* added = nullptr;
+  if (adds_input) {
+    if (K != down_columns) return Wrong("a net that is added to its input must be as wide");
+    added = x.typed_data();
+  } else if (auto error = PickResidual(residual, rows, down_columns, &added); error.failure()) {
+    return error;
+  }
+  if (y->dimensions()[0] != rows || y->dimensions()[1] != down_columns) return Wrong("the product must be [rows, N]");
+  if (!IsGate(gate)) return Wrong("unknown activation");
+  const auto how = static_cast<Activations>(activations);
+  if (how != Activations::kGroups && how != Activations::kTwoPlanes) return Wrong("a net rounds groups by themselves");
+  atoma::gated_net(up, down, inputs, rows, K, how, static_cast<atoma::Gate>(gate), added, y->typed_data());
   return ffi::Error::Success();
 }
 
@@ -193,6 +241,37 @@ ATOMA_HANDLER(matmul, MatmulImpl,
                   .Attr<int64_t>("activations")
                   .Attr<float>("eps")
                   .Attr<int64_t>("gate"));
+
+ATOMA_HANDLER(net, NetImpl,
+              ffi::Ffi::Bind()
+                  .Arg<ffi::BufferR2<ffi::F32>>()  // x
+                  .Arg<ffi::AnyBuffer>()           // gates and ups: codes
+                  .Arg<ffi::AnyBuffer>()           // scales
+                  .Arg<ffi::AnyBuffer>()           // mins
+                  .Arg<ffi::AnyBuffer>()           // scale_supers
+                  .Arg<ffi::AnyBuffer>()           // min_supers
+                  .Arg<ffi::BufferR0<ffi::S32>>()  // which matrix of the stack
+                  .Arg<ffi::AnyBuffer>()           // down: codes
+                  .Arg<ffi::AnyBuffer>()           // scales
+                  .Arg<ffi::AnyBuffer>()           // mins
+                  .Arg<ffi::AnyBuffer>()           // scale_supers
+                  .Arg<ffi::AnyBuffer>()           // min_supers
+                  .Arg<ffi::BufferR0<ffi::S32>>()  // which matrix of the stack
+                  .Arg<ffi::BufferR1<ffi::F32>>()  // scale of a norm in front, or empty
+                  .Arg<ffi::BufferR2<ffi::F32>>()  // what the net is added to, or empty
+                  .Ret<ffi::BufferR2<ffi::F32>>()
+                  .Attr<int64_t>("up_columns")
+                  .Attr<int64_t>("up_codes")
+                  .Attr<int64_t>("up_zero")
+                  .Attr<ffi::Span<const int32_t>>("up_table")
+                  .Attr<int64_t>("down_columns")
+                  .Attr<int64_t>("down_codes")
+                  .Attr<int64_t>("down_zero")
+                  .Attr<ffi::Span<const int32_t>>("down_table")
+                  .Attr<int64_t>("activations")
+                  .Attr<float>("eps")
+                  .Attr<int64_t>("gate")
+                  .Attr<bool>("adds_input"));
 
 ATOMA_HANDLER(rows, RowsImpl,
               ffi::Ffi::Bind()

@@ -45,9 +45,9 @@ inline float from_bits(int32_t bits) {
 
 // Rounds one block. `factor` takes x to the integers, `scale` takes those of the last plane back.
 template <class Isa, int subs, int planes>
-void round_block(const float* x, float factor, float scale, const RoundedRows& out, int64_t row, int64_t block) {
-  int8_t* coarse = out.row_values(row) + block * kBlock;
-  int8_t* fine = coarse + out.blocks * kBlock;
+void round_block(const float* x, float factor, float scale, int8_t* out) {
+  int8_t* fine = out + kBlock;
+  float* factors = RoundedRows::factors(out, planes);
   const auto by = Isa::set(factor);
 #pragma GCC unroll 2
   for (int sub = 0; sub < subs; sub++) {
@@ -57,7 +57,7 @@ void round_block(const float* x, float factor, float scale, const RoundedRows& o
     for (int i = sub * width; i < (sub + 1) * width; i += Isa::kLanes) {
       const auto value = Isa::mul(Isa::load(x + i), by);
       const auto whole = rounded<Isa>(value);
-      Isa::store_int8(coarse + i, whole);
+      Isa::store_int8(out + i, whole);
       if constexpr (planes == 1) {
         sum = Isa::add(sum, whole);
       } else {
@@ -66,18 +66,27 @@ void round_block(const float* x, float factor, float scale, const RoundedRows& o
         sum = Isa::add(sum, Isa::fma(Isa::set(kPlaneRatio), whole, rest));
       }
     }
-    out.row_sums(row)[block * subs + sub] = Isa::total(sum);
+    factors[1 + sub] = Isa::total(sum);
   }
-  out.row_scales(row)[block] = scale;
+  factors[0] = scale;
 }
 
 // A block that holds NaN or infinity: the row shows it, and no other does.
-inline void spoil_block(const RoundedRows& out, int64_t row, int64_t block) {
-  for (int plane = 0; plane < out.planes; plane++) {
-    std::memset(out.row_values(row) + (plane * out.blocks + block) * kBlock, 0, kBlock);
-  }
-  for (int sub = 0; sub < out.subs; sub++) out.row_sums(row)[block * out.subs + sub] = 0;
-  out.row_scales(row)[block] = from_bits(0x7fc00000);  // NaN
+template <int subs, int planes>
+void spoil_block(int8_t* out) {
+  std::memset(out, 0, RoundedRows::block_bytes(planes, subs));
+  *RoundedRows::factors(out, planes) = from_bits(0x7fc00000);  // NaN
+}
+
+// Rounds one block by itself.
+template <class Isa, int subs, int planes>
+void round_group_of(const float* x, int8_t* out) {
+  const int32_t bits = largest_bits<Isa>(x, kBlock);
+  if (bits >= kInfinityBits) return spoil_block<subs, planes>(out);
+  const float largest = from_bits(bits);
+  const float factor = largest > kTiny ? 127.0f / largest : 0.0f;
+  const float scale = largest > kTiny ? largest / 127.0f : 0.0f;
+  round_block<Isa, subs, planes>(x, factor, planes == 2 ? scale / kPlaneRatio : scale, out);
 }
 
 template <class Isa>
@@ -117,24 +126,23 @@ void round_row_of(const float* x, int64_t K, Activations how, const RoundedRows&
       std::memcpy(filled, from, (K - block * kBlock) * sizeof(float));
       from = filled;
     }
-    if (how == Activations::kTokens) {
-      if (token_is_finite) {
-        round_block<Isa, subs, planes>(from, token_factor, token_scale, out, row, block);
-      } else {
-        spoil_block(out, row, block);
-      }
-      continue;
+    int8_t* to = out.numbers(row, block);
+    if (how != Activations::kTokens) {
+      round_group_of<Isa, subs, planes>(from, to);
+    } else if (token_is_finite) {
+      round_block<Isa, subs, planes>(from, token_factor, token_scale, to);
+    } else {
+      spoil_block<subs, planes>(to);
     }
-    const int32_t bits = largest_bits<Isa>(from, kBlock);
-    if (bits >= kInfinityBits) {
-      spoil_block(out, row, block);
-      continue;
-    }
-    const float largest = from_bits(bits);
-    const float factor = largest > kTiny ? 127.0f / largest : 0.0f;
-    const float scale = largest > kTiny ? largest / 127.0f : 0.0f;
-    round_block<Isa, subs, planes>(from, factor, planes == 2 ? scale / kPlaneRatio : scale, out, row, block);
   }
+}
+
+template <class Isa>
+void round_group(const float* x, const RoundedRows& out, int64_t row, int64_t block) {
+  for_subs(out.subs, [&]<int subs>() {
+    int8_t* to = out.numbers(row, block);
+    out.planes == 2 ? round_group_of<Isa, subs, 2>(x, to) : round_group_of<Isa, subs, 1>(x, to);
+  });
 }
 
 template <class Isa>
@@ -209,6 +217,7 @@ struct Product {
   // Vectors of columns that are summed up together: two steps at once need twice the registers for weights.
   static constexpr int kAtOnce = kIsMedium && vectors > 2 ? 2 : vectors;
   static constexpr int kBlockBytes = bits_of(kind) * kWordBytes;
+  static constexpr int64_t kRoundedBytes = RoundedRows::block_bytes(planes, subs);  // of a block of x
 
   // Number i of the steps of a sub-block: word after word, all that a word has of it.
   static constexpr int step_at(int sub, int i) {
@@ -230,7 +239,7 @@ struct Product {
   // Adds the products of step number i, and of the next where two are taken at once, in the sums of all rows.
   template <int sub, int i>
   static inline __attribute__((always_inline)) void step(const uint8_t* codes, typename Isa::Bytes table,
-                                                          const int8_t* x, int64_t plane_stride, int64_t row_stride,
+                                                          const int8_t* x, int64_t row_stride,
                                                           Sum (&sums)[planes][rows][kAtOnce]) {
     constexpr int first = step_at(sub, i), second = step_at(sub, i + 1);
     typename Arithmetic::Weights weights[kAtOnce], more[kAtOnce];
@@ -244,7 +253,7 @@ struct Product {
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 2
       for (int p = 0; p < planes; p++) {
-        const int8_t* values = x + r * row_stride + p * plane_stride;
+        const int8_t* values = x + r * row_stride + p * kBlock;
         const auto four = Isa::repeat4(values + 4 * first);
         if constexpr (kIsMedium) {
           const auto next = Isa::repeat4(values + 4 * second);
@@ -263,17 +272,17 @@ struct Product {
   template <int sub, int... i>
   static inline __attribute__((always_inline)) void all_steps(std::integer_sequence<int, i...>, const uint8_t* codes,
                                                               typename Isa::Bytes table, const int8_t* x,
-                                                              int64_t plane_stride, int64_t row_stride,
+                                                              int64_t row_stride,
                                                               Sum (&sums)[planes][rows][kAtOnce]) {
-    (step<sub, i * kStepsAtOnce>(codes, table, x, plane_stride, row_stride, sums), ...);
+    (step<sub, i * kStepsAtOnce>(codes, table, x, row_stride, sums), ...);
   }
 
   // Adds scale · (sum − zero · Σx) − min · Σx, times the activations' scale, to the floats of all rows.
   template <int sub, Terms terms, int first>
   static inline __attribute__((always_inline)) void scale(const Sum (&sums)[planes][rows][kAtOnce],
                                                           const Reader& scales, const Reader& mins,
-                                                          const float* x_scales, const float* x_sums, int64_t blocks,
-                                                          int zero, typename Isa::Floats (&y)[rows][vectors]) {
+                                                          const int8_t* x, int64_t row_stride, int zero,
+                                                          typename Isa::Floats (&y)[rows][vectors]) {
     constexpr bool with_mins = terms == Terms::kMins || terms == Terms::kBoth;
     constexpr bool with_zero = terms == Terms::kZero || terms == Terms::kBoth;
     typename Isa::Floats w_scales[kAtOnce], w_mins[kAtOnce];
@@ -285,16 +294,16 @@ struct Product {
     const auto zeros = Isa::set(static_cast<float>(zero));
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-      const float* x_sum = x_sums + r * blocks * subs;
-      const auto x_total = Isa::set(*x_sum);
-      const auto x_scale = Isa::set(x_scales[r * blocks]);
+      const float* x_factors = RoundedRows::factors(x + r * row_stride, planes);
+      const auto x_scale = Isa::set(x_factors[0]);
+      const auto x_total = Isa::set(x_factors[1 + sub]);
 #pragma GCC unroll 4
       for (int v = 0; v < kAtOnce; v++) {
         auto sum = Arithmetic::finish(sums[0][r][v]);
         if constexpr (planes == 2) sum = Isa::join_planes(sum, Arithmetic::finish(sums[1][r][v]));
         if constexpr (kIsWide) {
           constexpr int32_t bias = Arithmetic::kBias;
-          if constexpr (bias != 0) sum = Isa::sub(sum, Isa::set(bias * static_cast<int32_t>(*x_sum)));
+          if constexpr (bias != 0) sum = Isa::sub(sum, Isa::set(bias * static_cast<int32_t>(x_factors[1 + sub])));
         }
         auto part = Isa::to_float(sum);
         // Exact but for codes of more than four bits and two planes: else all of these are whole numbers below 2^24.
@@ -320,10 +329,8 @@ struct Product {
 
   static void run(const TiledWeight& weight, const uint8_t* codes, Reader scales, Reader mins, const RoundedRows& x,
                   Blocks blocks, int64_t first_row, float* y, int64_t ld) {
-    const int64_t plane_stride = x.blocks * kBlock, row_stride = planes * plane_stride;
-    const int8_t* values = x.row_values(first_row) + blocks.first * kBlock;
-    const float* x_scales = x.row_scales(first_row) + blocks.first;
-    const float* x_sums = x.row_sums(first_row) + blocks.first * subs;
+    const int64_t row_stride = x.blocks * kRoundedBytes;
+    const int8_t* numbers = x.numbers(first_row, blocks.first);
     const auto table = Isa::load_table(weight.table);
     typename Isa::Floats out[rows][vectors];
     const bool is_first = blocks.first == 0;
@@ -340,18 +347,14 @@ struct Product {
 #pragma GCC unroll 16
           for (int at = 0; at < kBlockBytes; at += kLine) __builtin_prefetch(codes + kAhead + at);
         }
-        one_sub<0, terms>(codes, table, values, plane_stride, row_stride, scales, mins, x_scales, x_sums, x.blocks,
-                          weight.zero, out);
+        one_sub<0, terms>(codes, table, numbers, row_stride, scales, mins, weight.zero, out);
         if constexpr (subs == 2) {
-          one_sub<1, terms>(codes, table, values, plane_stride, row_stride, scales, mins, x_scales, x_sums + 1, x.blocks,
-                            weight.zero, out);
+          one_sub<1, terms>(codes, table, numbers, row_stride, scales, mins, weight.zero, out);
         }
         codes += kBlockBytes;
-        values += kBlock;
+        numbers += kRoundedBytes;
         scales.next();
         if (mins.is_there()) mins.next();
-        x_scales++;
-        x_sums += subs;
       }
     };
     if constexpr (rows < 4 || Isa::kRegisters > 16) {  // not worth the code
@@ -368,9 +371,8 @@ struct Product {
 
   template <int sub, Terms terms, int first = 0>
   static inline __attribute__((always_inline)) void one_sub(
-      const uint8_t* codes, typename Isa::Bytes table, const int8_t* x, int64_t plane_stride, int64_t row_stride,
-      const Reader& scales, const Reader& mins, const float* x_scales, const float* x_sums, int64_t blocks, int zero,
-      typename Isa::Floats (&out)[rows][vectors]) {
+      const uint8_t* codes, typename Isa::Bytes table, const int8_t* x, int64_t row_stride, const Reader& scales,
+      const Reader& mins, int zero, typename Isa::Floats (&out)[rows][vectors]) {
     Sum sums[planes][rows][kAtOnce];
 #pragma GCC unroll 2
     for (int p = 0; p < planes; p++) {
@@ -381,9 +383,9 @@ struct Product {
       }
     }
     all_steps<sub>(std::make_integer_sequence<int, kOwnSteps / kStepsAtOnce>(), codes + first * 4 * Isa::kLanes, table,
-                   x, plane_stride, row_stride, sums);
+                   x, row_stride, sums);
     const auto with = [&]<Terms own>() __attribute__((always_inline)) {
-      scale<sub, own, first>(sums, scales, mins, x_scales, x_sums, blocks, zero, out);
+      scale<sub, own, first>(sums, scales, mins, x, row_stride, zero, out);
     };
     if constexpr (terms == Terms::kAsked) {
       with_terms(mins.is_there(), zero, with);
@@ -392,7 +394,7 @@ struct Product {
     }
     constexpr int next = first + kAtOnce;
     if constexpr (next < vectors) {
-      one_sub<sub, terms, next>(codes, table, x, plane_stride, row_stride, scales, mins, x_scales, x_sums, blocks, zero, out);
+      one_sub<sub, terms, next>(codes, table, x, row_stride, scales, mins, zero, out);
     }
   }
 };
@@ -415,6 +417,11 @@ void rows_product(const TiledWeight& weight, const uint8_t* codes, const Source&
 template <class Isa, Codes kind, int subs, int planes, int most, class Reader, class Source>
 void tile_product_of(const TiledWeight& weight, const uint8_t* codes, const Source& scales, const Source& mins,
                      const RoundedRows& x, Blocks blocks, int64_t row, int64_t rows, float* y, int64_t ld) {
+  if constexpr (most >= 6) {
+    for (; rows >= 6; row += 6, rows -= 6, y += 6 * ld) {
+      rows_product<Isa, kind, subs, planes, 6, Reader>(weight, codes, scales, mins, x, blocks, row, y, ld);
+    }
+  }
   if constexpr (most >= 4) {
     for (; rows >= 4; row += 4, rows -= 4, y += 4 * ld) {
       rows_product<Isa, kind, subs, planes, 4, Reader>(weight, codes, scales, mins, x, blocks, row, y, ld);
@@ -481,9 +488,10 @@ void tile_product(const TiledWeight& weight, const uint8_t* codes, const float* 
     if constexpr (!is_spread(kind)) {
       for_subs(weight.subs, [&]<int subs>() {
         using Reader = DecodedFactors<Isa, subs>;
+        constexpr int most = decltype(arithmetic_of<Isa, kind>())::kMaxRows;
         const auto with = [&]<int planes>() {
-          tile_product_of<Isa, kind, subs, planes, Isa::kMaxRows / planes, Reader>(weight, codes, scales, mins, x,
-                                                                                   blocks, row, rows, y, ld);
+          tile_product_of<Isa, kind, subs, planes, most / planes, Reader>(weight, codes, scales, mins, x, blocks, row, rows,
+                                                                          y, ld);
         };
         x.planes == 2 ? with.template operator()<2>() : with.template operator()<1>();
       });
@@ -562,9 +570,8 @@ void exact_tile_product(const TiledWeight& weight, int64_t tile, const float* sc
 
 template <class Isa>
 constexpr MatmulKernels matmul_kernels_of() {
-  return {is_zero<Isa>,      round_row<Isa>,  decode_factors<Isa>,
-          tile_product<Isa>, join_codes<Isa>, stored_tile_product<Isa>,
-          exact_tile_product<Isa>};
+  return {is_zero<Isa>,      round_row<Isa>,  round_group<Isa>,           decode_factors<Isa>,
+          tile_product<Isa>, join_codes<Isa>, stored_tile_product<Isa>, exact_tile_product<Isa>};
 }
 
 }  // namespace
