@@ -70,14 +70,20 @@ class DecodedFactors {
   const float* at_;
 };
 
+// Of blocks, or of 0 where there are no groups. Most formats have a group for each block: a tile of one row is over too
+// soon for a division.
+inline int64_t blocks_of(int64_t blocks, int64_t groups) {
+  return groups == blocks ? 1 : groups == 0 ? 0 : blocks / groups;
+}
+
 // Where the factors of a tile begin.
 struct StoredTile {
   StoredTile(const Factors& factors, const TiledWeight& weight, int64_t tile)
       : values(factors.values),
         first(tile * factors.groups * kTile),
         supers(factors.supers == nullptr ? nullptr : factors.supers + tile * factors.supergroups * kTile),
-        blocks_of_group(factors.groups == 0 ? 0 : weight.blocks / factors.groups),
-        blocks_of_super(factors.supergroups == 0 ? 0 : weight.blocks / factors.supergroups) {}
+        blocks_of_group(blocks_of(weight.blocks, factors.groups)),
+        blocks_of_super(blocks_of(weight.blocks, factors.supergroups)) {}
 
   const void* values;
   int64_t first;
@@ -131,8 +137,9 @@ class StoredFactors {
 // groups of half a block.
 inline bool lie_as_read(const TiledWeight& weight) {
   const auto fit = [&](const Factors& factors) {
-    const bool groups_fit = weight.subs == 2 ? factors.groups == 2 * weight.blocks : weight.blocks % factors.groups == 0;
-    return groups_fit && (factors.supers == nullptr || weight.blocks % factors.supergroups == 0);
+    const auto are_whole = [&](int64_t groups) { return groups * blocks_of(weight.blocks, groups) == weight.blocks; };
+    const bool groups_fit = weight.subs == 2 ? factors.groups == 2 * weight.blocks : are_whole(factors.groups);
+    return groups_fit && (factors.supers == nullptr || are_whole(factors.supergroups));
   };
   if (!fit(weight.scales)) return false;
   if (weight.mins.values == nullptr) return true;

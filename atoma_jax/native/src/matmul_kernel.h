@@ -327,8 +327,11 @@ struct Product {
     }
   }
 
-  static void run(const TiledWeight& weight, const uint8_t* codes, Reader scales, Reader mins, const RoundedRows& x,
-                  Blocks blocks, int64_t first_row, float* y, int64_t ld) {
+  // `all_scales` and `all_mins` make the readers, from the first column that is read. (As arguments they would be copied.)
+  template <class Source>
+  static void run(const TiledWeight& weight, const uint8_t* codes, const Source& all_scales, const Source& all_mins,
+                  int column, const RoundedRows& x, Blocks blocks, int64_t first_row, float* y, int64_t ld) {
+    Reader scales(all_scales, column), mins(all_mins, column);
     const int64_t row_stride = x.blocks * kRoundedBytes;
     const int8_t* numbers = x.numbers(first_row, blocks.first);
     const auto table = Isa::load_table(weight.table);
@@ -399,7 +402,7 @@ struct Product {
   }
 };
 
-// All columns of a tile for `rows` rows. `scales` and `mins` make the readers, from the first column that each needs.
+// All columns of a tile for `rows` rows.
 template <class Isa, Codes kind, int subs, int planes, int rows, class Reader, class Source>
 void rows_product(const TiledWeight& weight, const uint8_t* codes, const Source& scales, const Source& mins,
                   const RoundedRows& x, Blocks blocks, int64_t first_row, float* y, int64_t ld) {
@@ -407,9 +410,8 @@ void rows_product(const TiledWeight& weight, const uint8_t* codes, const Source&
   constexpr int vectors = Isa::vectors(rows * planes);
   for (int v = 0; v < all; v += vectors) {
     const int column = v * Isa::kLanes;
-    Product<Isa, kind, subs, planes, rows, vectors, Reader>::run(weight, codes + column * 4, Reader(scales, column),
-                                                                 Reader(mins, column), x, blocks, first_row, y + column,
-                                                                 ld);
+    Product<Isa, kind, subs, planes, rows, vectors, Reader>::run(weight, codes + column * 4, scales, mins, column, x,
+                                                                 blocks, first_row, y + column, ld);
   }
 }
 
