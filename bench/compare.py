@@ -39,11 +39,12 @@ from atoma_jax.loading.gguf.mixtures import TypeOptions
 from atoma_jax.loading.gguf.requantize import requantize
 from atoma_jax.native.build import BuildError
 from bench.compare_report import ENGINE, markdown, plot, ratios, report
-from bench.roofline import Gauge, Peaks, Weight, limits
+from bench.roofline import Gauge, ModelCost, Peaks, limits
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("llama_cpp", "transformers", "openvino")
 LOWEST_ID = 1000  # ids below are control tokens and bytes in the vocabularies of all common models
+DECODE_PROMPT = 16  # tokens in front of what one sequence decodes
 PREFILLS = 3  # a single one is over in less time than a virtual machine is held up for
 TAIL = 1500  # characters of a failed process's messages
 
@@ -73,16 +74,17 @@ class Sizes:
         S, P, O = self.num_seqs, self.prompt_tokens, self.output_tokens  # noqa: E741
         return {
             "prefill": Work(num_seqs=1, prompt_tokens=self.prefill_tokens, new_tokens=1, repeats=PREFILLS),
-            "decode": Work(num_seqs=1, prompt_tokens=16, new_tokens=self.decode_tokens),
+            "decode": Work(num_seqs=1, prompt_tokens=DECODE_PROMPT, new_tokens=self.decode_tokens),
             "batch": Work(num_seqs=S, prompt_tokens=P, new_tokens=O),
         }
 
-    def limits(self, weight: Weight, peaks: Peaks) -> dict[str, float]:
+    def limits(self, cost: ModelCost, peaks: Peaks) -> dict[str, float]:
         """Tokens a second at most by kind, on a machine of such peaks."""
         return limits(
-            weight,
+            cost,
             peaks,
             prefill_tokens=self.prefill_tokens,
+            decode=(DECODE_PROMPT, self.decode_tokens),
             num_seqs=self.num_seqs,
             prompt_tokens=self.prompt_tokens,
             output_tokens=self.output_tokens,
@@ -241,7 +243,7 @@ def main(
         with GGUFFile.open(path) as file:
             tokens = file.metadata["tokenizer.ggml.tokens"]
             assert isinstance(tokens, list), "the reader checks it"
-            weight = Weight.of(file)
+            cost = ModelCost.of(file)
         workers = start([ENGINE, *names], {"model": str(path), **setup}, interpreters, options)
         try:
             results = compare(
@@ -251,7 +253,7 @@ def main(
             for worker in workers:
                 worker.close()
     most = {
-        kind: [sizes.limits(weight, own)[kind] for own in measured]
+        kind: [sizes.limits(cost, own)[kind] for own in measured]
         for work, measured in peaks.items()
         for kind in KINDS[work]
     } or None
@@ -264,7 +266,7 @@ def main(
             **describe_host(),
             "peaks": {work: [asdict(own) for own in measured] for work, measured in peaks.items()},
         }
-        everything = {**about, **machine, "weights": asdict(weight), "engines": descriptions, **measured}
+        everything = {**about, **machine, "model_cost": asdict(cost), "engines": descriptions, **measured}
         json_file.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
     if markdown_file is not None:
         markdown_file.write_text(markdown(results, most, descriptions), encoding="utf-8")

@@ -1,18 +1,19 @@
-"""How fast a model could run on this machine at most: what its weights weigh over what the processor can do.
+"""How fast a model could run on this machine at most: what it has to read and multiply over what the processor can do.
 
 Owns the measurement of the processor (`machine_peaks.cc`, compiled for it) and the limits of each kind of work of
-`bench/compare.py`. A limit counts the weights alone: no attention, no sampling, nothing but the file's bytes read once
-a step and its products of eight bits. So nothing reaches it, and what is far below it is limited by something else.
+`bench/compare.py`. A limit counts the file's bytes and the cache's, each read once a step, and products with weights
+and of attention (as model FLOPs utilization does, arXiv:2204.02311 appendix B), all as if they were of eight bits; no
+norms, no gates, no softmax, no sampling. So nothing reaches it, and what is far below it is limited by something else.
 """
 
 import math
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from atoma_jax.loading.gguf.file import GGUFFile
+from atoma_jax.loading.gguf.file import GGUFFile, GGUFTensor
 from atoma_jax.native.build import BuildError, compiler
 
 SOURCE = Path(__file__).with_name("machine_peaks.cc")
@@ -60,41 +61,82 @@ class Gauge:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weight:
-    """What a step has to do with a model's weights, from a file's header."""
+class ModelCost:
+    """What steps of a model have to do at least, from its file's header."""
 
-    step_bytes: int  # read by every step that yields tokens
+    step_bytes: int  # weights, read by every step that yields tokens
     token_products: int  # of every token but for the head
     head_products: int  # of every token that is continued
+    seen_products: int = 0  # of attention, of every token for each one that it sees, itself included
+    seen_bytes: int = 0  # of a token's keys and values in 16 bits, read by every step for each token that it sees
+    window: int | None = None  # how many a token sees at most
 
     @classmethod
-    def of(cls, file: GGUFFile) -> "Weight":
-        """Experts count as if all of them were used."""
+    def of(cls, file: GGUFFile) -> "ModelCost":
+        """Experts count as if all of them were used, and a window as if all layers had it."""
         embedding, head = file.tensors["token_embd.weight"], file.tensors.get("output.weight")
-        layers = [tensor for name, tensor in file.tensors.items() if name.startswith("blk.")]
+        layers = {name: tensor for name, tensor in file.tensors.items() if name.startswith("blk.")}
         last = embedding if head is None else head
+        queries, keys = _attention_widths(layers)
+        window = f"{file.metadata.get_str('general.architecture')}.attention.sliding_window"
         return cls(
-            step_bytes=sum(tensor.nbytes for tensor in layers) + last.nbytes,
-            token_products=sum(math.prod(tensor.shape) for tensor in layers if len(tensor.shape) > 1),
+            step_bytes=sum(tensor.nbytes for tensor in layers.values()) + last.nbytes,
+            token_products=sum(math.prod(tensor.shape) for tensor in layers.values() if len(tensor.shape) > 1),
             head_products=math.prod(last.shape),
+            seen_products=2 * queries,  # with its key, and of its value
+            seen_bytes=2 * 2 * keys,
+            window=file.metadata.get_int(window, 0) or None,
         )
 
-    def seconds(self, peaks: Peaks, *, tokens: int, continued: int) -> float:
-        """Of a step at least: reading and multiplying may overlap."""
-        products = tokens * self.token_products + continued * self.head_products
-        return max(self.step_bytes / peaks.bytes_per_s, products / peaks.products_per_s)
+    def prompt_seconds(self, peaks: Peaks, *, tokens: int, num_seqs: int) -> float:
+        """Of reading prompts of so many tokens, each followed by one. Reading and multiplying may overlap."""
+        window = min(tokens, self.window or tokens)
+        seen = window * (window + 1) // 2 + (tokens - window) * window
+        products = tokens * self.token_products + self.head_products + seen * self.seen_products
+        return max(self.step_bytes / peaks.bytes_per_s, num_seqs * products / peaks.products_per_s)
+
+    def step_seconds(self, peaks: Peaks, *, seen: float, num_seqs: int) -> float:
+        """Of a step of sequences that decode, each of which sees so many tokens."""
+        seen = min(seen, self.window or seen)
+        products = self.token_products + self.head_products + seen * self.seen_products
+        read = self.step_bytes + num_seqs * seen * self.seen_bytes
+        return max(read / peaks.bytes_per_s, num_seqs * products / peaks.products_per_s)
+
+
+def _attention_widths(layers: Mapping[str, GGUFTensor]) -> tuple[int, int]:
+    """How many numbers queries have, and keys, of all layers together."""
+    queries = keys = 0
+    for name, tensor in layers.items():
+        if name.endswith(".attn_output.weight"):
+            queries += tensor.shape[1]
+        elif name.endswith(".attn_k.weight"):
+            keys += tensor.shape[0]
+        elif name.endswith(".attn_qkv.weight"):
+            keys += (tensor.shape[0] - layers[name.replace("attn_qkv", "attn_output")].shape[1]) // 2
+    return queries, keys
 
 
 def limits(
-    weight: Weight, peaks: Peaks, *, prefill_tokens: int, num_seqs: int, prompt_tokens: int, output_tokens: int
+    cost: ModelCost,
+    peaks: Peaks,
+    *,
+    prefill_tokens: int,
+    decode: tuple[int, int],
+    num_seqs: int,
+    prompt_tokens: int,
+    output_tokens: int,
 ) -> dict[str, float]:
-    """Tokens a second at most, by kind of work of `bench/compare.py`."""
-    prompts = num_seqs * prompt_tokens
-    step = weight.seconds(peaks, tokens=num_seqs, continued=num_seqs)
-    first = weight.seconds(peaks, tokens=prompts, continued=num_seqs)
+    """Tokens a second at most, by kind of work of `bench/compare.py`; `decode`: tokens in and out of one sequence."""
+
+    def step(prompt: int, output: int, seqs: int) -> float:
+        """Seconds of the mean step that decodes: the first of `output` tokens is the prompt's."""
+        return cost.step_seconds(peaks, seen=prompt + output / 2, num_seqs=seqs)
+
+    first = cost.prompt_seconds(peaks, tokens=prompt_tokens, num_seqs=num_seqs)
+    batch_step = step(prompt_tokens, output_tokens, num_seqs)
     return {
-        "prefill": prefill_tokens / weight.seconds(peaks, tokens=prefill_tokens, continued=1),
-        "decode": 1 / weight.seconds(peaks, tokens=1, continued=1),
-        "batch": num_seqs * output_tokens / (first + (output_tokens - 1) * step),
-        "batch_decode": num_seqs / step,
+        "prefill": prefill_tokens / cost.prompt_seconds(peaks, tokens=prefill_tokens, num_seqs=1),
+        "decode": 1 / step(*decode, 1),
+        "batch": num_seqs * output_tokens / (first + (output_tokens - 1) * batch_step),
+        "batch_decode": num_seqs / batch_step,
     }
