@@ -29,6 +29,7 @@ struct Avx2 {
   static Floats fma(Floats x, Floats y, Floats z) { return _mm256_fmadd_ps(x, y, z); }
   static Floats fnma(Floats x, Floats y, Floats z) { return _mm256_fnmadd_ps(x, y, z); }
   static Floats to_float(Ints x) { return _mm256_cvtepi32_ps(x); }
+  static Ints add(Ints x, Ints y) { return _mm256_add_epi32(x, y); }
   static Ints sub(Ints x, Ints y) { return _mm256_sub_epi32(x, y); }
   static Ints join_planes(Ints x, Ints y) {
     const Ints times254 = _mm256_sub_epi32(_mm256_slli_epi32(x, 8), _mm256_slli_epi32(x, 1));
@@ -56,15 +57,17 @@ struct Avx2 {
     half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1));
     return _mm_cvtsi128_si32(half);
   }
-  static float total(Floats x) {
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  static int32_t total(Ints x) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
   }
-  static void store_int8(int8_t* to, Floats x) {
-    const Ints whole = _mm256_cvtps_epi32(x);
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
+  static Ints rounded(Floats x) { return _mm256_cvtps_epi32(x); }
+  static void store_int8(int8_t* to, const Ints (&x)[4]) {
+    // Packed within halves of vectors: fours of all in turn.
+    const Ints fours = _mm256_packs_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
+    const Ints bytes = _mm256_permutevar8x32_epi32(fours, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
   }
 
   static Bytes load_bytes(const uint8_t* from) {

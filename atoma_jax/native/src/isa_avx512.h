@@ -29,6 +29,7 @@ struct Avx512 {
   static Floats fma(Floats x, Floats y, Floats z) { return _mm512_fmadd_ps(x, y, z); }
   static Floats fnma(Floats x, Floats y, Floats z) { return _mm512_fnmadd_ps(x, y, z); }
   static Floats to_float(Ints x) { return _mm512_cvtepi32_ps(x); }
+  static Ints add(Ints x, Ints y) { return _mm512_add_epi32(x, y); }
   static Ints sub(Ints x, Ints y) { return _mm512_sub_epi32(x, y); }
   static Ints join_planes(Ints x, Ints y) {
     const Ints times254 = _mm512_sub_epi32(_mm512_slli_epi32(x, 8), _mm512_slli_epi32(x, 1));
@@ -51,9 +52,10 @@ struct Avx512 {
   }
   static Ints max(Ints x, Ints y) { return _mm512_max_epi32(x, y); }
   static int32_t largest(Ints x) { return _mm512_reduce_max_epi32(x); }
-  static float total(Floats x) { return _mm512_reduce_add_ps(x); }
-  static void store_int8(int8_t* to, Floats x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+  static int32_t total(Ints x) { return _mm512_reduce_add_epi32(x); }
+  static Ints rounded(Floats x) { return _mm512_cvtps_epi32(x); }
+  static void store_int8(int8_t* to, const Ints (&x)[2]) {
+    for (int i = 0; i < 2; i++) _mm_storeu_si128(reinterpret_cast<__m128i*>(to) + i, _mm512_cvtepi32_epi8(x[i]));
   }
 
   static Bytes load_bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }

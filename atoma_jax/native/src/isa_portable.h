@@ -44,6 +44,7 @@ struct Portable {
   static Floats fma(Floats x, Floats y, Floats z) { return x * y + z; }
   static Floats fnma(Floats x, Floats y, Floats z) { return z - x * y; }
   static Floats to_float(Ints x) { return __builtin_convertvector(x, Floats); }
+  static Ints add(Ints x, Ints y) { return x + y; }
   static Ints sub(Ints x, Ints y) { return x - y; }
   static Ints join_planes(Ints x, Ints y) { return 254 * x + y; }
 
@@ -66,10 +67,17 @@ struct Portable {
     return left > right ? left : right;
   }
   // The sum of all lanes.
-  static float total(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
-  // Whole numbers of [-128, 127] as bytes.
-  static void store_int8(int8_t* to, Floats x) {
-    for (int i = 0; i < kLanes; i++) to[i] = static_cast<int8_t>(x[i]);
+  static int32_t total(Ints x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+  // Half to even, for |x| below 2^22: the sum has no bits left for a fraction.
+  static Ints rounded(Floats x) {
+    const Floats magic = set(12582912.0f);  // 1.5 · 2^23
+    return __builtin_convertvector((x + magic) - magic, Ints);
+  }
+  // 32 whole numbers of [-128, 127] as bytes.
+  static void store_int8(int8_t* to, const Ints (&x)[8]) {
+    for (int i = 0; i < 8; i++) {
+      for (int lane = 0; lane < kLanes; lane++) to[i * kLanes + lane] = static_cast<int8_t>(x[i][lane]);
+    }
   }
 
   static Bytes load_bytes(const uint8_t* from) { return from_memory<Bytes>(from); }

@@ -13,20 +13,13 @@ namespace {
 
 // Numbers below it count as zero: their reciprocal would overflow, and XLA flushes the smallest of them, too.
 constexpr float kTiny = 0x1p-100f;
-constexpr float kPlaneRatio = 254.0f;  // what the first plane leaves is at most half a step
+constexpr float kPlaneRatio = 254.0f;  // what the first plane leaves is at most half a step; of Isa::join_planes, too
 constexpr int32_t kInfinityBits = 0x7f800000;
 
 // Calls run.template operator()<subs>() for the groups in a block.
 template <class Run>
 auto for_subs(int subs, Run&& run) {
   return subs == 2 ? run.template operator()<2>() : run.template operator()<1>();
-}
-
-// Half to even, for |x| below 2^22: the sum has no bits left for a fraction.
-template <class Isa>
-typename Isa::Floats rounded(typename Isa::Floats x) {
-  const auto magic = Isa::set(12582912.0f);  // 1.5 · 2^23
-  return Isa::sub(Isa::add(x, magic), magic);
 }
 
 // The bits of the largest magnitude of n numbers, n a multiple of the lanes; from infinity on, one is not finite.
@@ -46,29 +39,31 @@ inline float from_bits(int32_t bits) {
 // Rounds one block. `factor` takes x to the integers, `scale` takes those of the last plane back.
 template <class Isa, int subs, int planes>
 void round_block(const float* x, float factor, float scale, int8_t* out) {
-  int8_t* fine = out + kBlock;
+  constexpr int vectors = kBlock / Isa::kLanes;
+  typename Isa::Ints whole[vectors], rest[vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < vectors; i++) {
+    const auto value = Isa::mul(Isa::load(x + i * Isa::kLanes), Isa::set(factor));
+    whole[i] = Isa::rounded(value);
+    if constexpr (planes == 2) {
+      rest[i] = Isa::rounded(Isa::mul(Isa::sub(value, Isa::to_float(whole[i])), Isa::set(kPlaneRatio)));
+    }
+  }
+  Isa::store_int8(out, whole);
+  if constexpr (planes == 2) {
+    Isa::store_int8(out + kBlock, rest);
+#pragma GCC unroll 8
+    for (int i = 0; i < vectors; i++) whole[i] = Isa::join_planes(whole[i], rest[i]);
+  }
   float* factors = RoundedRows::factors(out, planes);
-  const auto by = Isa::set(factor);
+  factors[0] = scale;
 #pragma GCC unroll 2
   for (int sub = 0; sub < subs; sub++) {
-    constexpr int width = kBlock / subs;
-    auto sum = Isa::set(0.0f);  // of whole numbers below 2^24, so that it is exact
+    auto sum = Isa::set(int32_t{0});
 #pragma GCC unroll 8
-    for (int i = sub * width; i < (sub + 1) * width; i += Isa::kLanes) {
-      const auto value = Isa::mul(Isa::load(x + i), by);
-      const auto whole = rounded<Isa>(value);
-      Isa::store_int8(out + i, whole);
-      if constexpr (planes == 1) {
-        sum = Isa::add(sum, whole);
-      } else {
-        const auto rest = rounded<Isa>(Isa::mul(Isa::sub(value, whole), Isa::set(kPlaneRatio)));
-        Isa::store_int8(fine + i, rest);
-        sum = Isa::add(sum, Isa::fma(Isa::set(kPlaneRatio), whole, rest));
-      }
-    }
-    factors[1 + sub] = Isa::total(sum);
+    for (int i = sub * vectors / subs; i < (sub + 1) * vectors / subs; i++) sum = Isa::add(sum, whole[i]);
+    factors[1 + sub] = static_cast<float>(Isa::total(sum));
   }
-  factors[0] = scale;
 }
 
 // A block that holds NaN or infinity: the row shows it, and no other does.
