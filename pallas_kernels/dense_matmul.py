@@ -12,20 +12,20 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, BFloat16, Float, Float32, Int32
+from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels.tuning import DENSE_BLOCK, MatmulTiles
 
 
 def dense_matmul(
-    x: Float[Array, "M K"],
+    x: BFloat16[Array, "M K"],
     stack: BFloat16[Array, "S N K"],
     index: Int32[Array, ""],
     tiles: MatmulTiles,
     *,
     interpret: bool = False,
-) -> Float32[Array, "M N"]:
-    """x · Wᵀ for W = stack[index]; `x` is rounded to bfloat16, sums are float32.
+) -> Float32[Array, "splits M N"]:
+    """x · Wᵀ for W = stack[index], as parts to be added up; sums are float32.
 
     Args:
         x: activations.
@@ -61,12 +61,11 @@ def dense_matmul(
         mask = (rows < M)[None, :] & (features < N)[:, None]
         plt.store(out_ref.at[part, rows[None, :], features[:, None]], total, mask=mask)
 
-    parts = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         grid=(-(-M // tiles.block_m), -(-N // tiles.block_n), splits),
         out_shape=jax.ShapeDtypeStruct((splits, M, N), jnp.float32),
         compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="dense_matmul",
-    )(index.reshape(1), x.astype(jnp.bfloat16), stack)
-    return parts[0] if splits == 1 else jnp.sum(parts, axis=0)
+    )(index.reshape(1), x, stack)

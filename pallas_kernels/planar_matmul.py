@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, BFloat16, Float, Float32, Int32
+from jaxtyping import Array, BFloat16, Float32, Int32
 
+from pallas_kernels.activations import HIGH, InPairs, InSpans, SpanBytes
 from pallas_kernels.planar_weights import PlanarFormat, PlanarStack, factors_of, load, named, present, stored_factors
-from pallas_kernels.quantized_tokens import HIGH, SpanBytes, span_bytes
 from pallas_kernels.tuning import SCALED_WEIGHTS, MatmulTiles
 from pallas_kernels.unpacking import unpack, unpack_bytes
 
@@ -34,7 +34,7 @@ FEWEST_COLUMNS = 16  # of a product of the matrix units
 
 
 class _Pairs(NamedTuple):
-    """Activations of many rows, in the order of weights that are scaled: pair by pair."""
+    """Activations of many rows."""
 
     x: BFloat16[Array, "M K"]
 
@@ -51,27 +51,33 @@ class _Work(NamedTuple):
     last_block: Any  # behind the last
 
 
+def form_of(kind: PlanarFormat, tiles: MatmulTiles) -> InSpans | InPairs:
+    """How a product of this format and these tiles takes its activations."""
+    assert kind.is_aligned, kind
+    few = tiles.block_m < SCALED_WEIGHTS
+    return InSpans(kind.span) if few else InPairs(kind.plane, kind.together)
+
+
 def planar_matmul(
-    x: Float[Array, "M K"],
+    x: SpanBytes | BFloat16[Array, "M K"],
     stack: PlanarStack,
     index: Int32[Array, ""],
     kind: PlanarFormat,
     tiles: MatmulTiles,
     *,
     interpret: bool = False,
-) -> Float32[Array, "M N"]:
-    """x · Wᵀ for W = stack[index]; `x` is rounded as `span_bytes` says, or to bfloat16; sums are float32.
+) -> Float32[Array, "splits M N"]:
+    """x · Wᵀ for W = stack[index], as parts to be added up; sums are float32.
 
     Args:
-        x: activations.
+        x: activations, as `form_of` says.
         stack: weights.
         index: which.
         kind: their format; must be aligned.
         tiles: how the product is cut.
         interpret: run the kernel's steps as plain JAX, on any device.
     """
-    (M, K), N = x.shape, stack.words.shape[1]
-    inputs = _activations(x, kind, tiles, interpret=interpret)
+    inputs, (M, K), N = *_inputs(x), stack.words.shape[1]
     splits, blocks = _splits(K, kind, tiles)
 
     def kernel(*refs: Any) -> None:
@@ -80,7 +86,7 @@ def planar_matmul(
         work = _work(at, index_ref[0], M, stack_refs, K, kind, tiles, blocks)
         _store(out_ref, _tile(inputs_refs, stack_refs, work, kind, tiles, not interpret), work, at[2])
 
-    parts = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         grid=(-(-M // tiles.block_m), -(-N // tiles.block_n), splits),
         out_shape=jax.ShapeDtypeStruct((splits, M, N), jnp.float32),
@@ -88,11 +94,10 @@ def planar_matmul(
         interpret=interpret,
         name=f"planar_matmul_{kind.bits}",
     )(index.reshape(1), *present(inputs), *present(stack))
-    return parts[0] if splits == 1 else jnp.sum(parts, axis=0)
 
 
 def planar_grouped_matmul(
-    x: Float[Array, "padded K"],
+    x: SpanBytes | BFloat16[Array, "padded K"],
     stack: PlanarStack,
     used: Int32[Array, ""],
     index: Int32[Array, " blocks"],
@@ -103,14 +108,14 @@ def planar_grouped_matmul(
     *,
     most: int,
     interpret: bool = False,
-) -> Float32[Array, "padded N"]:
-    """Rows `start` to `stop` of each block times its own weight `stack[index]`, for the first `used` blocks.
+) -> Float32[Array, "splits padded N"]:
+    """Rows `start` to `stop` of each block times its own weight `stack[index]`, for the first `used` blocks, as parts
+    to be added up.
 
     `most` is how many rows a block has at most. Rows of no block may hold anything.
     """
     pieces = -(-most // tiles.block_m)
-    (rows, K), N = x.shape, stack.words.shape[1]
-    inputs = _activations(x, kind, tiles, interpret=interpret)
+    inputs, (rows, K), N = *_inputs(x), stack.words.shape[1]
     splits, turns = _splits(K, kind, tiles)
 
     def kernel(used_ref: Any, start_ref: Any, stop_ref: Any, *refs: Any) -> None:
@@ -125,7 +130,7 @@ def planar_grouped_matmul(
             work = _work(place, index_ref[block], stop_ref[block], stack_refs, K, kind, tiles, turns)
             _store(out_ref, _tile(inputs_refs, stack_refs, work, kind, tiles, not interpret), work, at[1])
 
-    parts = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         grid=(index.shape[0] * pieces, -(-N // tiles.block_n), splits),
         out_shape=jax.ShapeDtypeStruct((splits, rows, N), jnp.float32),
@@ -133,19 +138,13 @@ def planar_grouped_matmul(
         interpret=interpret,
         name=f"planar_grouped_matmul_{kind.bits}",
     )(used.reshape(1), start, stop, index, *present(inputs), *present(stack))
-    return parts[0] if splits == 1 else jnp.sum(parts, axis=0)
 
 
-def _activations(
-    x: Float[Array, "M K"], kind: PlanarFormat, tiles: MatmulTiles, *, interpret: bool
-) -> SpanBytes | _Pairs:
-    """As the kernels read them."""
-    assert kind.is_aligned, kind
-    if tiles.block_m < SCALED_WEIGHTS:
-        return span_bytes(x, kind.span, interpret=interpret)
-    M, K = x.shape
-    pairs = x.astype(jnp.bfloat16).reshape(M, -1, kind.together, kind.plane // 2, 2)
-    return _Pairs(pairs.swapaxes(2, 3).reshape(M, K))
+def _inputs(x: SpanBytes | BFloat16[Array, "M K"]) -> tuple[SpanBytes | _Pairs, tuple[int, int]]:
+    """Activations as kernels name them, and M and K."""
+    inputs = x if isinstance(x, SpanBytes) else _Pairs(x)
+    M, K = inputs[0].shape[-2:]
+    return inputs, (M, K)
 
 
 def _splits(K: int, kind: PlanarFormat, tiles: MatmulTiles) -> tuple[int, int]:

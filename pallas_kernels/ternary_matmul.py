@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Float32, Int8, Int32, UInt8, UInt16
 
+from pallas_kernels.activations import FIELDS, FieldTokens
 from pallas_kernels.planar_weights import PlanarFormat
 from pallas_kernels.quantized_matmul import quantize_tokens, unpack_planar
-from pallas_kernels.quantized_tokens import FIELDS, FieldTokens, field_tokens
 from pallas_kernels.tuning import MatmulTiles
 
 
@@ -32,7 +32,7 @@ def is_ternary(kind: PlanarFormat, K: int) -> bool:
 
 
 def ternary_matmul(
-    x: Float[Array, "M K"],
+    tokens: FieldTokens,
     words: UInt16[Array, "S N W"],
     scales: Float[Array, "S 1 N"],
     index: Int32[Array, ""],
@@ -41,10 +41,10 @@ def ternary_matmul(
     *,
     interpret: bool = False,
 ) -> Float32[Array, "M N"]:
-    """x · Wᵀ for W = stack[index], with each row of `x` rounded to int8: integer sums, then the scale of each output.
+    """x · Wᵀ for W = stack[index]: integer sums, then the scale of each output.
 
     Args:
-        x: activations.
+        tokens: activations, `InFields` of the format's plane.
         words: codes of a stack of weights, two bits each.
         scales: one for each out-feature.
         index: which weight.
@@ -52,45 +52,8 @@ def ternary_matmul(
         tiles: how the product is cut.
         interpret: run the kernel's steps as plain JAX, on any device.
     """
-    assert is_ternary(kind, x.shape[1]), kind
-    tokens = field_tokens(x, kind.plane, interpret=interpret)
-    return _product(tokens, words, scales, index, kind, tiles, interpret)
-
-
-def ternary_matmul_xla(
-    x: Float[Array, "M K"],
-    words: UInt16[Array, "N W"],
-    scales: Float[Array, "1 N"],
-    kind: PlanarFormat,
-) -> Float32[Array, "M N"]:
-    """The same product in plain XLA; equal to the kernel's bit for bit."""
-    tokens, factor = quantize_tokens(x)
-    codes = unpack_planar(words, 2, kind.plane).astype(jnp.int8)  # [N, K]
-    sums = lax.dot_general(tokens, codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    return _scaled(sums, jnp.sum(tokens, axis=-1, keepdims=True, dtype=jnp.int32), factor, scales, kind.zero)
-
-
-def _scaled(
-    sums: Int32[Array, "*tile"],
-    total: Int32[Array, "*#tile"],
-    factor: Float32[Array, "*#tile"],
-    scales: Float[Array, "*#tile"],
-    zero: int,
-) -> Float32[Array, "*tile"]:
-    """(Σ code·x − zero · Σ x) · scale · factor of the row."""
-    return (sums - zero * total).astype(jnp.float32) * scales.astype(jnp.float32) * factor
-
-
-def _product(
-    tokens: FieldTokens,
-    words: UInt16[Array, "S N W"],
-    scales: Float[Array, "S 1 N"],
-    index: Int32[Array, ""],
-    kind: PlanarFormat,
-    tiles: MatmulTiles,
-    interpret: bool,
-) -> Float32[Array, "M N"]:
     M, K = tokens.codes.shape
+    assert is_ternary(kind, K), kind
     N, P = words.shape[1], kind.plane
     stack = lax.bitcast_convert_type(words, jnp.uint8).reshape(*words.shape[:2], -1)  # [S, N, K/4]
     whole = K // kind.block
@@ -126,6 +89,30 @@ def _product(
         return parts[0]
     scale = lax.dynamic_index_in_dim(scales, index, keepdims=False)
     return _scaled(jnp.sum(parts, axis=0), total, factor, scale, kind.zero)
+
+
+def ternary_matmul_xla(
+    x: Float[Array, "M K"],
+    words: UInt16[Array, "N W"],
+    scales: Float[Array, "1 N"],
+    kind: PlanarFormat,
+) -> Float32[Array, "M N"]:
+    """The same product in plain XLA; equal to the kernel's bit for bit."""
+    tokens, factor = quantize_tokens(x)
+    codes = unpack_planar(words, 2, kind.plane).astype(jnp.int8)  # [N, K]
+    sums = lax.dot_general(tokens, codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    return _scaled(sums, jnp.sum(tokens, axis=-1, keepdims=True, dtype=jnp.int32), factor, scales, kind.zero)
+
+
+def _scaled(
+    sums: Int32[Array, "*tile"],
+    total: Int32[Array, "*#tile"],
+    factor: Float32[Array, "*#tile"],
+    scales: Float[Array, "*#tile"],
+    zero: int,
+) -> Float32[Array, "*tile"]:
+    """(Σ code·x − zero · Σ x) · scale · factor of the row."""
+    return (sums - zero * total).astype(jnp.float32) * scales.astype(jnp.float32) * factor
 
 
 def _tile(

@@ -59,20 +59,20 @@ class Decoder(nnx.Module):
         gathers = self.backend.gathers  # else nothing of that is in the program
 
         def layer(
-            carry: tuple[Array, ops.KVPages, Any], inputs: tuple[Array, Array, Array, Any]
-        ) -> tuple[tuple[Array, ops.KVPages, Any], None]:
-            index, window, windowed, state = inputs
-            x, pages, gathered = carry
+            carry: tuple[Array, Array, ops.KVPages, Any], inputs: tuple[Array, Array, Any]
+        ) -> tuple[tuple[Array, Array, ops.KVPages, Any], None]:
+            window, windowed, state = inputs
+            index, x, pages, gathered = carry
             ahead = gather(index + 1) if gathers else gathered
             module = nnx.merge(graph, gathered, whole, state)
             with jax.named_scope("layer"):
                 x, pages = module(x, pages, rope, batch, layer=index, window=window, windowed=windowed)
-            return (x, pages, ahead), None
+            return (index + 1, x, pages, ahead), None
 
         is_windowed = jnp.asarray([window is not None for window in spec.windows or (None,) * spec.num_layers])
-        inputs: Any = (jnp.arange(spec.num_layers, dtype=jnp.int32), jnp.asarray(windows), is_windowed, weights)
+        inputs: Any = (jnp.asarray(windows), is_windowed, weights)
         first = gather(jnp.int32(0)) if gathers else spread
-        (x, pages, _), _ = jax.lax.scan(layer, (x, pages, first), inputs)
+        (_, x, pages, _), _ = jax.lax.scan(layer, (jnp.int32(0), x, pages, first), inputs)
         return x, pages
 
     def _gather(self, spread: Any) -> Callable[[Int32[Array, ""]], Any]:

@@ -61,9 +61,9 @@ class LlamaLayer(nnx.Module):
         Of the T tokens, devices that share a layer may have t each in front of the norms and behind the branches.
         """
         h = ops.Normed(x, self.attn_norm[...], self.spec.norm_eps)
-        x, pages = self.attention(h, pages, rope, batch, layer=layer, window=window, windowed=windowed, residual=x)
-        h = ops.Normed(x, self.ffn_norm[...], self.spec.norm_eps)
-        return self.feed_forward(h, rope.tokens, layer, residual=x), pages
+        y, pages = self.attention(h, pages, rope, batch, layer=layer, window=window, windowed=windowed, residual=x)
+        h = ops.Normed(y, self.ffn_norm[...], self.spec.norm_eps)
+        return self.feed_forward(h, rope.tokens, layer, residual=y), pages
 
     def attention(
         self,
@@ -76,8 +76,8 @@ class LlamaLayer(nnx.Module):
         window: Int32[Array, ""],
         windowed: Bool[Array, ""],
         residual: Float32[Array, "t D"] | None = None,
-    ) -> tuple[Float32[Array, "t D"], ops.KVPages]:
-        """Projections, rotation, paged attention, output projection, what that is added to."""
+    ) -> tuple[Float32[Array, "t D"] | ops.Added, ops.KVPages]:
+        """Projections, rotation, paged attention, output projection; with a residual, what that is added to."""
         spec, whole = self.spec, self.backend.whole_heads
         T, N, K, H = rope.tokens, spec.num_heads, spec.num_kv_heads, spec.head_dim
         int8, weight = spec.int8_activations, self.qkv.get_value()
@@ -117,7 +117,7 @@ class LlamaLayer(nnx.Module):
         x: Float32[Array, "t D"] | ops.Normed,
         tokens: int,
         layer: Int32[Array, ""],
-        residual: Float32[Array, "t D"] | None = None,
+        residual: Float32[Array, "t D"] | ops.Added | None = None,
     ) -> Float32[Array, "t D"]:
         """down(activation(gate · x) · (up · x)), of a step of so many tokens, and what it is added to."""
         return self.gated_net(x, self.gate_up, self.down, tokens, layer, residual)
@@ -129,7 +129,7 @@ class LlamaLayer(nnx.Module):
         down: Any,
         tokens: int,
         layer: Int32[Array, ""],
-        residual: Float32[Array, "t D"] | None = None,
+        residual: Float32[Array, "t D"] | ops.Added | None = None,
     ) -> Float32[Array, "t D"]:
         """The same with the weights given; `x` is of all tokens or of this device's."""
         spec, backend = self.spec, self.backend

@@ -31,7 +31,7 @@ class MixtureLayer(LlamaLayer):
         x: Float32[Array, "t D"] | ops.Normed,
         tokens: int,
         layer: Int32[Array, ""],
-        residual: Float32[Array, "t D"] | None = None,
+        residual: Float32[Array, "t D"] | ops.Added | None = None,
     ) -> Float32[Array, "t D"]:
         """The chosen experts' outputs by their weights, and the shared expert's behind its own gate."""
         assert self.spec.experts is not None
@@ -52,7 +52,7 @@ class MixtureLayer(LlamaLayer):
         if self.spec.experts.shared_ffn_dim:
             gate = jax.nn.sigmoid(jnp.sum(x * self.shared_gate[...], axis=-1, keepdims=True))
             out = out + gate * self.gated_net(whole, self.shared_gate_up, self.shared_down, tokens, layer)
-        return out if residual is None else residual + out
+        return out if residual is None else ops.computed(residual, self.backend) + out
 
     def route(self, x: Float32[Array, "T D"]) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
         """The k likeliest experts of each token and their weights, in float32 whatever the operands of products are:

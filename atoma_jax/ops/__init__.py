@@ -12,9 +12,10 @@ from atoma_jax.native.tiles import put_codes, put_factors
 from atoma_jax.ops.attention import AttentionBatch, Chunks, attend, attention_batch, empty_pages
 from atoma_jax.ops.backend import Backend, Kernels, Platform, has_native_kernels
 from atoma_jax.ops.experts import grouped_feed_forward
-from atoma_jax.ops.linear import PACKED_ROWS, layer_of, linear
+from atoma_jax.ops.kernel_linear import PACKED_ROWS
+from atoma_jax.ops.linear import layer_of, linear
 from atoma_jax.ops.residual import all_tokens, own_tokens, rows_of
-from atoma_jax.ops.rowwise import Normed, computed, gated, rms_norm, rotated_heads
+from atoma_jax.ops.rowwise import Added, Normed, computed, gated, rms_norm, rotated_heads
 from atoma_jax.ops.stream import linear_of_parts, linear_of_stream, net_of_stream
 from pallas_kernels.kv_pages import KVPages
 from pallas_kernels.quantized_matmul import pack_planar
@@ -22,6 +23,7 @@ from pallas_kernels.quantized_matmul import pack_planar
 # Types and packings of the kernels that others need come from here: nobody else imports kernels.
 __all__ = [
     "PACKED_ROWS",
+    "Added",
     "AttentionBatch",
     "Backend",
     "Chunks",

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from atoma_jax.ops.backend import Backend
-from atoma_jax.ops.linear import format_of, has_kernel, in_variant, layer_of, linear, picked, stack_of, tiled_linear
+from atoma_jax.ops.kernel_linear import format_of, has_kernel, stack_of
+from atoma_jax.ops.linear import in_variant, layer_of, linear, picked, tiled_linear
 from atoma_jax.ops.parts import inputs_of, own_experts, quantized_parts, stacked, without_last
 from atoma_jax.ops.residual import sum_of_parts
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from pallas_kernels import grouped_matmul as grouped_kernels
 from pallas_kernels import quantized_matmul as matmul_kernels
-from pallas_kernels.planar_matmul import planar_grouped_matmul
+from pallas_kernels.activations import Rows, activations, summed
+from pallas_kernels.planar_matmul import form_of, planar_grouped_matmul
 from pallas_kernels.tuning import matmul_tiles
 from sharding.collectives import size_of
 
@@ -108,8 +110,9 @@ def _kernel_grouped(
     if int8_activations:
         codes, factor = matmul_kernels.quantize_tokens(rows)
         rows = codes.astype(jnp.bfloat16)
-    y = planar_grouped_matmul(
-        rows,
+    interpret = backend.kernels == "interpret"
+    parts = planar_grouped_matmul(
+        activations(Rows(rows), form_of(kind, tiles), interpret=interpret).inputs,
         stack_of(weight),
         blocks.used,
         layer * E + blocks.expert,
@@ -118,6 +121,7 @@ def _kernel_grouped(
         kind,
         tiles,
         most=M,
-        interpret=backend.kernels == "interpret",
+        interpret=interpret,
     )
+    y = summed(parts)
     return y if factor is None else y * factor

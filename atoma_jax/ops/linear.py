@@ -13,22 +13,16 @@ from atoma_jax.model_spec import Activation
 from atoma_jax.native import dense as native_dense
 from atoma_jax.native import matmul as native_matmul
 from atoma_jax.ops.backend import Backend, Precision
+from atoma_jax.ops.kernel_linear import format_of, has_kernel, kernel_net, kernel_parts, takes_tokens
 from atoma_jax.ops.parts import gathered
-from atoma_jax.ops.rowwise import Normed, computed, gated
+from atoma_jax.ops.rowwise import Added, Normed, computed, gated
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from pallas_kernels import quantized_matmul as matmul_kernels
-from pallas_kernels.dense_matmul import dense_matmul
-from pallas_kernels.planar_dequantize import planar_dequantized
-from pallas_kernels.planar_matmul import planar_matmul
-from pallas_kernels.planar_weights import PlanarFormat, PlanarStack
-from pallas_kernels.ternary_matmul import is_ternary, ternary_matmul, ternary_matmul_xla
-from pallas_kernels.tuning import matmul_tiles
+from pallas_kernels.activations import summed
+from pallas_kernels.ternary_matmul import ternary_matmul_xla
 
 # Integer products go group by group: with smaller groups, rounding the activations and multiplying floats is quicker.
 _INTEGER_GROUP = 128
-# Rows beyond which a weight is dequantized into memory for its one product: with so many that and the dense product
-# take less time than unpacking it anew for each tile of rows (docs/kernels.md has the numbers).
-PACKED_ROWS = 128
 
 
 def linear(
@@ -39,7 +33,6 @@ def linear(
     layer: Int32[Array, ""] | None = None,
     int8_activations: bool = False,
     gate: Activation | None = None,
-    residual: Float32[Array, "T N"] | None = None,
 ) -> Float32[Array, "T any"]:
     """x · Wᵀ for a weight `[N, K]`, summed in float32. Dense weights are multiplied in the type they have.
 
@@ -50,48 +43,63 @@ def linear(
         layer: whose of all layers'; without effect for the weight of one.
         int8_activations: each token of `x` is rounded to int8 first, because the model was trained so.
         gate: what becomes of the first half of the product, which is then multiplied by the second: `[T, N / 2]`.
-        residual: what the product is added to.
     """
     if isinstance(weight, LayerVariants):
         assert layer is not None, "variants are of several layers"
 
         def product(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "T any"]:
-            return linear(
-                x,
-                stack,
-                backend,
-                layer=place,
-                int8_activations=int8_activations,
-                gate=gate,
-                residual=residual,
-            )
+            return linear(x, stack, backend, layer=place, int8_activations=int8_activations, gate=gate)
 
         return in_variant(weight, layer, product)
     if _is_tiled(weight):
         index = () if layer is None or weight.lead == () else (layer,)
-        return tiled_linear(x, weight, index, backend, int8_activations=int8_activations, gate=gate, residual=residual)
-    y = _linear(computed(x, backend), weight, backend, layer, int8_activations=int8_activations)
-    y = y if gate is None else gated(y, gate, backend)
-    return y if residual is None else residual + y
+        return tiled_linear(x, weight, index, backend, int8_activations=int8_activations, gate=gate)
+    y = _linear(x, weight, backend, layer, int8_activations=int8_activations)
+    return y if gate is None else gated(y, gate, backend)
+
+
+def linear_added(
+    x: Float[Array, "T K"] | Normed,
+    weight: QTensor | LayerVariants | Array,
+    residual: Float32[Array, "T N"] | Added,
+    backend: Backend,
+    *,
+    layer: Int32[Array, ""],
+    int8_activations: bool = False,
+) -> Float32[Array, "T N"] | Added:
+    """`linear` and what it is added to, of one device alone. The sum may be left to the norm that comes next."""
+    if isinstance(weight, LayerVariants):
+
+        def product(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "T N"]:
+            y = linear_added(x, stack, residual, backend, layer=place, int8_activations=int8_activations)
+            return computed(y, backend)  # as the parts of variants differ in number
+
+        return in_variant(weight, layer, product)
+    rows = computed(residual, backend)
+    if _is_tiled(weight):
+        index = () if weight.lead == () else (layer,)
+        return tiled_linear(x, weight, index, backend, int8_activations=int8_activations, residual=rows)
+    if has_kernel(weight, backend):
+        return Added(rows, kernel_parts(x, weight, layer, backend, int8_activations=int8_activations))
+    return rows + linear(x, weight, backend, layer=layer, int8_activations=int8_activations)
 
 
 def _linear(
-    x: Float[Array, "T K"],
+    x: Float[Array, "T K"] | Normed,
     weight: QTensor | Array,
     backend: Backend,
     layer: Int32[Array, ""] | None,
     *,
     int8_activations: bool,
 ) -> Float32[Array, "T N"]:
-    """`linear` of a layout whose kernels take nothing in."""
+    """`linear` of a layout whose kernels take no gate in."""
     if layer is not None:
         weight = at_hand(weight, layer, backend)
+    if has_kernel(weight, backend):
+        return summed(kernel_parts(x, weight, layer, backend, int8_activations=int8_activations))
+    x = computed(x, backend)
     if isinstance(weight, Array) and backend.kernels == "native":
         return _native_linear(x, weight, layer, backend, int8_activations=int8_activations)
-    if isinstance(weight, QTensor) and has_kernel(weight, backend):
-        return _kernel_linear(x, weight, backend, layer, int8_activations=int8_activations)
-    if isinstance(weight, Array) and backend.uses_pallas and weight.ndim == 3 and weight.dtype == jnp.bfloat16:
-        return _dense_linear(x, weight, backend, layer, int8_activations=int8_activations)
     if _lead(weight) != ():
         assert layer is not None, "the weight is of several layers"
         weight = picked(weight, layer)
@@ -131,7 +139,7 @@ def tiled_linear(
     if weight.permutation is not None:
         x = computed(x, backend)[:, picked(weight.permutation, *index)]
     activations: native_matmul.Activations = "tokens" if int8_activations else _ACTIVATIONS[backend.precision]
-    rows, norm = _norm_apart(x)
+    rows, norm = _norm_apart(x, backend)
     product = partial(native_matmul.matmul, rows, weight, _place(weight, index), activations, norm=norm)
     if gate is None:
         return product(residual=residual)
@@ -148,7 +156,7 @@ def gated_net(
     activation: Activation,
     backend: Backend,
     *,
-    residual: Float32[Array, "T N"] | None = None,
+    residual: Float32[Array, "T N"] | Added | None = None,
 ) -> Float32[Array, "T N"]:
     """down(activation(gate · x) · (up · x)), of one device, and what that is added to.
 
@@ -162,22 +170,37 @@ def gated_net(
         backend: where it runs.
         residual: what the net is added to.
     """
-    if not (is_one_call(up, down, backend) and isinstance(up, QTensor) and isinstance(down, QTensor)):
+    if not is_one_call(up, down, backend):
         h = linear(x, up, backend, layer=up_layer, gate=activation)
-        return linear(h, down, backend, layer=down_layer, residual=residual)
-    rows, norm = _norm_apart(x)
+        if residual is None:
+            return linear(h, down, backend, layer=down_layer)
+        return computed(linear_added(h, down, residual, backend, layer=down_layer), backend)
+    if backend.uses_pallas:
+        return kernel_net(x, up, up_layer, down, down_layer, activation, backend, residual=residual)
+    assert isinstance(up, QTensor)
+    assert isinstance(down, QTensor)
+    residual = None if residual is None else computed(residual, backend)
+    rows, norm = _norm_apart(x, backend)
     up_place, down_place = _place(up, (up_layer,) * len(up.lead)), _place(down, (down_layer,) * len(down.lead))
     how = _ACTIVATIONS[backend.precision]
     return native_matmul.gated_net(rows, up, up_place, down, down_place, how, activation, norm=norm, residual=residual)
 
 
 def is_one_call(up: QTensor | LayerVariants | Array, down: QTensor | LayerVariants | Array, backend: Backend) -> bool:
-    """Whether a native kernel makes both products of a gated net, whichever of its layers' variants they have."""
+    """Whether kernels make a gated net as one, whichever of its layers' variants the weights have: a native one all of
+    it, or Pallas's so that what a product makes is gated where the next one's activations are."""
     ups, downs = (weight.stacks if isinstance(weight, LayerVariants) else (weight,) for weight in (up, down))
+    if backend.uses_pallas:
+        return all(_is_read_in_place(stack, backend) for stack in (*ups, *downs))
     how = _ACTIVATIONS[backend.precision]
     if not all(_is_tiled(stack) and stack.permutation is None for stack in downs):
         return False
     return all(_is_tiled(one) and one.permutation is None and native_matmul.takes_net(one, how) for one in ups)
+
+
+def _is_read_in_place(weight: QTensor | Array, backend: Backend) -> bool:
+    is_permuted = isinstance(weight, QTensor) and weight.permutation is not None
+    return has_kernel(weight, backend) and not is_permuted and not (backend.gathers and _lead(weight) != ())
 
 
 def _is_tiled(weight: QTensor | Array) -> TypeGuard[QTensor]:
@@ -193,11 +216,11 @@ def _place(weight: QTensor, index: tuple[Int32[Array, ""], ...]) -> Int32[Array,
 
 
 def _norm_apart(
-    x: Float[Array, "T K"] | Normed,
+    x: Float[Array, "T K"] | Normed, backend: Backend
 ) -> tuple[Float32[Array, "T K"], tuple[Float32[Array, " K"], float] | None]:
     """Rows, and the norm in front of them, as native kernels take them."""
     if isinstance(x, Normed):
-        return x.x.astype(jnp.float32), (x.scale.astype(jnp.float32), x.eps)
+        return computed(x.x, backend).astype(jnp.float32), (x.scale.astype(jnp.float32), x.eps)
     return x.astype(jnp.float32), None
 
 
@@ -222,86 +245,9 @@ def _native_linear(
     return y if factor is None else y * factor
 
 
-def _dense_linear(
-    x: Float[Array, "T K"],
-    stack: Array,
-    backend: Backend,
-    layer: Int32[Array, ""] | None,
-    *,
-    int8_activations: bool,
-) -> Float32[Array, "T N"]:
-    """`linear` of one of a stack of bfloat16 matrices, read in place."""
-    assert layer is not None, "the weight is of several layers"
-    factor: Float32[Array, "T 1"] | None = None
-    if int8_activations:
-        codes, factor = matmul_kernels.quantize_tokens(x)
-        x = codes.astype(jnp.bfloat16)
-    N, K = stack.shape[1:]
-    tiles = matmul_tiles(backend.device, "dense_matmul", M=x.shape[0], N=N, K=K, bits=16, group=1)
-    y = dense_matmul(x, stack, layer, tiles, interpret=backend.kernels == "interpret")
-    return y if factor is None else y * factor
-
-
-def has_kernel(weight: QTensor, backend: Backend) -> bool:
-    """Whether Pallas multiplies a weight."""
-    if not backend.uses_pallas or weight.layout != "planar" or not format_of(weight).is_aligned:
-        return False
-    # Triton counts in 32 bits up to 4 GiB: in an array of bytes, what lies behind 2 GiB would wrap around. The words
-    # of ternary weights may be read as bytes.
-    in_bytes = [leaf.size for leaf in (weight.scales, weight.mins) if leaf is not None and leaf.dtype == jnp.int8]
-    in_bytes += [2 * weight.codes.size] if weight.bits == 2 else []
-    return not any(2**31 <= size <= 2**32 for size in in_bytes)
-
-
-def format_of(weight: QTensor) -> PlanarFormat:
-    """What the kernels of the planar layout call it."""
-    return PlanarFormat(weight.bits, weight.plane, weight.group, weight.zero, weight.table)
-
-
-def _is_ternary(weight: QTensor) -> bool:
-    """Whether its products with int8 activations are sums of integers alone."""
-    return weight.layout == "planar" and weight.mins is None and is_ternary(format_of(weight), weight.shape[1])
-
-
-def stack_of(weight: QTensor) -> PlanarStack:
-    """A weight with its leading axes as one."""
-    parts = (weight.codes, weight.scales, weight.mins, weight.scale_supers, weight.min_supers)
-    return PlanarStack(*(None if part is None else part.reshape(-1, *part.shape[-2:]) for part in parts))
-
-
-def _kernel_linear(
-    x: Float[Array, "T K"],
-    weight: QTensor,
-    backend: Backend,
-    layer: Int32[Array, ""] | None,
-    *,
-    int8_activations: bool,
-) -> Float32[Array, "T N"]:
-    """`linear` of a weight, or of one of a stack, that Pallas reads in place."""
-    kind, stack, (N, K) = format_of(weight), stack_of(weight), weight.shape
-    place = jnp.int32(0) if layer is None or weight.lead == () else layer
-    if weight.permutation is not None:
-        x = x[:, weight.permutation.reshape(-1, K)[place]]
-    shape = {"M": x.shape[0], "N": N, "K": K, "bits": kind.bits, "group": kind.group}
-    interpret = backend.kernels == "interpret"
-    if int8_activations and _is_ternary(weight):
-        tiles = matmul_tiles(backend.device, "ternary_matmul", **shape)
-        return ternary_matmul(x, stack.words, stack.scales, place, kind, tiles, interpret=interpret)
-    factor: Float32[Array, "T 1"] | None = None
-    if int8_activations:
-        codes, factor = matmul_kernels.quantize_tokens(x)
-        x = codes.astype(jnp.bfloat16)  # exact
-    if x.shape[0] > PACKED_ROWS:
-        y = matmul_kernels.dot(x.astype(jnp.bfloat16), planar_dequantized(stack, place, kind, K, interpret=interpret))
-    else:
-        tiles = matmul_tiles(backend.device, "planar_matmul", **shape)
-        y = planar_matmul(x, stack, place, kind, tiles, interpret=interpret)
-    return y if factor is None else y * factor
-
-
 def _integer_linear(x: Float[Array, "T K"], weight: QTensor | Array, backend: Backend) -> Float32[Array, "T N"]:
     """`linear` of tokens as int8. Their codes are exact in bfloat16 too, so that the factor of a token comes last."""
-    if isinstance(weight, QTensor) and weight.permutation is None and _is_ternary(weight):
+    if isinstance(weight, QTensor) and weight.permutation is None and takes_tokens(weight):
         return ternary_matmul_xla(x, weight.codes, weight.scales, format_of(weight))
     exact = isinstance(weight, QTensor) and weight.layout == "rows" and weight.codes.dtype == jnp.int8
     if isinstance(weight, QTensor) and exact and weight.group >= _INTEGER_GROUP and weight.permutation is None:

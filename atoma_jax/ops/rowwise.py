@@ -13,14 +13,28 @@ from jaxtyping import Array, Float, Float32
 from atoma_jax.model_spec import Activation
 from atoma_jax.native import rowwise as native_rowwise
 from atoma_jax.ops.backend import Backend
+from pallas_kernels.activations import summed
 from sharding.collectives import mean_over, size_of
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """Rows of the residual stream and what a product adds to them, for a norm to add up or to take in."""
+
+    residual: Float32[Array, "T D"]
+    parts: Float32[Array, "splits T D"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what it makes."""
+        return self.residual.shape
 
 
 @dataclass(frozen=True, slots=True)
 class Normed:
     """`rms_norm` of rows, for a product to compute or to take in."""
 
-    x: Float32[Array, "T D"]
+    x: Float32[Array, "T D"] | Added
     scale: Float[Array, " D"]
     eps: float
 
@@ -30,9 +44,11 @@ class Normed:
         return self.x.shape
 
 
-def computed(x: Float[Array, "T K"] | Normed, backend: Backend) -> Float[Array, "T K"]:
+def computed(x: Float[Array, "T K"] | Normed | Added, backend: Backend) -> Float[Array, "T K"]:
     """Rows for whoever needs them as an array."""
-    return rms_norm(x.x, x.scale, x.eps, backend) if isinstance(x, Normed) else x
+    if isinstance(x, Added):
+        return x.residual + summed(x.parts)
+    return rms_norm(computed(x.x, backend), x.scale, x.eps, backend) if isinstance(x, Normed) else x
 
 
 def rms_norm(
@@ -98,8 +114,13 @@ def gated(gate_up: Float32[Array, "*lead twoF"], activation: Activation, backend
         *lead, width = gate_up.shape
         return native_rowwise.gated(gate_up.reshape(-1, width), activation).reshape(*lead, width // 2)
     gate, up = jnp.split(gate_up, 2, axis=-1)
+    return activated(gate, activation) * up
+
+
+def activated(gate: Float32[Array, "*n"], activation: Activation) -> Float32[Array, "*n"]:
+    """What gates become."""
     if activation == "silu":
-        return jax.nn.silu(gate) * up
+        return jax.nn.silu(gate)
     if activation == "gelu_tanh":
-        return jax.nn.gelu(gate, approximate=True) * up
-    return jnp.square(jax.nn.relu(gate)) * up
+        return jax.nn.gelu(gate, approximate=True)
+    return jnp.square(jax.nn.relu(gate))

@@ -12,11 +12,12 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from atoma_jax.model_spec import Activation
 from atoma_jax.ops.backend import Backend
-from atoma_jax.ops.linear import at_hand, gated_net, has_kernel, in_variant, is_one_call, linear
+from atoma_jax.ops.kernel_linear import has_kernel
+from atoma_jax.ops.linear import at_hand, gated_net, in_variant, is_one_call, linear, linear_added
 from atoma_jax.ops.parts import inputs_of, quantized_parts
 from atoma_jax.ops.residual import all_tokens, is_cut, own_tokens, sum_of_parts
 from atoma_jax.ops.ring import goes_round, joined_products, summed_nets, summed_products
-from atoma_jax.ops.rowwise import Normed, computed, gated
+from atoma_jax.ops.rowwise import Added, Normed, computed, gated
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from sharding.collectives import size_of
 
@@ -75,15 +76,17 @@ def linear_of_parts(
     layer: Int32[Array, ""],
     int8_activations: bool = False,
     whole: bool = False,
-    residual: Float32[Array, "t D"] | None = None,
-) -> Float32[Array, "t D"]:
+    residual: Float32[Array, "t D"] | Added | None = None,
+) -> Float32[Array, "t D"] | Added:
     """`linear` where inputs may be cut over devices, as heads and feed-forward nets are: the sum over the parts, of the
     tokens that this device has of the stream, which is `width` wide. `whole`: every device has all inputs. `residual`:
-    what it is added to."""
+    what it is added to, which may be left to the norm that comes next."""
     if backend.mesh is None:
-        return linear(x, weight, backend, layer=layer, int8_activations=int8_activations, residual=residual)
+        if residual is None:
+            return linear(x, weight, backend, layer=layer, int8_activations=int8_activations)
+        return linear_added(x, weight, residual, backend, layer=layer, int8_activations=int8_activations)
     y = _over_parts(x, weight, backend, layer, width=width, whole=whole, int8_activations=int8_activations)
-    return y if residual is None else residual + y
+    return y if residual is None else computed(residual, backend) + y
 
 
 def _over_parts(
@@ -128,7 +131,7 @@ def net_of_stream(
     layer: Int32[Array, ""],
     int8_activations: bool = False,
     sub_norm: Callable[[Array], Array] | None = None,
-    residual: Float32[Array, "t D"] | None = None,
+    residual: Float32[Array, "t D"] | Added | None = None,
 ) -> Float32[Array, "t D"]:
     """The gated net down(activation(gate · x) · (up · x)) of a step of so many `tokens`, of which `x` has all or this
     device's: of the tokens that this device has of the stream.
@@ -148,12 +151,18 @@ def net_of_stream(
     mesh, width = backend.mesh, x.shape[1]
     apart = sub_norm is not None or int8_activations or _is_permuted(down)
     if mesh is None and not apart and is_one_call(up, down, backend):
-        return _net(x, up, down, activation, backend, layer, residual)
+
+        def net(
+            ups: QTensor | Array, up_place: Int32[Array, ""], downs: QTensor | Array, down_place: Int32[Array, ""]
+        ) -> Float32[Array, "T D"]:
+            return gated_net(x, ups, up_place, downs, down_place, activation, backend, residual=residual)
+
+        return _in_both(up, down, layer, net)
     if apart or x.shape[0] == tokens or not goes_round(tokens, width, mesh, "tensor"):
         h = linear_of_stream(
             x, up, backend, tokens=tokens, layer=layer, int8_activations=int8_activations, gate=activation
         )
-        return linear_of_parts(
+        y = linear_of_parts(
             h if sub_norm is None else sub_norm(h),
             down,
             backend,
@@ -162,41 +171,33 @@ def net_of_stream(
             int8_activations=int8_activations,
             residual=residual,
         )
-    x = _as_sent(computed(x, backend), up, backend)
+        return computed(y, backend)
+    sent = _as_sent(computed(x, backend), up, backend)
 
-    def of_up(ups: QTensor | Array, up_place: Int32[Array, ""]) -> Float32[Array, "t D"]:
-        ups = at_hand(ups, up_place, backend)
+    def ring(
+        ups: QTensor | Array, up_place: Int32[Array, ""], downs: QTensor | Array, down_place: Int32[Array, ""]
+    ) -> Float32[Array, "t D"]:
+        ups, downs = at_hand(ups, up_place, backend), at_hand(downs, down_place, backend)
 
-        def of_down(downs: QTensor | Array, down_place: Int32[Array, ""]) -> Float32[Array, "t D"]:
-            downs = at_hand(downs, down_place, backend)
+        def net_of(part: Float[Array, "t D"]) -> Float32[Array, "t D"]:
+            return gated_net(part, ups, up_place, downs, down_place, activation, backend)
 
-            def net(part: Float[Array, "t D"]) -> Float32[Array, "t D"]:
-                return gated_net(part, ups, up_place, downs, down_place, activation, backend)
+        return summed_nets(sent, net_of, mesh)
 
-            return summed_nets(x, net, mesh)
-
-        return in_variant(down, layer, of_down)
-
-    y = in_variant(up, layer, of_up)
-    return y if residual is None else residual + y
+    y = _in_both(up, down, layer, ring)
+    return y if residual is None else computed(residual, backend) + y
 
 
-def _net(
-    x: Float[Array, "T D"] | Normed,
+def _in_both(
     up: QTensor | LayerVariants | Array,
     down: QTensor | LayerVariants | Array,
-    activation: Activation,
-    backend: Backend,
     layer: Int32[Array, ""],
-    residual: Float32[Array, "T D"] | None,
-) -> Float32[Array, "T D"]:
-    """`gated_net` of the stacks that have the layer, of one device alone."""
+    use: Callable[[QTensor | Array, Array, QTensor | Array, Array], Array],
+) -> Array:
+    """`use` of the stacks that hold a layer's two weights, and of its places in them."""
 
-    def of_up(ups: QTensor | Array, up_place: Int32[Array, ""]) -> Float32[Array, "T D"]:
-        def of_down(downs: QTensor | Array, down_place: Int32[Array, ""]) -> Float32[Array, "T D"]:
-            return gated_net(x, ups, up_place, downs, down_place, activation, backend, residual=residual)
-
-        return in_variant(down, layer, of_down)
+    def of_up(ups: QTensor | Array, up_place: Int32[Array, ""]) -> Array:
+        return in_variant(down, layer, lambda downs, down_place: use(ups, up_place, downs, down_place))
 
     return in_variant(up, layer, of_up)
 

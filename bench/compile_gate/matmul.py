@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 
 from atoma_jax import ops
-from atoma_jax.ops.linear import format_of
+from atoma_jax.ops.kernel_linear import format_of
 from atoma_jax.quant.qtensor import QTensor
 from bench.compile_gate.cases import KernelCase
 from bench.real_models import packed_weight

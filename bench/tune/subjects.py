@@ -13,8 +13,9 @@ from atoma_jax import ops
 from bench.gpu_sections.attention import PAGE_SIZE, AttentionCase, random_pages
 from bench.real_models import packed_weight, random_value
 from pallas_kernels import attention_work, paged_attention_pallas
+from pallas_kernels.activations import InFields, Rows, activations, summed
 from pallas_kernels.dense_matmul import dense_matmul
-from pallas_kernels.planar_matmul import planar_matmul
+from pallas_kernels.planar_matmul import form_of, planar_matmul
 from pallas_kernels.planar_weights import PlanarFormat, PlanarStack
 from pallas_kernels.ternary_matmul import ternary_matmul
 from pallas_kernels.tuning import (
@@ -105,12 +106,14 @@ def _product(type_name: str, M: int, N: int, K: int, *, count: int, interpret: b
         def call(turn: jax.Array, x: jax.Array, weight: Any) -> jax.Array:
             index = turn % count
             if operation == "dense_matmul":
-                return dense_matmul(x, weight, index, tiles, interpret=interpret)
+                return summed(dense_matmul(x, weight, index, tiles, interpret=interpret))
             kind = PlanarFormat(weight.bits, weight.plane, weight.group, weight.zero, weight.table)
+            form = InFields(kind.plane) if operation == "ternary_matmul" else form_of(kind, tiles)
+            inputs = activations(Rows(x), form, interpret=interpret).inputs
             if operation == "ternary_matmul":
-                return ternary_matmul(x, weight.codes, weight.scales, index, kind, tiles, interpret=interpret)
+                return ternary_matmul(inputs, weight.codes, weight.scales, index, kind, tiles, interpret=interpret)
             stack = PlanarStack(weight.codes, weight.scales, weight.mins, weight.scale_supers, weight.min_supers)
-            return planar_matmul(x, stack, index, kind, tiles, interpret=interpret)
+            return summed(planar_matmul(inputs, stack, index, kind, tiles, interpret=interpret))
 
         return call
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from pallas_kernels.planar_weights import PlanarFormat, PlanarStack
 from pallas_kernels.quantized_matmul import pack_planar
-from pallas_kernels.quantized_tokens import span_bytes
 
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -61,10 +60,3 @@ def activations(M: int, K: int, seed: int = 0) -> np.ndarray:
 
 def index(value: int) -> jax.Array:
     return jnp.int32(value)
-
-
-def in_two_bytes(x: np.ndarray, kind: PlanarFormat) -> np.ndarray:
-    """Activations as few rows are rounded."""
-    found = span_bytes(jnp.asarray(x, jnp.float32), kind.span, interpret=True)
-    high, low = np.asarray(found.codes, np.float64)
-    return (256 * high + low) * np.repeat(np.asarray(found.unit, np.float64).T, kind.span, axis=1)

@@ -10,10 +10,10 @@ import pytest
 
 from pallas_kernels import quantized_matmul
 from pallas_kernels.planar_dequantize import planar_dequantized
-from pallas_kernels.planar_matmul import planar_grouped_matmul, planar_matmul
 from pallas_kernels.planar_weights import PlanarFormat
 from pallas_kernels.tuning import SCALED_WEIGHTS, MatmulTiles, default_tiles
-from tests.pallas_kernels.packed_weights import IQ4_NL, Packed, activations, in_two_bytes, index, packed
+from tests.pallas_kernels.packed_weights import IQ4_NL, Packed, activations, index, packed
+from tests.pallas_kernels.products import in_two_bytes, planar_grouped_product, planar_product
 
 FEW = MatmulTiles(block_n=32, block_m=4, splits=2, warps=4, stages=4)
 MANY = MatmulTiles(block_n=32, block_m=64, splits=1, warps=8, stages=2)
@@ -36,9 +36,7 @@ RARE = tuple(name for name in KINDS if name not in QUICK)
 MOST = [*QUICK, *(name if name == "AWQ" else pytest.param(name, marks=pytest.mark.slow) for name in RARE)]
 
 
-@partial(jax.jit, static_argnums=(3, 4))
-def product(x, stack, place, kind, tiles):
-    return planar_matmul(x, stack, place, kind, tiles, interpret=True)
+product = jax.jit(planar_product, static_argnums=(3, 4))
 
 
 def weight(name: str, N: int) -> Packed:
@@ -156,7 +154,7 @@ def test_groups_of_rows_have_weights_of_their_own(name):
     w = weight(name, 40)
     x = activations(24, K)
     start, stop, expert = np.int32([0, 2, 19, 0]), np.int32([2, 19, 20, 16]), np.int32([1, 0, 1, 0])
-    run = jax.jit(partial(planar_grouped_matmul, kind=w.kind, tiles=FEW, most=32, interpret=True))
+    run = jax.jit(partial(planar_grouped_product, kind=w.kind, tiles=FEW, most=32))
     got = np.asarray(run(x, w.stack, index(3), expert, start, stop), np.float64)
     for first, last, one in zip(start[:3], stop[:3], expert[:3], strict=True):
         rows = x[first:last]

@@ -9,9 +9,10 @@ import pytest
 
 from pallas_kernels.planar_weights import PlanarFormat
 from pallas_kernels.quantized_matmul import pack_planar, quantize_tokens
-from pallas_kernels.ternary_matmul import ternary_matmul, ternary_matmul_xla
+from pallas_kernels.ternary_matmul import ternary_matmul_xla
 from pallas_kernels.tuning import MatmulTiles, default_tiles
 from tests.pallas_kernels.packed_weights import index, packed
+from tests.pallas_kernels.products import ternary_product
 
 SHAPE = {"N": 40, "K": 512, "bits": 2, "group": 512}
 
@@ -31,7 +32,7 @@ def tiles(block_m: int, splits: int) -> MatmulTiles:
 def test_the_kernel_is_bit_equal_to_xla_and_exact(M, N, K, plane, cut):
     w = packed(PlanarFormat(2, plane, K, 1, None), S=2, N=N, K=K)
     x = np.random.default_rng(M).standard_normal((M, K)).astype(np.float32)
-    run = jax.jit(partial(ternary_matmul, kind=w.kind, tiles=cut, interpret=True))
+    run = jax.jit(partial(ternary_product, kind=w.kind, tiles=cut))
     got = np.asarray(run(x, w.stack.words, w.stack.scales, index(1)))
     twin = jax.jit(partial(ternary_matmul_xla, kind=w.kind))(x, w.stack.words[1], w.stack.scales[1])
     np.testing.assert_array_equal(got, np.asarray(twin))
@@ -45,7 +46,7 @@ def test_the_largest_sums_are_exact():
     kind = PlanarFormat(2, 32, K, 1, None)
     signs = np.where(np.arange(16) % 2, 1, -1)[:, None]
     words = np.stack([pack_planar(np.broadcast_to(1 + signs, (16, K)).astype(np.uint8), 2, 32)])
-    run = jax.jit(partial(ternary_matmul, kind=kind, tiles=tiles(16, 1), interpret=True))
+    run = jax.jit(partial(ternary_product, kind=kind, tiles=tiles(16, 1)))
     got = run(jnp.full((3, K), 127.0), jnp.asarray(words), jnp.ones((1, 1, 16)), index(0))
     np.testing.assert_array_equal(got, np.broadcast_to(127.0 * K * signs[:, 0], (3, 16)))
 
@@ -54,7 +55,7 @@ def test_a_row_that_holds_nan_or_infinity_stays_alone():
     w = packed(PlanarFormat(2, 32, 512, 1, None), S=1, N=32, K=512)
     x = np.ones((4, 512), np.float32)
     x[1, 7], x[2, 9] = np.nan, np.inf
-    run = jax.jit(partial(ternary_matmul, kind=w.kind, tiles=tiles(16, 1), interpret=True))
+    run = jax.jit(partial(ternary_product, kind=w.kind, tiles=tiles(16, 1)))
     got = np.asarray(run(jnp.asarray(x), w.stack.words, w.stack.scales, index(0)))
     assert np.isnan(got[[1, 2]]).all()
     assert np.isfinite(got[[0, 3]]).all()
