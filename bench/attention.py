@@ -89,7 +89,7 @@ def _program(kernels: ops.Kernels, pages: ops.KVPages, q: Array, k: Array, v: Ar
             out, pages = ops.attend(
                 q, k, v, pages, batch, backend, layer=index, window=window, scale=scale, softcap=None
             )
-            return (pages, q + out), None
+            return (pages, q + ops.computed(out, backend).reshape(q.shape)), None
 
         return jax.lax.scan(layer, (pages, q), jnp.arange(pages.k.shape[0], dtype=jnp.int32))[0]
 

@@ -5,7 +5,7 @@ begins, and with few rows that is what a step waits for.
 Which form a product takes is its weight's and its tiles' to say: `planar_matmul.form_of`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,11 +33,12 @@ class Rows(NamedTuple):
 
 
 class NormedRows(NamedTuple):
-    """Rows divided by their root mean square, times a scale (arXiv:1910.07467)."""
+    """Rows divided by their root mean square, times one of a stack of scales (arXiv:1910.07467)."""
 
     x: Float[Array, "M K"]
     parts: Float32[Array, "splits M K"] | None  # what is added to `x` first
-    scale: Float[Array, " K"]
+    scales: Float[Array, "L K"]
+    layer: Int32[Array, ""]
     eps: float
 
 
@@ -121,7 +122,7 @@ def activations(source: Source, form: Form, *, interpret: bool = False) -> Made:
     arrays, read = _reader(source)
     M, K = arrays[0].shape[-2], arrays[0].shape[-1] // (2 if isinstance(source, GatedRows) else 1)
     is_whole = isinstance(source, NormedRows) or not isinstance(form, InSpans)  # a program needs all of a row
-    shapes, store = _writer(form, M, K, assembly=not interpret)
+    shapes, store = writer(form, M, K, assembly=not interpret)
     adds = isinstance(source, NormedRows) and source.parts is not None
     if adds:
         shapes = [*shapes, jax.ShapeDtypeStruct((M, K), jnp.float32)]
@@ -153,10 +154,14 @@ def activations(source: Source, form: Form, *, interpret: bool = False) -> Made:
         interpret=interpret,
         name=f"activations_{type(source).__name__}_{type(form).__name__}",
     )(*arrays)
-    made, total = (found[:-1], found[-1]) if adds else (found, None)
+    return Made(as_activations(found, form), found[-1] if adds else None)
+
+
+def as_activations(arrays: Sequence[Array], form: Form) -> Activations:
+    """The first of some arrays, as many as a form has."""
     if isinstance(form, InPairs):
-        return Made(made[0], total)
-    return Made(SpanBytes(*made) if isinstance(form, InSpans) else FieldTokens(*made), total)
+        return arrays[0]
+    return SpanBytes(*arrays[:3]) if isinstance(form, InSpans) else FieldTokens(*arrays[:3])
 
 
 def _computed(source: Rows | GatedRows) -> Float[Array, "M K"]:
@@ -198,17 +203,17 @@ def _reader(source: Source) -> tuple[list[Array], Callable[..., tuple[Array, Arr
     def read_normed(refs: Any, row: Any, place: Array, inside: Array) -> tuple[Array, Array]:
         total = load(refs[0], (row, place), inside).astype(jnp.float32)
         for part in range(0 if parts is None else parts.shape[0]):
-            total = total + load(refs[2], (part, row, place), inside)
+            total = total + load(refs[3], (part, row, place), inside)
         square = total * total
         for _ in range(total.ndim):  # Triton reduces one axis at a time
             square = jnp.sum(square, axis=square.ndim - 1)
         factor = lax.rsqrt(square / K + source.eps)
-        return total * factor * load(refs[1], (place,), inside).astype(jnp.float32), total
+        return total * factor * load(refs[1], (refs[2][0], place), inside).astype(jnp.float32), total
 
-    return [source.x, source.scale, *([] if parts is None else [parts])], read_normed
+    return [source.x, source.scales, source.layer.reshape(1), *([] if parts is None else [parts])], read_normed
 
 
-def _writer(form: Form, M: int, K: int, *, assembly: bool) -> tuple[list[jax.ShapeDtypeStruct], Callable[..., None]]:
+def writer(form: Form, M: int, K: int, *, assembly: bool) -> tuple[list[jax.ShapeDtypeStruct], Callable[..., None]]:
     """Arrays of a form, and what writes some numbers of a row into them."""
     if isinstance(form, InSpans):
         spans = K // form.span

@@ -25,11 +25,10 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.attention_work import DecodeParts, QueryBlocks
+from pallas_kernels.decode_combine import DecodedParts
 from pallas_kernels.kv_pages import KVFormat, KVPages, decode, format_of
 from pallas_kernels.paged_attention import NEVER
 from pallas_kernels.tuning import AttentionTiles, attention_tiles
-
-COMBINED_AT_ONCE = 16  # parts
 
 _LOG2E = math.log2(math.e)
 _SMALLEST_UNIT = 1e-20  # of scales in float16: vectors of V that are smaller still count as zeros
@@ -121,15 +120,15 @@ def decode_attention(
     scale: float,
     softcap: float | None,
     interpret: bool = False,
-) -> Float32[Array, "T N H"]:
-    """Attention of one query a sequence: token i is the query of row i, for the rows that `parts` covers.
+) -> DecodedParts:
+    """Attention of one query a sequence, to be `combined`: token i is the query of row i, for the rows that `parts`
+    covers.
 
     Arguments as in `paged_attention.decode_attention`, but that the queries are the first heads of `qkv`; `parts`
-    counts contexts in blocks of `tiles.span`. Tokens of other rows, and those behind the B-th, are left as they
-    happen to be.
+    counts contexts in blocks of `tiles.span`.
     """
     N, (T, _, H) = _query_heads(qkv, pages), qkv.shape
-    K, W, B = pages.k.shape[2], parts.items.shape[0], lengths.shape[0]
+    K, W = pages.k.shape[2], parts.items.shape[0]
     shape = _shape(N, pages, tiles, scale, softcap, interpret)
     cache = _cache(pages, layer, window, page_table)
     out, acc, largest, total = pl.pallas_call(
@@ -145,15 +144,7 @@ def decode_attention(
         interpret=interpret,
         name="paged_attention_decode",
     )(parts.items, lengths, qkv, cache)
-    return pl.pallas_call(
-        partial(_combine_kernel, H=H, width=shape.width),
-        grid=(B, N),
-        out_shape=jax.ShapeDtypeStruct((T, N, H), jnp.float32),
-        input_output_aliases={4: 0},
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name="paged_attention_combine",
-    )(parts.rows, acc, largest, total, out)
+    return DecodedParts(parts.rows, acc, largest, total, out)
 
 
 def ragged_attention(
@@ -254,36 +245,6 @@ def _decode_kernel(
         plt.store(acc.at[item, heads[:, None], dims[None]], state.acc, mask=inside & ~alone)
         plt.store(largest.at[item, heads], state.largest * shape.unit, mask=is_head & ~alone)
         plt.store(total.at[item, heads], state.total, mask=is_head & ~alone)
-
-
-def _combine_kernel(rows: Any, acc: Any, largest: Any, total: Any, _: Any, out: Any, *, H: int, width: int) -> None:
-    """The whole of one row and query head from its parts, in order."""
-    row, head = pl.program_id(0), pl.program_id(1)
-    first, num_parts = rows[row, 0], rows[row, 1]
-
-    @pl.when(num_parts > 1)
-    def _() -> None:
-        dims = jnp.arange(width, dtype=jnp.int32)
-
-        def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            summed, peak, weight = carry
-            part = i * COMBINED_AT_ONCE + jnp.arange(COMBINED_AT_ONCE, dtype=jnp.int32)
-            exists = part < num_parts
-            item = first + part
-            logits = plt.load(largest.at[item, head], mask=exists, other=NEVER)
-            totals = plt.load(total.at[item, head], mask=exists, other=0.0)
-            sums = plt.load(acc.at[item[:, None], head, dims[None]], mask=exists[:, None] & (dims < H)[None], other=0.0)
-            higher = jnp.maximum(peak, jnp.max(logits, axis=0))
-            decay, factor = jnp.exp2(peak - higher), jnp.exp2(logits - higher)
-            return (
-                summed * decay + jnp.sum(sums * factor[:, None], axis=0),
-                higher,
-                weight * decay + jnp.sum(totals * factor, axis=0),
-            )
-
-        begin = jnp.zeros(width, jnp.float32), jnp.float32(NEVER), jnp.float32(0)
-        summed, _peak, weight = lax.fori_loop(0, pl.cdiv(num_parts, COMBINED_AT_ONCE), step, begin)
-        plt.store(out.at[row, head, dims], summed / weight, mask=dims < H)
 
 
 def _prefill_kernel(

@@ -98,13 +98,13 @@ class Decoder(nnx.Module):
         return ops.rows_of(hidden, token, tokens, self.backend.mesh)
 
     def normed(self, x: Float32[Array, "B D"]) -> Float32[Array, "B D"]:
-        """What the head reads of hidden states, and what embeddings are made of."""
+        """Hidden states as the head reads them: what embeddings are made of."""
         return ops.rms_norm(x, self.final_norm[...], self.spec.norm_eps, self.backend)
 
     def logits(self, x: Float32[Array, "B D"]) -> Float32[Array, "B V"]:
         """Scores of the next token, from the hidden states of some tokens."""
         with jax.named_scope("head"):
-            x = self.normed(x)
+            normed = ops.Normed(x, self.final_norm[...][None], jnp.int32(0), self.spec.norm_eps)
             table = self.embed.get_value() if self.spec.tied_embeddings else self.head.get_value()
-            logits = softcapped(tables.logits(x, table, self.backend), self.spec.final_softcap)
+            logits = softcapped(tables.logits(normed, table, self.backend), self.spec.final_softcap)
             return tables.without_filling(logits, self.spec.vocab_size, self.backend)

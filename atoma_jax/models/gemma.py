@@ -30,8 +30,8 @@ class GemmaLayer(LlamaLayer):
     ) -> tuple[Float32[Array, "t D"], ops.KVPages]:
         """One layer over the step's tokens; `layer` is its place in the cache."""
         eps, backend = self.spec.norm_eps, self.backend
-        h = ops.Normed(x, self.attn_norm[...], eps)
+        h = ops.Normed(x, self.attn_norm[...], layer, eps)
         h, pages = self.attention(h, pages, rope, batch, layer=layer, window=window, windowed=windowed)
         x = x + ops.rms_norm(ops.computed(h, backend), self.post_attn_norm[...], eps, backend)
-        h = self.feed_forward(ops.Normed(x, self.ffn_norm[...], eps), rope.tokens, layer)
+        h = self.feed_forward(ops.Normed(x, self.ffn_norm[...], layer, eps), rope.tokens, layer)
         return x + ops.rms_norm(h, self.post_ffn_norm[...], eps, backend), pages

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from atoma_jax import ops
 from atoma_jax.model_spec import ModelSpec
 from atoma_jax.models.layers import Rope
-from atoma_jax.models.params import matrix, vector
+from atoma_jax.models.params import matrix, norm, vector
 
 
 class LlamaLayer(nnx.Module):
@@ -24,7 +24,7 @@ class LlamaLayer(nnx.Module):
         self.spec, self.backend = spec, backend
         D, H = spec.dim, spec.head_dim
         heads = spec.num_heads + 2 * spec.num_kv_heads
-        self.attn_norm = vector(D, "embed")
+        self.attn_norm = norm(D, "embed")
         self.qkv = matrix(heads * H, D, ("heads_out", "embed"))
         if spec.qkv_bias:
             self.qkv_bias = vector(heads * H, "heads")
@@ -34,7 +34,7 @@ class LlamaLayer(nnx.Module):
         if spec.sub_norms:
             self.attn_sub_norm = vector(spec.num_heads * H, "heads")
         self.attn_out = matrix(D, spec.num_heads * H, ("embed_out", "heads"))
-        self.ffn_norm = vector(D, "embed")
+        self.ffn_norm = norm(D, "embed")
         self.add_feed_forward()
 
     def add_feed_forward(self) -> None:
@@ -60,9 +60,9 @@ class LlamaLayer(nnx.Module):
 
         Of the T tokens, devices that share a layer may have t each in front of the norms and behind the branches.
         """
-        h = ops.Normed(x, self.attn_norm[...], self.spec.norm_eps)
+        h = ops.Normed(x, self.attn_norm[...], layer, self.spec.norm_eps)
         y, pages = self.attention(h, pages, rope, batch, layer=layer, window=window, windowed=windowed, residual=x)
-        h = ops.Normed(y, self.ffn_norm[...], self.spec.norm_eps)
+        h = ops.Normed(y, self.ffn_norm[...], layer, self.spec.norm_eps)
         return self.feed_forward(h, rope.tokens, layer, residual=y), pages
 
     def attention(
@@ -79,7 +79,7 @@ class LlamaLayer(nnx.Module):
     ) -> tuple[Float32[Array, "t D"] | ops.Added, ops.KVPages]:
         """Projections, rotation, paged attention, output projection; with a residual, what that is added to."""
         spec, whole = self.spec, self.backend.whole_heads
-        T, N, K, H = rope.tokens, spec.num_heads, spec.num_kv_heads, spec.head_dim
+        T, N, K = rope.tokens, spec.num_heads, spec.num_kv_heads
         int8, weight = spec.int8_activations, self.qkv.get_value()
         qkv = ops.linear_of_stream(x, weight, self.backend, tokens=T, layer=layer, int8_activations=int8)
         if spec.qkv_bias:
@@ -97,8 +97,8 @@ class LlamaLayer(nnx.Module):
             scale=spec.attention_scale,
             softcap=spec.attention_softcap,
         )
-        out = out.reshape(T, N * H)
         if spec.sub_norms:
+            out = ops.computed(out, self.backend)
             out = ops.rms_norm(out, self.attn_sub_norm[...], spec.norm_eps, self.backend, is_cut=not whole)
         out = ops.linear_of_parts(
             out,

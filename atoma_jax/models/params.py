@@ -36,6 +36,11 @@ class ExpertParam(nnx.Param[Any]):
     every expert of a layer first."""
 
 
+class NormParam(nnx.Param[Any]):
+    """The scale of a norm in front of a product. A layer gets those of all layers, as the kernel that makes a product's
+    activations looks it up: a scan would copy it out first."""
+
+
 # `Any`, as what a parameter holds changes from its spec to an array when it is filled.
 def matrix(N: int, K: int, axes: tuple[str, str], *, stacked: bool = True) -> Any:
     """A weight that may be quantized; a layer's, unless it is not stacked."""
@@ -57,6 +62,11 @@ def vector(n: int, axis: str, *, stacked: bool = True) -> Any:
     return nnx.Param(ParamSpec((n,), (axis,), stacked=stacked))
 
 
+def norm(n: int, axis: str) -> Any:
+    """The scale of a layer's norm in front of a product, in float32."""
+    return NormParam(ParamSpec((n,), (axis,), stacked=True))
+
+
 def specs_of(model: nnx.Module) -> dict[str, ParamSpec]:
     """Every weight that `model` declares, by dotted path."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -70,7 +80,7 @@ def indexed(_path: Any, parameter: Any) -> bool:
     layer's out first.
     """
     value = parameter.get_value()
-    if isinstance(parameter, ExpertParam) or isinstance(value, LayerVariants):
+    if isinstance(parameter, (ExpertParam, NormParam)) or isinstance(value, LayerVariants):
         return True
     if isinstance(value, QTensor):
         return value.layout != "rows"

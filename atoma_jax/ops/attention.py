@@ -10,8 +10,10 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from atoma_jax.native import attention as native_attention
 from atoma_jax.ops.backend import Backend
+from atoma_jax.ops.rowwise import Attended
 from pallas_kernels import attention_work, kv_pages, kv_write_pallas, paged_attention, paged_attention_pallas
 from pallas_kernels.attention_work import DecodeParts, QueryBlocks
+from pallas_kernels.decode_combine import combined
 from pallas_kernels.kv_pages import KVPages
 
 # Programs that a step of few sequences which decode is spread over: four for each multiprocessor of a large GPU.
@@ -118,8 +120,9 @@ def attend(
     window: Int32[Array, ""],
     scale: float,
     softcap: float | None,
-) -> tuple[Float32[Array, "T N H"], KVPages]:
-    """Writes the step's K and V into their pages, then attends to them: both depend on the pages' layout.
+) -> tuple[Float32[Array, "T NH"] | Attended, KVPages]:
+    """Writes the step's K and V into their pages, then attends to them: both depend on the pages' layout. Results are
+    rows of all heads; of a step that only decodes, the product that comes next may put them together.
 
     Args:
         q: queries of the step's tokens, rotated.
@@ -147,26 +150,29 @@ def attend(
             scale=scale,
             softcap=softcap,
         )
-        return out, KVPages(*cache)
+        return out.reshape(q.shape[0], -1), KVPages(*cache)
     place: dict[str, Any] = {"layer": layer, "page": batch.page, "slot": batch.slot}
     what: dict[str, Any] = {"layer": layer, "page_table": batch.page_table, "window": window}
     what |= {"scale": scale, "softcap": softcap}
     if batch.parts is None:
         pages = kv_pages.write_kv(pages, k, v, **place)
-        return _attend_by_xla(q, pages, batch, what), pages
+        return _attend_by_xla(q, pages, batch, what).reshape(q.shape[0], -1), pages
     interpret = backend.kernels == "interpret"
     # One array, so that XLA makes it in one launch: sums of the projection's parts, norms and rotation included.
     qkv = jnp.concatenate([q, k, v], axis=1)
     pages = kv_write_pallas.write_kv(pages, qkv, **place, interpret=interpret)
     tiles = partial(paged_attention_pallas.tiles_of, pages=pages, num_heads=q.shape[1], device=backend.device)
-    out = paged_attention_pallas.decode_attention(
+    decoded = paged_attention_pallas.decode_attention(
         qkv, pages, batch.parts, tiles("decode"), lengths=batch.decode_lengths, **what, interpret=interpret
     )
-    if batch.blocks is not None:
-        out = paged_attention_pallas.ragged_attention(
-            qkv, pages, batch.blocks, out, tiles("prefill"), **what, interpret=interpret
-        )
-    return out, pages
+    if batch.blocks is None:
+        return Attended(decoded), pages
+    out = paged_attention_pallas.ragged_attention(
+        *(qkv, pages, batch.blocks, combined(decoded, interpret=interpret), tiles("prefill")),
+        **what,
+        interpret=interpret,
+    )
+    return out.reshape(q.shape[0], -1), pages
 
 
 def _attend_by_xla(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from atoma_jax.model_spec import Activation
 from atoma_jax.ops.backend import Backend
-from atoma_jax.ops.rowwise import Added, Normed, activated, computed
+from atoma_jax.ops.rowwise import Added, Attended, Normed, activated, computed
 from atoma_jax.quant.qtensor import QTensor
 from pallas_kernels import quantized_matmul as matmul_kernels
 from pallas_kernels.activations import (
@@ -27,6 +27,7 @@ from pallas_kernels.activations import (
     activations,
     summed,
 )
+from pallas_kernels.decode_combine import can_be_made, combined_activations
 from pallas_kernels.dense_matmul import dense_matmul
 from pallas_kernels.planar_dequantize import planar_dequantized
 from pallas_kernels.planar_matmul import form_of, planar_matmul
@@ -48,7 +49,7 @@ class _Product(NamedTuple):
 
 
 def kernel_parts(
-    x: Float[Array, "T K"] | Normed,
+    x: Float[Array, "T K"] | Normed | Attended,
     weight: QTensor | Array,
     layer: Int32[Array, ""] | None,
     backend: Backend,
@@ -64,7 +65,11 @@ def kernel_parts(
         codes, factor = matmul_kernels.quantize_tokens(computed(x, backend))
         x, int8_activations = codes.astype(jnp.bfloat16), False  # exact
     product = _product(weight, layer, x.shape[0], backend, int8_activations=int8_activations)
-    parts = product.parts(_made(_source(x, backend), product.form, backend).inputs)
+    if isinstance(x, Attended) and can_be_made(x.decoded, product.form):
+        inputs = combined_activations(x.decoded, product.form, interpret=backend.kernels == "interpret")
+    else:
+        inputs = _made(_source(x, backend), product.form, backend).inputs
+    parts = product.parts(inputs)
     return parts if factor is None else parts * factor
 
 
@@ -153,12 +158,11 @@ def _product(
     return _Product(form_of(kind, tiles), lambda x: planar_matmul(x, stack, place, kind, tiles, interpret=interpret))
 
 
-def _source(x: Float[Array, "T K"] | Normed, backend: Backend) -> Source:
+def _source(x: Float[Array, "T K"] | Normed | Attended, backend: Backend) -> Source:
     if not isinstance(x, Normed) or x.shape[0] > PACKED_ROWS:
         return Rows(computed(x, backend))
-    if isinstance(x.x, Added):
-        return NormedRows(x.x.residual, x.x.parts, x.scale, x.eps)
-    return NormedRows(x.x, None, x.scale, x.eps)
+    rows, parts = (x.x.residual, x.x.parts) if isinstance(x.x, Added) else (x.x, None)
+    return NormedRows(rows, parts, x.scales, x.layer, x.eps)
 
 
 def _made(source: Source, form: Form, backend: Backend) -> Made:

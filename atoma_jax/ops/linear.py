@@ -15,7 +15,7 @@ from atoma_jax.native import matmul as native_matmul
 from atoma_jax.ops.backend import Backend, Precision
 from atoma_jax.ops.kernel_linear import format_of, has_kernel, kernel_net, kernel_parts, takes_tokens
 from atoma_jax.ops.parts import gathered
-from atoma_jax.ops.rowwise import Added, Normed, computed, gated
+from atoma_jax.ops.rowwise import Added, Attended, Normed, computed, gated
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from pallas_kernels import quantized_matmul as matmul_kernels
 from pallas_kernels.activations import summed
@@ -26,7 +26,7 @@ _INTEGER_GROUP = 128
 
 
 def linear(
-    x: Float[Array, "T K"] | Normed,
+    x: Float[Array, "T K"] | Normed | Attended,
     weight: QTensor | LayerVariants | Array,
     backend: Backend,
     *,
@@ -59,7 +59,7 @@ def linear(
 
 
 def linear_added(
-    x: Float[Array, "T K"] | Normed,
+    x: Float[Array, "T K"] | Normed | Attended,
     weight: QTensor | LayerVariants | Array,
     residual: Float32[Array, "T N"] | Added,
     backend: Backend,
@@ -85,7 +85,7 @@ def linear_added(
 
 
 def _linear(
-    x: Float[Array, "T K"] | Normed,
+    x: Float[Array, "T K"] | Normed | Attended,
     weight: QTensor | Array,
     backend: Backend,
     layer: Int32[Array, ""] | None,
@@ -125,7 +125,7 @@ def _lead(weight: QTensor | Array) -> tuple[int, ...]:
 
 
 def tiled_linear(
-    x: Float[Array, "T K"] | Normed,
+    x: Float[Array, "T K"] | Normed | Attended,
     weight: QTensor,
     index: tuple[Int32[Array, ""], ...],
     backend: Backend,
@@ -216,12 +216,12 @@ def _place(weight: QTensor, index: tuple[Int32[Array, ""], ...]) -> Int32[Array,
 
 
 def _norm_apart(
-    x: Float[Array, "T K"] | Normed, backend: Backend
+    x: Float[Array, "T K"] | Normed | Attended, backend: Backend
 ) -> tuple[Float32[Array, "T K"], tuple[Float32[Array, " K"], float] | None]:
     """Rows, and the norm in front of them, as native kernels take them."""
     if isinstance(x, Normed):
         return computed(x.x, backend).astype(jnp.float32), (x.scale.astype(jnp.float32), x.eps)
-    return x.astype(jnp.float32), None
+    return computed(x, backend).astype(jnp.float32), None
 
 
 _ACTIVATIONS: dict[Precision, native_matmul.Activations] = {"default": "groups", "high": "planes", "exact": "exact"}

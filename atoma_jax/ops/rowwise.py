@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from atoma_jax.model_spec import Activation
 from atoma_jax.native import rowwise as native_rowwise
 from atoma_jax.ops.backend import Backend
 from pallas_kernels.activations import summed
+from pallas_kernels.decode_combine import DecodedParts, combined
 from sharding.collectives import mean_over, size_of
 
 
@@ -31,12 +32,31 @@ class Added:
 
 
 @dataclass(frozen=True, slots=True)
+class Attended:
+    """Attention of rows that decode, in parts, for a product to put together or to take in."""
+
+    decoded: DecodedParts
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what it makes."""
+        T, N, H = self.decoded.out.shape
+        return T, N * H
+
+
+@dataclass(frozen=True, slots=True)
 class Normed:
     """`rms_norm` of rows, for a product to compute or to take in."""
 
     x: Float32[Array, "T D"] | Added
-    scale: Float[Array, " D"]
+    scales: Float[Array, "L D"]
+    layer: Int32[Array, ""]  # whose scale
     eps: float
+
+    @property
+    def scale(self) -> Float[Array, " D"]:
+        """The layer's."""
+        return jax.lax.dynamic_index_in_dim(self.scales, self.layer, keepdims=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,10 +64,12 @@ class Normed:
         return self.x.shape
 
 
-def computed(x: Float[Array, "T K"] | Normed | Added, backend: Backend) -> Float[Array, "T K"]:
+def computed(x: Float[Array, "T K"] | Normed | Added | Attended, backend: Backend) -> Float[Array, "T K"]:
     """Rows for whoever needs them as an array."""
     if isinstance(x, Added):
         return x.residual + summed(x.parts)
+    if isinstance(x, Attended):
+        return combined(x.decoded, interpret=backend.kernels == "interpret").reshape(x.shape)
     return rms_norm(computed(x.x, backend), x.scale, x.eps, backend) if isinstance(x, Normed) else x
 
 

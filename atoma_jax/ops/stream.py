@@ -17,7 +17,7 @@ from atoma_jax.ops.linear import at_hand, gated_net, in_variant, is_one_call, li
 from atoma_jax.ops.parts import inputs_of, quantized_parts
 from atoma_jax.ops.residual import all_tokens, is_cut, own_tokens, sum_of_parts
 from atoma_jax.ops.ring import goes_round, joined_products, summed_nets, summed_products
-from atoma_jax.ops.rowwise import Added, Normed, computed, gated
+from atoma_jax.ops.rowwise import Added, Attended, Normed, computed, gated
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from sharding.collectives import size_of
 
@@ -68,7 +68,7 @@ def _of_joined(
 
 
 def linear_of_parts(
-    x: Float[Array, "T K"],
+    x: Float[Array, "T K"] | Attended,
     weight: QTensor | LayerVariants | Array,
     backend: Backend,
     *,
@@ -85,7 +85,9 @@ def linear_of_parts(
         if residual is None:
             return linear(x, weight, backend, layer=layer, int8_activations=int8_activations)
         return linear_added(x, weight, residual, backend, layer=layer, int8_activations=int8_activations)
-    y = _over_parts(x, weight, backend, layer, width=width, whole=whole, int8_activations=int8_activations)
+    y = _over_parts(
+        computed(x, backend), weight, backend, layer, width=width, whole=whole, int8_activations=int8_activations
+    )
     return y if residual is None else computed(residual, backend) + y
 
 

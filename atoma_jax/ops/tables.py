@@ -12,6 +12,7 @@ from atoma_jax.ops.linear import linear
 from atoma_jax.ops.parts import from_all_rows, own_rows
 from atoma_jax.ops.residual import is_cut
 from atoma_jax.ops.ring import goes_round, summed_products
+from atoma_jax.ops.rowwise import Normed, computed
 from atoma_jax.quant.qtensor import QTensor
 from pallas_kernels import quantized_matmul as matmul_kernels
 from sharding.collectives import join_over, part_index, size_of, swap_cut
@@ -55,13 +56,16 @@ def _rows(ids: Int32[Array, " T"], table: QTensor | Array) -> Float32[Array, "T 
     return matmul_kernels.dequantize(codes, scales, mins, zero=table.zero, table=table.table)
 
 
-def logits(x: Float[Array, "B D"], table: QTensor | Array, backend: Backend) -> Float32[Array, "B V"]:
+def logits(x: Float[Array, "B D"] | Normed, table: QTensor | Array, backend: Backend) -> Float32[Array, "B V"]:
     """x · tableᵀ; of the device's part of the vocabulary where it is cut over `tensor`.
 
     Along `fsdp` rows go to the parts of the table, not the table to the rows: they are fewer.
     """
     mesh = backend.mesh
-    return swap_cut(linear(join_over(x, mesh, "fsdp", 0), table, backend), mesh, "fsdp", cut=0, join=1)
+    if mesh is None:
+        return linear(x, table, backend)
+    rows = join_over(computed(x, backend), mesh, "fsdp", 0)
+    return swap_cut(linear(rows, table, backend), mesh, "fsdp", cut=0, join=1)
 
 
 def without_filling(scores: Float32[Array, "B V"], vocab_size: int, backend: Backend) -> Float32[Array, "B V"]:

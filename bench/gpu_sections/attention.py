@@ -153,9 +153,10 @@ def _prepared(case: AttentionCase, kernels: ops.Kernels, layers: int) -> tuple[C
         def layer(carry: tuple[Array, ops.KVPages], index: Array) -> tuple[tuple[Array, ops.KVPages], None]:
             _, pages = carry  # each layer waits for the one before it, as in a model
             window, scale = jnp.int32(case.window), H**-0.5
-            return ops.attend(
+            out, pages = ops.attend(
                 q, k, v, pages, batch, backend, layer=index, window=window, scale=scale, softcap=None
-            ), None
+            )
+            return (ops.computed(out, backend).reshape(q.shape), pages), None
 
         return jax.lax.scan(layer, (jnp.zeros_like(q), pages), jnp.arange(layers, dtype=jnp.int32))[0]
 

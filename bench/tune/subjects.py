@@ -14,6 +14,7 @@ from bench.gpu_sections.attention import PAGE_SIZE, AttentionCase, random_pages
 from bench.real_models import packed_weight, random_value
 from pallas_kernels import attention_work, paged_attention_pallas
 from pallas_kernels.activations import InFields, Rows, activations, summed
+from pallas_kernels.decode_combine import combined
 from pallas_kernels.dense_matmul import dense_matmul
 from pallas_kernels.planar_matmul import form_of, planar_matmul
 from pallas_kernels.planar_weights import PlanarFormat, PlanarStack
@@ -152,9 +153,10 @@ def _attention(case: AttentionCase) -> Subject:
                 parts = attention_work.decode_parts(
                     length, block=tiles.span, num_parts=B + -(-512 // K), part=None, cover_empty=True
                 )
-                return paged_attention_pallas.decode_attention(
+                decoded = paged_attention_pallas.decode_attention(
                     qkv, pages, parts, tiles, layer=layer, page_table=table, lengths=length, **what
                 )
+                return combined(decoded)
             start, first = jnp.arange(B, dtype=jnp.int32) * case.chunk, length - case.chunk
             count = jnp.full(B, case.chunk, jnp.int32)
             blocks = attention_work.query_blocks(start, count, first, T, size=max(1, tiles.rows * K // N))

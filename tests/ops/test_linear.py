@@ -95,7 +95,7 @@ def test_a_gate_that_is_no_whole_tiles_is_a_call_of_its_own(F, calls):
     x = jnp.ones((3, 64))
 
     def product(x):
-        normed = ops.Normed(x, jnp.ones(64), 1e-6)
+        normed = ops.Normed(x, jnp.ones((1, 64)), jnp.int32(0), 1e-6)
         return ops.linear(normed, weight, backend, layer=jnp.int32(1), gate="silu")
 
     traced = jax.make_jaxpr(product)(x)

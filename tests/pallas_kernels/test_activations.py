@@ -103,11 +103,12 @@ def allowed(want: np.ndarray, form) -> np.ndarray:
 def test_rows_are_added_up_and_normalized_on_the_way(form, parts, K):
     rng = np.random.default_rng(K)
     x, more = rng.standard_normal((3, K)).astype(np.float32), rng.standard_normal((parts, 3, K)).astype(np.float32)
-    scale, eps = rng.uniform(0.5, 2, K).astype(np.float32), 1e-2
-    source = NormedRows(jnp.asarray(x), jnp.asarray(more) if parts else None, jnp.asarray(scale), eps)
+    scales, eps = rng.uniform(0.5, 2, (2, K)).astype(np.float32), 1e-2
+    added = jnp.asarray(more) if parts else None
+    source = NormedRows(jnp.asarray(x), added, jnp.asarray(scales), jnp.int32(1), eps)
     found = jax.jit(lambda: activations(source, form, interpret=True))()
     total = x.astype(np.float64) + more.sum(axis=0, dtype=np.float64)
-    want = total / np.sqrt((total**2).mean(axis=1, keepdims=True) + eps) * scale
+    want = total / np.sqrt((total**2).mean(axis=1, keepdims=True) + eps) * scales[1]
     assert (np.abs(in_order(found.inputs, form) - want) <= allowed(want, form)).all()
     assert (found.total is None) == (parts == 0)
     if parts:
@@ -128,5 +129,6 @@ def test_gates_and_ups_are_added_up_and_multiplied_on_the_way(form, parts):
 def test_a_row_that_holds_nan_is_normalized_alone():
     x = np.ones((2, 64), np.float32)
     x[1, 7] = np.nan
-    found = activations(NormedRows(jnp.asarray(x), None, jnp.ones(64), 0.0), InSpans(32), interpret=True)
+    source = NormedRows(jnp.asarray(x), None, jnp.ones((1, 64)), jnp.int32(0), 0.0)
+    found = activations(source, InSpans(32), interpret=True)
     np.testing.assert_array_equal(np.isnan(found.inputs.unit), [[False, True], [False, True]])

@@ -47,7 +47,9 @@ def program(heads: Heads, softcap: float | None, fixed_parts: bool = False, deco
             fixed_parts=fixed_parts,
         )
         layer, scale = jnp.int32(LAYER), heads.H**-0.5
-        return ops.attend(q, k, v, pages, batch, BACKEND, layer=layer, window=window, scale=scale, softcap=softcap)
+        what = {"layer": layer, "window": window, "scale": scale, "softcap": softcap}
+        out, pages = ops.attend(q, k, v, pages, batch, BACKEND, **what)
+        return ops.computed(out, BACKEND).reshape(q.shape), pages
 
     return run
 
