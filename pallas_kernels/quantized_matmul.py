@@ -45,7 +45,7 @@ def flat_factors(values: Num[Array, "G *rest"], supers: Float32[Array, "S *rest"
     values = values.astype(jnp.float32)
     if supers is None:
         return values
-    return values * jnp.repeat(supers, values.shape[0] // supers.shape[0], axis=0, total_repeat_length=values.shape[0])
+    return values * jnp.repeat(supers, values.shape[0] // supers.shape[0], axis=0)
 
 
 def numbers(codes: Array, *, zero: int, table: tuple[int, ...] | None) -> Float32[Array, "..."]:

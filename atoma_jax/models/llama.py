@@ -32,7 +32,7 @@ class LlamaLayer(nnx.Module):
             self.q_norm = vector(H, "head_dim")
             self.k_norm = vector(H, "head_dim")
         if spec.sub_norms:
-            self.attn_sub_norm = vector(spec.num_heads * H, "heads")
+            self.attn_sub_norm = norm(spec.num_heads * H, "heads")
         self.attn_out = matrix(D, spec.num_heads * H, ("embed_out", "heads"))
         self.ffn_norm = norm(D, "embed")
         self.add_feed_forward()
@@ -42,7 +42,7 @@ class LlamaLayer(nnx.Module):
         D, F = self.spec.dim, self.spec.ffn_dim
         self.gate_up = matrix(2 * F, D, ("ffn_out", "embed"))
         if self.spec.sub_norms:
-            self.ffn_sub_norm = vector(F, "ffn")
+            self.ffn_sub_norm = norm(F, "ffn")
         self.down = matrix(D, F, ("embed_out", "ffn"))
 
     def __call__(
@@ -98,8 +98,8 @@ class LlamaLayer(nnx.Module):
             softcap=spec.attention_softcap,
         )
         if spec.sub_norms:
-            out = ops.computed(out, self.backend)
-            out = ops.rms_norm(out, self.attn_sub_norm[...], spec.norm_eps, self.backend, is_cut=not whole)
+            scales = self.attn_sub_norm[...]
+            out = ops.normed(out, scales, layer, spec.norm_eps, self.backend, is_cut=not whole)
         out = ops.linear_of_parts(
             out,
             self.attn_out.get_value(),
@@ -134,8 +134,8 @@ class LlamaLayer(nnx.Module):
         """The same with the weights given; `x` is of all tokens or of this device's."""
         spec, backend = self.spec, self.backend
 
-        def sub_norm(h: Float32[Array, "T F"]) -> Float32[Array, "T F"]:
-            return ops.rms_norm(h, self.ffn_sub_norm[...], spec.norm_eps, backend, is_cut=True)
+        def sub_norm(h: Float32[Array, "T F"]) -> Float32[Array, "T F"] | ops.Normed:
+            return ops.normed(h, self.ffn_sub_norm[...], layer, spec.norm_eps, backend, is_cut=True)
 
         return ops.net_of_stream(
             x,

@@ -82,11 +82,12 @@ def kernel_net(
     activation: Activation,
     backend: Backend,
     *,
+    int8_activations: bool,
     residual: Float32[Array, "T N"] | Added | None,
 ) -> Float32[Array, "T N"]:
-    """`gated_net` of weights that Pallas reads in place, none of them permuted."""
-    ups = _product(up, up_layer, x.shape[0], backend, int8_activations=False)
-    downs = _product(down, down_layer, x.shape[0], backend, int8_activations=False)
+    """`gated_net` of weights that Pallas reads in place: not permuted, and tokens where activations are int8."""
+    ups = _product(up, up_layer, x.shape[0], backend, int8_activations=int8_activations)
+    downs = _product(down, down_layer, x.shape[0], backend, int8_activations=int8_activations)
     made = _made(_source(x, backend), ups.form, backend)
     source = GatedRows(ups.parts(made.inputs), partial(activated, activation=activation))
     parts = downs.parts(_made(source, downs.form, backend).inputs)
@@ -161,7 +162,7 @@ def _product(
 def _source(x: Float[Array, "T K"] | Normed | Attended, backend: Backend) -> Source:
     if not isinstance(x, Normed) or x.shape[0] > PACKED_ROWS:
         return Rows(computed(x, backend))
-    rows, parts = (x.x.residual, x.x.parts) if isinstance(x.x, Added) else (x.x, None)
+    rows, parts = (x.x.residual, x.x.parts) if isinstance(x.x, Added) else (computed(x.x, backend), None)
     return NormedRows(rows, parts, x.scales, x.layer, x.eps)
 
 

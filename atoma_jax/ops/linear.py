@@ -156,6 +156,7 @@ def gated_net(
     activation: Activation,
     backend: Backend,
     *,
+    int8_activations: bool = False,
     residual: Float32[Array, "T N"] | Added | None = None,
 ) -> Float32[Array, "T N"]:
     """down(activation(gate · x) · (up · x)), of one device, and what that is added to.
@@ -168,15 +169,20 @@ def gated_net(
         down_layer: likewise.
         activation: of gates.
         backend: where it runs.
+        int8_activations: as in `linear`.
         residual: what the net is added to.
     """
-    if not is_one_call(up, down, backend):
-        h = linear(x, up, backend, layer=up_layer, gate=activation)
+    int8 = int8_activations
+    if not is_one_call(up, down, backend, int8_activations=int8):
+        h = linear(x, up, backend, layer=up_layer, int8_activations=int8, gate=activation)
         if residual is None:
-            return linear(h, down, backend, layer=down_layer)
-        return computed(linear_added(h, down, residual, backend, layer=down_layer), backend)
+            return linear(h, down, backend, layer=down_layer, int8_activations=int8)
+        y = linear_added(h, down, residual, backend, layer=down_layer, int8_activations=int8)
+        return computed(y, backend)
     if backend.uses_pallas:
-        return kernel_net(x, up, up_layer, down, down_layer, activation, backend, residual=residual)
+        return kernel_net(
+            *(x, up, up_layer, down, down_layer, activation, backend), int8_activations=int8, residual=residual
+        )
     assert isinstance(up, QTensor)
     assert isinstance(down, QTensor)
     residual = None if residual is None else computed(residual, backend)
@@ -186,21 +192,31 @@ def gated_net(
     return native_matmul.gated_net(rows, up, up_place, down, down_place, how, activation, norm=norm, residual=residual)
 
 
-def is_one_call(up: QTensor | LayerVariants | Array, down: QTensor | LayerVariants | Array, backend: Backend) -> bool:
+def is_one_call(
+    up: QTensor | LayerVariants | Array,
+    down: QTensor | LayerVariants | Array,
+    backend: Backend,
+    *,
+    int8_activations: bool,
+) -> bool:
     """Whether kernels make a gated net as one, whichever of its layers' variants the weights have: a native one all of
     it, or Pallas's so that what a product makes is gated where the next one's activations are."""
     ups, downs = (weight.stacks if isinstance(weight, LayerVariants) else (weight,) for weight in (up, down))
     if backend.uses_pallas:
-        return all(_is_read_in_place(stack, backend) for stack in (*ups, *downs))
+        return all(_is_read_in_place(one, backend, int8_activations) for one in (*ups, *downs))
     how = _ACTIVATIONS[backend.precision]
-    if not all(_is_tiled(stack) and stack.permutation is None for stack in downs):
+    if int8_activations or not all(_is_tiled(stack) and stack.permutation is None for stack in downs):
         return False
     return all(_is_tiled(one) and one.permutation is None and native_matmul.takes_net(one, how) for one in ups)
 
 
-def _is_read_in_place(weight: QTensor | Array, backend: Backend) -> bool:
-    is_permuted = isinstance(weight, QTensor) and weight.permutation is not None
-    return has_kernel(weight, backend) and not is_permuted and not (backend.gathers and _lead(weight) != ())
+def _is_read_in_place(weight: QTensor | Array, backend: Backend, int8_activations: bool) -> bool:
+    """Whether a Pallas kernel takes a weight as it lies, and activations as another kernel makes them."""
+    if not has_kernel(weight, backend) or (backend.gathers and _lead(weight) != ()):
+        return False
+    if not isinstance(weight, QTensor):
+        return not int8_activations
+    return weight.permutation is None and (not int8_activations or takes_tokens(weight))
 
 
 def _is_tiled(weight: QTensor | Array) -> TypeGuard[QTensor]:

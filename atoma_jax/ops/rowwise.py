@@ -48,7 +48,7 @@ class Attended:
 class Normed:
     """`rms_norm` of rows, for a product to compute or to take in."""
 
-    x: Float32[Array, "T D"] | Added
+    x: Float32[Array, "T D"] | Added | Attended
     scales: Float[Array, "L D"]
     layer: Int32[Array, ""]  # whose scale
     eps: float
@@ -71,6 +71,22 @@ def computed(x: Float[Array, "T K"] | Normed | Added | Attended, backend: Backen
     if isinstance(x, Attended):
         return combined(x.decoded, interpret=backend.kernels == "interpret").reshape(x.shape)
     return rms_norm(computed(x.x, backend), x.scale, x.eps, backend) if isinstance(x, Normed) else x
+
+
+def normed(
+    x: Float32[Array, "T D"] | Attended,
+    scales: Float[Array, "L D"],
+    layer: Int32[Array, ""],
+    eps: float,
+    backend: Backend,
+    *,
+    is_cut: bool,
+) -> Float32[Array, "T D"] | Normed:
+    """`rms_norm` by a layer's scale, left to the product that comes next where no device needs another for it."""
+    lazy = Normed(x, scales, layer, eps)
+    if is_cut and size_of(backend.mesh, "tensor") > 1:
+        return rms_norm(computed(x, backend), lazy.scale, eps, backend, is_cut=True)
+    return lazy
 
 
 def rms_norm(

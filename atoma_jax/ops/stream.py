@@ -68,7 +68,7 @@ def _of_joined(
 
 
 def linear_of_parts(
-    x: Float[Array, "T K"] | Attended,
+    x: Float[Array, "T K"] | Normed | Attended,
     weight: QTensor | LayerVariants | Array,
     backend: Backend,
     *,
@@ -132,7 +132,7 @@ def net_of_stream(
     tokens: int,
     layer: Int32[Array, ""],
     int8_activations: bool = False,
-    sub_norm: Callable[[Array], Array] | None = None,
+    sub_norm: Callable[[Array], Array | Normed] | None = None,
     residual: Float32[Array, "t D"] | Added | None = None,
 ) -> Float32[Array, "t D"]:
     """The gated net down(activation(gate · x) · (up · x)) of a step of so many `tokens`, of which `x` has all or this
@@ -151,15 +151,19 @@ def net_of_stream(
         residual: what the net is added to.
     """
     mesh, width = backend.mesh, x.shape[1]
-    apart = sub_norm is not None or int8_activations or _is_permuted(down)
-    if mesh is None and not apart and is_one_call(up, down, backend):
+    if mesh is None and sub_norm is None and is_one_call(up, down, backend, int8_activations=int8_activations):
 
         def net(
             ups: QTensor | Array, up_place: Int32[Array, ""], downs: QTensor | Array, down_place: Int32[Array, ""]
         ) -> Float32[Array, "T D"]:
-            return gated_net(x, ups, up_place, downs, down_place, activation, backend, residual=residual)
+            return gated_net(
+                *(x, ups, up_place, downs, down_place, activation, backend),
+                int8_activations=int8_activations,
+                residual=residual,
+            )
 
         return _in_both(up, down, layer, net)
+    apart = sub_norm is not None or int8_activations or _is_permuted(down)
     if apart or x.shape[0] == tokens or not goes_round(tokens, width, mesh, "tensor"):
         h = linear_of_stream(
             x, up, backend, tokens=tokens, layer=layer, int8_activations=int8_activations, gate=activation

@@ -23,11 +23,14 @@ from bench.compile_gate import aot
 from bench.compile_gate.cases import Target
 from bench.real_models import LLAMA_8B, abstract_values, graph_and_state, with_type
 
-PROGRAMS = (Program("decode", 8, 8), Program("mixed", 512, 8))
+PROGRAMS = (Program("decode", 1, 1), Program("decode", 8, 8), Program("mixed", 512, 8))
+QUICK = ("Q4_K", PROGRAMS[0])
+LAUNCHES = {"bf16": 13, "Q4_K": 13, "ternary": 15}  # of a layer that decodes: with few rows they take most of the time
 TYPES = ("bf16", "Q4_K", "ternary")
 LAYERS = 4  # of 32: they are one loop
 _LARGE = 1 << 18  # elements of a layer's share from which on a stack is not to be copied from
 _COPIES = ("copy", "copy-start", "transpose", "convert")
+_NO_LAUNCH = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
 _SHORT = {"uint16": "u16", "bfloat16": "bf16", "float16": "f16", "float32": "f32", "int8": "s8"}
 PAGES, PAGE_SIZE, TABLE_WIDTH = 512, 16, 64
 
@@ -47,8 +50,37 @@ def check_step(type_name: str, program: Program, target: Target) -> list[str]:
     compiled = aot.compiled(step, (weights, state, words), target, donate_argnums=1)
     packed = type_name != "bf16"
     by_kernels = may_dequantize(type_name, program)
-    problems = hlo_problems(compiled.as_text() or "", spec, state, weights, packed=packed, by_kernels=by_kernels)
+    hlo = compiled.as_text() or ""
+    problems = list(hlo_problems(hlo, spec, state, weights, packed=packed, by_kernels=by_kernels))
+    launches, most = launches_of_a_layer(hlo), LAUNCHES[type_name]
+    if program.kind == "decode" and launches > most:
+        problems.append(f"a layer has {launches} launches, {most} at most")
     return [f"{type_name}, {program} on {target}: {problem}" for problem in problems]
+
+
+def launches_of_a_layer(hlo: str) -> int:
+    """What the body of the loop over layers runs, one after the other: of all bodies, the one with kernels of ours."""
+    bodies = set(re.findall(r"body=%([\w.-]+)", hlo))
+    counts: dict[str, int] = {}
+    ours: set[str] = set()
+    for name, lines in _computations(hlo):
+        operations = [match[1] for line in lines if (match := re.match(r"\s+(?:ROOT )?%\S+ = .*? ([\w-]+)\(", line))]
+        counts[name] = sum(one not in _NO_LAUNCH and not one.endswith("-done") for one in operations)
+        if name in bodies and any("__gpu$xla.gpu.triton" in line for line in lines):
+            ours.add(name)
+    [body] = ours
+    return counts[body]
+
+
+def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
+    name, lines = "", list[str]()
+    for line in hlo.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            name, lines = line.removeprefix("ENTRY ").split()[0].lstrip("%"), []
+        elif line == "}":
+            yield name, lines
+        else:
+            lines.append(line)
 
 
 def may_dequantize(type_name: str, program: Program) -> bool:
@@ -105,7 +137,7 @@ def _results(hlo: str) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
     inside = False
     for line in hlo.splitlines():
         if line.endswith("{") and not line.startswith(" "):
-            inside = line.startswith(("%fused", "%wrapped"))
+            inside = line.startswith(("%fused", "%wrapped", "%gemm_fusion"))
         match = re.match(r"\s+(?:ROOT )?%(\S+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", line)
         if match and not inside:
             yield match[1], match[2], tuple(int(n) for n in match[3].split(",") if n), match[4]

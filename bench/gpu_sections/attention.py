@@ -26,7 +26,7 @@ from pallas_kernels import kv_pages
 PAGE_SIZE, TRIALS, MARGIN = 16, 3, 2e-4  # MARGIN: float32 sums of thousands of terms
 ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11, "fp8_e4m3": 2.0**-11, "int8": 2.0**-8}
 NO_WINDOW = 1 << 30
-WITH_PEERS = 4  # cases that others run too
+WITH_PEERS = 2  # cases that others run too: those with pass marks
 _OURS = "^(paged_attention|write_kv)"
 
 
