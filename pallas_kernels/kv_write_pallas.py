@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.kv_pages import KVFormat, KVPages, encode, format_of
 
@@ -60,19 +60,36 @@ def _write_kernel(
     """K and V of some tokens, for one kv head; `first` is K's first. `pages` are the arrays of the cache, once as given
     and once to write."""
     cache = KVPages(*pages[len(pages) // 2 :])
-    head = pl.program_id(1)
     token = pl.program_id(0) * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
-    exists, dims = token < T, jnp.arange(pl.next_power_of_2(H), dtype=jnp.int32)
-    inside = exists[:, None] & (dims < H)[None]
+    exists = token < T
     to_page = plt.load(page.at[token], mask=exists, other=0)
     to_slot = plt.load(slot.at[token], mask=exists, other=0)
+    put_head(cache, qkv, pl.program_id(1), token, exists, (layer[0], to_page, to_slot), H=H, first=first, form=form)
+
+
+def put_head(
+    cache: KVPages,
+    qkv: Any,
+    head: Any,
+    token: Int32[Array, " n"],
+    exists: Bool[Array, " n"],
+    at: tuple[Any, Int32[Array, " n"], Int32[Array, " n"]],
+    *,
+    H: int,
+    first: int,
+    form: KVFormat,
+) -> None:
+    """Inside a kernel: writes K and V of those tokens that exist, for one kv head, at a layer, pages and slots."""
+    layer, page, slot = at
+    dims = jnp.arange(pl.next_power_of_2(H), dtype=jnp.int32)
+    inside = exists[:, None] & (dims < H)[None]
 
     def put(place: Any, to: Any, scales: Any) -> None:
         vectors = plt.load(qkv.at[token[:, None], place, dims[None]], mask=inside, other=0.0)
         stored, scale = encode(vectors, form, to_integers=_round)
-        plt.store(to.at[layer[0], to_page[:, None], head, to_slot[:, None], dims[None]], stored, mask=inside)
+        plt.store(to.at[layer, page[:, None], head, slot[:, None], dims[None]], stored, mask=inside)
         if scale is not None:
-            plt.store(scales.at[layer[0], to_page, head, to_slot], scale, mask=exists)
+            plt.store(scales.at[layer, page, head, slot], scale, mask=exists)
 
     put(first + head, cache.k, cache.k_scale)
     put(first + cache.k.shape[2] + head, cache.v, cache.v_scale)

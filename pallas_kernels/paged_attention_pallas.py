@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels.attention_work import DecodeParts, QueryBlocks
 from pallas_kernels.decode_combine import DecodedParts
 from pallas_kernels.kv_pages import KVFormat, KVPages, decode, format_of
+from pallas_kernels.kv_write_pallas import put_head
 from pallas_kernels.paged_attention import NEVER
 from pallas_kernels.tuning import AttentionTiles, attention_tiles
 
@@ -119,32 +120,45 @@ def decode_attention(
     window: Int32[Array, ""],
     scale: float,
     softcap: float | None,
+    writes: bool,
     interpret: bool = False,
-) -> DecodedParts:
+) -> tuple[DecodedParts, KVPages]:
     """Attention of one query a sequence, to be `combined`: token i is the query of row i, for the rows that `parts`
     covers.
 
     Arguments as in `paged_attention.decode_attention`, but that the queries are the first heads of `qkv`; `parts`
-    counts contexts in blocks of `tiles.span`.
+    counts contexts in blocks of `tiles.span`. `writes`: K and V of each row's token go into `pages` first, which are
+    donated then: whoever attends to the last part of a context puts its last token there. Else they are there already.
     """
-    N, (T, _, H) = _query_heads(qkv, pages), qkv.shape
+    N, (T, heads, H) = _query_heads(qkv, pages), qkv.shape
     K, W = pages.k.shape[2], parts.items.shape[0]
     shape = _shape(N, pages, tiles, scale, softcap, interpret)
-    cache = _cache(pages, layer, window, page_table)
-    out, acc, largest, total = pl.pallas_call(
-        partial(_decode_kernel, shape=shape),
+    numbers = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    outs = [numbers((T, N, H)), numbers((W, N, H)), numbers((W, N)), numbers((W, N))]
+    operands = (parts.items, lengths, qkv, layer.reshape(1), window.reshape(1), page_table)
+    arrays, tree = jax.tree.flatten(pages)
+    written = arrays if writes else []
+
+    def kernel(*refs: Any) -> None:
+        items, lengths, qkv, layer, window, table = refs[: len(operands)]
+        rest = refs[len(operands) + len(arrays) :]
+        kept = rest[len(outs) :] if writes else refs[len(operands) : len(operands) + len(arrays)]
+        cache = _Cache(layer, window, table, *jax.tree.unflatten(tree, kept))
+        newest = (qkv, heads - 2 * K) if writes else None
+        _decode_kernel(items, lengths, qkv, cache, *rest[: len(outs)], shape=shape, newest=newest)
+
+    found = pl.pallas_call(
+        kernel,
         grid=(W, K),
-        out_shape=[
-            jax.ShapeDtypeStruct((T, N, H), jnp.float32),
-            jax.ShapeDtypeStruct((W, N, H), jnp.float32),
-            jax.ShapeDtypeStruct((W, N), jnp.float32),
-            jax.ShapeDtypeStruct((W, N), jnp.float32),
-        ],
+        out_shape=[*outs, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in written)],
+        input_output_aliases={len(operands) + i: len(outs) + i for i in range(len(written))},
         compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="paged_attention_decode",
-    )(parts.items, lengths, qkv, cache)
-    return DecodedParts(parts.rows, acc, largest, total, out)
+    )(*operands, *arrays)
+    out, acc, largest, total = found[: len(outs)]
+    kept = jax.tree.unflatten(tree, found[len(outs) :]) if writes else pages
+    return DecodedParts(parts.rows, acc, largest, total, out), kept
 
 
 def ragged_attention(
@@ -220,9 +234,20 @@ def _cache(pages: KVPages, layer: Array, window: Array, page_table: Array) -> _C
 
 
 def _decode_kernel(
-    items: Any, lengths: Any, q: Any, cache: _Cache, out: Any, acc: Any, largest: Any, total: Any, *, shape: _Shape
+    items: Any,
+    lengths: Any,
+    q: Any,
+    cache: _Cache,
+    out: Any,
+    acc: Any,
+    largest: Any,
+    total: Any,
+    *,
+    shape: _Shape,
+    newest: tuple[Any, int] | None,
 ) -> None:
-    """One part of one row's context, for the query heads of one kv head."""
+    """One part of one row's context, for the query heads of one kv head. `newest`: what K and V of the row's last token
+    are to be taken from, and which of its heads is K's first."""
     item, head = pl.program_id(0), pl.program_id(1)
     row, num_parts = items[item, 0], items[item, 3]
 
@@ -230,6 +255,9 @@ def _decode_kernel(
     def _() -> None:
         stop = lengths[row]
         start = jnp.maximum(stop - cache.window[0], 0)
+        if newest is not None:
+            is_last = (items[item, 2] * shape.span >= stop) & (stop > 0)
+            _put_newest(*newest, cache, shape, row, head, stop - 1, is_last)
         group = jnp.arange(shape.rows, dtype=jnp.int32)
         heads, dims = head * shape.G + group, jnp.arange(shape.width, dtype=jnp.int32)
         is_head = group < shape.G
@@ -245,6 +273,18 @@ def _decode_kernel(
         plt.store(acc.at[item, heads[:, None], dims[None]], state.acc, mask=inside & ~alone)
         plt.store(largest.at[item, heads], state.largest * shape.unit, mask=is_head & ~alone)
         plt.store(total.at[item, heads], state.total, mask=is_head & ~alone)
+
+
+def _put_newest(
+    qkv: Any, first: int, cache: _Cache, shape: _Shape, row: Any, head: Any, position: Any, exists: Any
+) -> None:
+    """Writes a token where it will be read by all threads of this program, and by no other."""
+    page = plt.load(cache.table.at[row, lax.div(position, shape.S)[None]], mask=exists[None], other=0)
+    at = cache.layer[0], page, lax.rem(position, shape.S)[None]
+    pages = KVPages(cache.k, cache.v, cache.k_scale, cache.v_scale)
+    put_head(pages, qkv, head, row[None], exists[None], at, H=shape.H, first=first, form=shape.form)
+    if shape.assembly:
+        plt.debug_barrier()
 
 
 def _prefill_kernel(

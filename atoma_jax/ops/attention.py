@@ -160,15 +160,22 @@ def attend(
     interpret = backend.kernels == "interpret"
     # One array, so that XLA makes it in one launch: sums of the projection's parts, norms and rotation included.
     qkv = jnp.concatenate([q, k, v], axis=1)
-    pages = kv_write_pallas.write_kv(pages, qkv, **place, interpret=interpret)
-    tiles = partial(paged_attention_pallas.tiles_of, pages=pages, num_heads=q.shape[1], device=backend.device)
-    decoded = paged_attention_pallas.decode_attention(
-        qkv, pages, batch.parts, tiles("decode"), lengths=batch.decode_lengths, **what, interpret=interpret
+    # Where each token is a row that decodes, attention writes its K and V itself: one launch less.
+    writes = batch.blocks is None and q.shape[0] == batch.decode_lengths.shape[0]
+    if not writes:
+        pages = kv_write_pallas.write_kv(pages, qkv, **place, interpret=interpret)
+    tiles = partial(paged_attention_pallas.tiles_of, num_heads=q.shape[1], device=backend.device)
+    decoded, pages = paged_attention_pallas.decode_attention(
+        *(qkv, pages, batch.parts, tiles("decode", pages)),
+        lengths=batch.decode_lengths,
+        **what,
+        writes=writes,
+        interpret=interpret,
     )
     if batch.blocks is None:
         return Attended(decoded), pages
     out = paged_attention_pallas.ragged_attention(
-        *(qkv, pages, batch.blocks, combined(decoded, interpret=interpret), tiles("prefill")),
+        *(qkv, pages, batch.blocks, combined(decoded, interpret=interpret), tiles("prefill", pages)),
         **what,
         interpret=interpret,
     )

@@ -153,8 +153,13 @@ def _attention(case: AttentionCase) -> Subject:
                 parts = attention_work.decode_parts(
                     length, block=tiles.span, num_parts=B + -(-512 // K), part=None, cover_empty=True
                 )
-                decoded = paged_attention_pallas.decode_attention(
-                    qkv, pages, parts, tiles, layer=layer, page_table=table, lengths=length, **what
+                decoded, _ = paged_attention_pallas.decode_attention(
+                    *(qkv, pages, parts, tiles),
+                    **what,
+                    layer=layer,
+                    page_table=table,
+                    lengths=length,
+                    writes=False,
                 )
                 return combined(decoded)
             start, first = jnp.arange(B, dtype=jnp.int32) * case.chunk, length - case.chunk

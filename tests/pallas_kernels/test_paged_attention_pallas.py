@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from atoma_jax import ops
-from pallas_kernels.kv_pages import KVPages
+from pallas_kernels.kv_pages import KVPages, write_kv
 from tests.pallas_kernels.contexts import LAYER, NO_WINDOW, Contexts, Heads, attention_of
 
 BACKEND = ops.Backend(platform="cpu", operands="float32", weight_layout="rows", kernels="interpret")
@@ -119,6 +119,19 @@ def test_a_mixed_step_is_right_with_and_without_a_window(case: str) -> None:
     for window in (NO_WINDOW, 37, 1):
         out, pages = step.run(program(heads, softcap), step.contexts.pages(), window)
         step.check(out, pages, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
+def test_a_step_that_decodes_leaves_the_cache_as_its_twin_does(kv_dtype: str) -> None:
+    """Bit for bit, but for page 0: the newest token of the first page, of a page's end, of several parts, and none."""
+    heads, lengths = Heads(4, 2, 64, 32), [1, 32, 300, 64, 0, 97]
+    contexts = Contexts(heads, lengths, kv_dtype, width=LONGEST // heads.S)
+    step = Step(contexts, lengths, tokens=B)
+    place = {"layer": np.int32(LAYER), "page": step.page, "slot": step.slot}
+    want = jax.jit(write_kv)(contexts.pages(), step.k, step.v, **place)
+    _, got = step.run(program(heads, None, decode_only=True), contexts.pages())
+    for left, right in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_array_equal(np.asarray(left)[:, 1:], np.asarray(right)[:, 1:])
 
 
 @pytest.mark.parametrize("kv_dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "fp8_e4m3"])
