@@ -25,7 +25,10 @@ class MatmulTiles:
     splits: int  # of K; their sums are added afterwards
     warps: int
     stages: int  # of loads that are under way
-    turn: int = 512  # inputs of packed weights that a turn of few rows takes: a power of two, at least a block of words
+    turn: int = 512  # inputs of packed weights that a turn of few rows takes, at least a block of words
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, ("block_n", "block_m", "turn"), ("splits", "warps", "stages"))
 
 
 def matmul_key(*, M: int, N: int, K: int, bits: int, group: int) -> str:
@@ -100,6 +103,9 @@ class AttentionTiles:
     warps: int
     stages: int  # of loads that are under way
 
+    def __post_init__(self) -> None:
+        _check_sizes(self, ("rows", "span"), ("warps", "stages"))
+
 
 def attention_key(*, group: int, head_dim: int, kv_dtype: str) -> str:
     """A model's key."""
@@ -140,6 +146,15 @@ def default_attention_tiles(
     if not _has_warp_groups(device) and rows > 64 >= group:
         return AttentionTiles(rows=64, span=span, warps=8, stages=3)
     return AttentionTiles(rows=rows, span=span, warps=8, stages=2 if width > 128 else 3)
+
+
+def _check_sizes(tiles: MatmulTiles | AttentionTiles, powers: tuple[str, ...], counts: tuple[str, ...]) -> None:
+    """Raises ValueError for sizes that no kernel has: Triton's tiles are powers of two."""
+    for name in (*powers, *counts):
+        size = getattr(tiles, name)
+        if size < 1 or (name in powers and size != _power_of_2(size)):
+            what = "a power of two" if name in powers else "at least 1"
+            raise ValueError(f"{type(tiles).__name__}.{name} must be {what}, got {size}")
 
 
 def _has_warp_groups(device: str) -> bool:

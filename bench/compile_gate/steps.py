@@ -25,7 +25,7 @@ from bench.real_models import LLAMA_8B, abstract_values, graph_and_state, with_t
 
 PROGRAMS = (Program("decode", 1, 1), Program("decode", 8, 8), Program("mixed", 512, 8))
 QUICK = ("Q4_K", PROGRAMS[0])
-LAUNCHES = {"bf16": 13, "Q4_K": 13, "ternary": 15}  # of a layer that decodes: with few rows they take most of the time
+LAUNCHES = {"bf16": 12, "Q4_K": 12, "ternary": 14}  # of a layer that decodes: with few rows they take most of the time
 TYPES = ("bf16", "Q4_K", "ternary")
 LAYERS = 4  # of 32: they are one loop
 _LARGE = 1 << 18  # elements of a layer's share from which on a stack is not to be copied from

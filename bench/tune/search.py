@@ -1,4 +1,5 @@
-"""Looks for the fastest tiles of a kernel: from the default ones to their neighbours, and on from the best of those.
+"""Looks for the fastest tiles of a kernel: from the default ones, and a few that are quite different, to neighbours, and
+on from the best of those.
 
 What does not compile, most often for want of shared memory, is no candidate. Those of a round run one after another
 under the profiler: kernels of few rows take less time than a launch.
@@ -54,7 +55,7 @@ class Candidates:
         """Seconds of all tiles that were tried, the fastest first."""
         tried: set[Tiles] = set()
         default, current = self._subject.default(self._device), self._subject.current(self._device)
-        new = list(dict.fromkeys([default, current, *neighbours(current)]))
+        new = list(dict.fromkeys([default, current, *self._subject.others, *neighbours(current)]))
         for _ in range(rounds):
             new = [tiles for tiles in new if tiles not in tried and self._subject.takes(tiles)]
             if not new or time.monotonic() > deadline:

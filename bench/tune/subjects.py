@@ -1,7 +1,7 @@
 """What is tuned: kernels at the shapes of Llama-3.1-8B, each a function of its tiles."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -57,6 +57,7 @@ class Subject:
         name: for people.
         default: tiles on a device where nothing was measured.
         current: tiles on a device.
+        others: tiles that are tried too, too far from the default ones for their neighbours to lead there.
         arguments: arrays, made anew.
         run: the kernel with these tiles: a function of the turn and the arguments.
         least_rows: of a tile: fewer would not do.
@@ -68,6 +69,7 @@ class Subject:
     name: str
     default: Callable[[str], Tiles]
     current: Callable[[str], Tiles]
+    others: tuple[Tiles, ...] = ()
     arguments: Callable[[], tuple[Any, ...]]
     run: Callable[[Any], Callable[..., Any]]
     least_rows: int
@@ -126,9 +128,21 @@ def _product(type_name: str, M: int, N: int, K: int, *, count: int, interpret: b
         current=lambda device: matmul_tiles(device, operation, M=M, N=N, K=K, bits=bits, group=group),
         arguments=lambda: (jax.random.normal(jax.random.key(0), (M, K), jnp.bfloat16), random_value(weight)),
         run=run,
+        others=_of_bytes(M, N, K, bits, group) if operation == "planar_matmul" else (),
         least_rows=1 if operation == "planar_matmul" else 16,
         most_rows=max(16, min(256, 1 << (M - 1).bit_length())),
     )
+
+
+def _of_bytes(M: int, N: int, K: int, bits: int, group: int) -> tuple[MatmulTiles, ...]:
+    """Tiles that scale sums, for numbers of rows whose default ones scale weights."""
+    few = default_tiles("planar_matmul", M=4, N=N, K=K, bits=bits, group=group)
+    rows = 1 << (M - 1).bit_length()
+    if not few.block_m < rows < 2 * SCALED_WEIGHTS:
+        return ()
+    widths = ((few.block_n, few.warps), (4 * few.block_n, 2 * few.warps))
+    block_m = min(rows, SCALED_WEIGHTS // 2)
+    return tuple(replace(few, block_n=block_n, block_m=block_m, warps=warps) for block_n, warps in widths)
 
 
 def _attention(case: AttentionCase) -> Subject:

@@ -41,6 +41,46 @@ def test_what_was_measured_counts_for_its_bucket_of_rows(tmp_path: Path, monkeyp
     tuning._tuned.cache_clear()
 
 
+def test_nothing_is_tuned_while_serving(monkeypatch: pytest.MonkeyPatch):
+    """A shape that nobody measured gets its default at once, each time: without a device, a file or a clock."""
+    known = matmul_tiles("NVIDIA H200", "planar_matmul", M=1, **SHAPE)  # the file of a device is read once
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("no tiles are looked for here")
+
+    for name in ("open", "write_text", "write_bytes", "mkdir"):
+        monkeypatch.setattr(Path, name, refused)
+    monkeypatch.setattr("jax.devices", refused)
+    for name in ("time", "perf_counter", "monotonic"):
+        monkeypatch.setattr(f"time.{name}", refused)
+    unknown = SHAPE | {"N": 4099}
+    for _ in range(2):
+        assert matmul_tiles("NVIDIA H200", "planar_matmul", M=1, **SHAPE) == known
+        assert matmul_tiles("NVIDIA H200", "planar_matmul", M=1, **unknown) == default_tiles(
+            "planar_matmul", M=1, **unknown, device="NVIDIA H200"
+        )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"block_n": 48}, "MatmulTiles.block_n must be a power of two, got 48"),
+        ({"turn": 384}, "MatmulTiles.turn must be a power of two, got 384"),
+        ({"splits": 0}, "MatmulTiles.splits must be at least 1, got 0"),
+    ],
+)
+def test_sizes_that_no_kernel_has_are_refused_by_name(wrong: dict[str, int], says: str):
+    good = {"block_n": 32, "block_m": 16, "splits": 3, "warps": 2, "stages": 5}
+    MatmulTiles(**good)
+    with pytest.raises(ValueError, match=says):
+        MatmulTiles(**(good | wrong))
+
+
+def test_so_are_those_of_attention():
+    with pytest.raises(ValueError, match=r"AttentionTiles\.rows must be a power of two, got 24"):
+        AttentionTiles(rows=24, span=32, warps=4, stages=2)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("M", [1, 16, 17, 64, 65, 4096])
 def test_default_tiles_leave_room_in_shared_memory_and_are_powers_of_two(M, bits):
