@@ -1,4 +1,4 @@
-"""Looks for the fastest tiles of a kernel: from the default ones, and a few that are quite different, to neighbours, and
+"""Looks for the fastest tiles of a kernel: from the default ones, and some that are quite different, to neighbours, and
 on from the best of those.
 
 What does not compile, most often for want of shared memory, is no candidate. Those of a round run one after another
