@@ -122,7 +122,7 @@ def activations(source: Source, form: Form, *, interpret: bool = False) -> Made:
     arrays, read = _reader(source)
     M, K = arrays[0].shape[-2], arrays[0].shape[-1] // (2 if isinstance(source, GatedRows) else 1)
     is_whole = isinstance(source, NormedRows) or not isinstance(form, InSpans)  # a program needs all of a row
-    shapes, store = writer(form, M, K, assembly=not interpret)
+    shapes, store = form_writer(form, M, K, assembly=not interpret)
     adds = isinstance(source, NormedRows) and source.parts is not None
     if adds:
         shapes = [*shapes, jax.ShapeDtypeStruct((M, K), jnp.float32)]
@@ -173,6 +173,8 @@ def _computed(source: Rows | GatedRows) -> Float[Array, "M K"]:
 
 def _in_pairs(x: Float[Array, "M K"], form: InPairs) -> BFloat16[Array, "M K"]:
     M, K = x.shape
+    if form.together == 1:
+        return x.astype(jnp.bfloat16)
     pairs = x.astype(jnp.bfloat16).reshape(M, -1, form.together, form.plane // 2, 2)
     return pairs.swapaxes(2, 3).reshape(M, K)
 
@@ -213,7 +215,9 @@ def _reader(source: Source) -> tuple[list[Array], Callable[..., tuple[Array, Arr
     return [source.x, source.scales, source.layer.reshape(1), *([] if parts is None else [parts])], read_normed
 
 
-def writer(form: Form, M: int, K: int, *, assembly: bool) -> tuple[list[jax.ShapeDtypeStruct], Callable[..., None]]:
+def form_writer(
+    form: Form, M: int, K: int, *, assembly: bool
+) -> tuple[list[jax.ShapeDtypeStruct], Callable[..., None]]:
     """Arrays of a form, and what writes some numbers of a row into them."""
     if isinstance(form, InSpans):
         spans = K // form.span

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float32, Int32
 
-from pallas_kernels.activations import Activations, Form, InPairs, InSpans, as_activations, writer
+from pallas_kernels.activations import Activations, Form, InPairs, InSpans, as_activations, form_writer
 from pallas_kernels.paged_attention import NEVER
 
 COMBINED_AT_ONCE = 16  # parts
@@ -51,7 +51,7 @@ def combined(decoded: DecodedParts, *, interpret: bool = False) -> Float32[Array
     )(*decoded)
 
 
-def can_be_made(decoded: DecodedParts, form: Form) -> bool:
+def can_write(decoded: DecodedParts, form: Form) -> bool:
     """Whether `combined_activations` makes a form: a program has one head of a row, and each row decodes."""
     T, _, H = decoded.out.shape
     every_row = decoded.rows.shape[0] == T
@@ -61,7 +61,7 @@ def can_be_made(decoded: DecodedParts, form: Form) -> bool:
 def combined_activations(decoded: DecodedParts, form: Form, *, interpret: bool = False) -> Activations:
     """Attention of T rows, each of which decodes or is empty, in the form that a product takes."""
     T, N, H = decoded.out.shape
-    shapes, store = writer(form, T, N * H, assembly=not interpret)
+    shapes, store = form_writer(form, T, N * H, assembly=not interpret)
     width, span = pl.next_power_of_2(H), form.span if isinstance(form, InSpans) else 1
 
     def kernel(rows: Any, acc: Any, largest: Any, total: Any, out: Any, *outs: Any) -> None:

@@ -1,5 +1,6 @@
-"""Writes a step's K and V into their pages as a Pallas kernel (Triton), in place. What it writes is `kv_pages.py`'s to
-say: this is `write_kv` in one launch, quantization included, where XLA takes a scatter for each array of the cache.
+"""Writes K and V of a step that prefills into their pages as a Pallas kernel (Triton), in place. What it writes is
+`kv_pages.py`'s to say: this is `write_kv` in one launch, quantization included, where XLA takes a scatter for each
+array of the cache. A step that only decodes writes where it attends, by `put_head`.
 
 K and V come in one array behind the step's queries, as the attention kernels take them: XLA then makes all three in one
 launch, the one that adds up the parts of the projection and rotates.

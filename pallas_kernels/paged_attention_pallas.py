@@ -3,8 +3,8 @@
 A sequence that decodes has one query: the query heads of a kv head are the rows of a small tile, and the parts of its
 context go to different programs, whose partial sums a second kernel combines. A block of a prefill's queries fills a
 large tile, rows being (token, query head of the group), and walks its context alone. The cache of all layers is passed
-whole, so that no layer's pages are copied. Queries come in one array in front of the step's K and V, which are not read
-here: see `kv_write_pallas.py`.
+whole, so that no layer's pages are copied. Queries come in one array in front of the step's K and V: in a step that
+only decodes, who attends to the last part of a context writes the row's K and V first; else `kv_write_pallas.py` has.
 
 Products take their operands in the type of the cache, bfloat16 for int8 and float16 for fp8, and sum in float32.
 Weights are powers of two, as those are what the hardware has. Each is one multiplication with addition and one power,
@@ -278,7 +278,9 @@ def _decode_kernel(
 def _put_newest(
     qkv: Any, first: int, cache: _Cache, shape: _Shape, row: Any, head: Any, position: Any, exists: Any
 ) -> None:
-    """Writes a token where it will be read by all threads of this program, and by no other."""
+    """Writes a token where it will be read by the threads of this program, and by no other's: they wait for each other,
+    and a barrier of theirs also orders what they wrote to memory before what they read from it.
+    """
     page = plt.load(cache.table.at[row, lax.div(position, shape.S)[None]], mask=exists[None], other=0)
     at = cache.layer[0], page, lax.rem(position, shape.S)[None]
     pages = KVPages(cache.k, cache.v, cache.k_scale, cache.v_scale)

@@ -99,7 +99,7 @@ class LlamaLayer(nnx.Module):
         )
         if spec.sub_norms:
             scales = self.attn_sub_norm[...]
-            out = ops.normed(out, scales, layer, spec.norm_eps, self.backend, is_cut=not whole)
+            out = ops.norm_in_front(out, scales, layer, spec.norm_eps, self.backend, is_cut=not whole)
         out = ops.linear_of_parts(
             out,
             self.attn_out.get_value(),
@@ -135,7 +135,7 @@ class LlamaLayer(nnx.Module):
         spec, backend = self.spec, self.backend
 
         def sub_norm(h: Float32[Array, "T F"]) -> Float32[Array, "T F"] | ops.Normed:
-            return ops.normed(h, self.ffn_sub_norm[...], layer, spec.norm_eps, backend, is_cut=True)
+            return ops.norm_in_front(h, self.ffn_sub_norm[...], layer, spec.norm_eps, backend, is_cut=True)
 
         return ops.net_of_stream(
             x,

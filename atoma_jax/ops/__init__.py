@@ -14,8 +14,9 @@ from atoma_jax.ops.backend import Backend, Kernels, Platform, has_native_kernels
 from atoma_jax.ops.experts import grouped_feed_forward
 from atoma_jax.ops.kernel_linear import PACKED_ROWS
 from atoma_jax.ops.linear import layer_of, linear
+from atoma_jax.ops.pending import Added, Normed, computed, norm_in_front
 from atoma_jax.ops.residual import all_tokens, own_tokens, rows_of
-from atoma_jax.ops.rowwise import Added, Normed, computed, gated, normed, rms_norm, rotated_heads
+from atoma_jax.ops.rowwise import gated, rms_norm, rotated_heads
 from atoma_jax.ops.stream import linear_of_parts, linear_of_stream, net_of_stream
 from pallas_kernels.kv_pages import KVPages
 from pallas_kernels.quantized_matmul import pack_planar
@@ -46,7 +47,7 @@ __all__ = [
     "native_draw",
     "native_survey",
     "net_of_stream",
-    "normed",
+    "norm_in_front",
     "own_tokens",
     "pack_planar",
     "put_codes",

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from atoma_jax.native import attention as native_attention
 from atoma_jax.ops.backend import Backend
-from atoma_jax.ops.rowwise import Attended
+from atoma_jax.ops.pending import Attended
 from pallas_kernels import attention_work, kv_pages, kv_write_pallas, paged_attention, paged_attention_pallas
 from pallas_kernels.attention_work import DecodeParts, QueryBlocks
 from pallas_kernels.decode_combine import combined
@@ -31,7 +31,7 @@ class AttentionBatch:
     Sequences that decode come first: token i belongs to sequence i, for as many as decode.
     """
 
-    page: Int32[Array, " T"]  # that each token's K and V go to
+    page: Int32[Array, " T"]  # that each token's K and V go to: where its row's page table has its position
     slot: Int32[Array, " T"]  # inside that page
     page_table: Int32[Array, "B W"]
     decode_lengths: Int32[Array, " B"]  # context of each sequence that decodes, this step included; 0 for the others
@@ -151,33 +151,41 @@ def attend(
             softcap=softcap,
         )
         return out.reshape(q.shape[0], -1), KVPages(*cache)
-    place: dict[str, Any] = {"layer": layer, "page": batch.page, "slot": batch.slot}
-    what: dict[str, Any] = {"layer": layer, "page_table": batch.page_table, "window": window}
-    what |= {"scale": scale, "softcap": softcap}
-    if batch.parts is None:
-        pages = kv_pages.write_kv(pages, k, v, **place)
-        return _attend_by_xla(q, pages, batch, what).reshape(q.shape[0], -1), pages
+    what: dict[str, Any] = {"layer": layer, "window": window, "scale": scale, "softcap": softcap}
+    if batch.parts is not None:
+        return _attend_by_pallas(q, k, v, pages, batch, batch.parts, backend, what)
+    pages = kv_pages.write_kv(pages, k, v, layer=layer, page=batch.page, slot=batch.slot)
+    out = _attend_by_xla(q, pages, batch, what | {"page_table": batch.page_table})
+    return out.reshape(q.shape[0], -1), pages
+
+
+def _attend_by_pallas(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    pages: KVPages,
+    batch: AttentionBatch,
+    parts: DecodeParts,
+    backend: Backend,
+    what: dict[str, Any],
+) -> tuple[Float32[Array, "T NH"] | Attended, KVPages]:
     interpret = backend.kernels == "interpret"
     # One array, so that XLA makes it in one launch: sums of the projection's parts, norms and rotation included.
     qkv = jnp.concatenate([q, k, v], axis=1)
     # Where each token is a row that decodes, attention writes its K and V itself: one launch less.
     writes = batch.blocks is None and q.shape[0] == batch.decode_lengths.shape[0]
     if not writes:
+        place = {"layer": what["layer"], "page": batch.page, "slot": batch.slot}
         pages = kv_write_pallas.write_kv(pages, qkv, **place, interpret=interpret)
     tiles = partial(paged_attention_pallas.tiles_of, num_heads=q.shape[1], device=backend.device)
+    what = what | {"page_table": batch.page_table, "interpret": interpret}
     decoded, pages = paged_attention_pallas.decode_attention(
-        *(qkv, pages, batch.parts, tiles("decode", pages)),
-        lengths=batch.decode_lengths,
-        **what,
-        writes=writes,
-        interpret=interpret,
+        *(qkv, pages, parts, tiles("decode", pages)), lengths=batch.decode_lengths, writes=writes, **what
     )
     if batch.blocks is None:
         return Attended(decoded), pages
     out = paged_attention_pallas.ragged_attention(
-        *(qkv, pages, batch.blocks, combined(decoded, interpret=interpret), tiles("prefill", pages)),
-        **what,
-        interpret=interpret,
+        *(qkv, pages, batch.blocks, combined(decoded, interpret=interpret), tiles("prefill", pages)), **what
     )
     return out.reshape(q.shape[0], -1), pages
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from atoma_jax.model_spec import Activation
 from atoma_jax.ops.backend import Backend
-from atoma_jax.ops.rowwise import Added, Attended, Normed, activated, computed
+from atoma_jax.ops.pending import Added, Attended, Normed, computed
+from atoma_jax.ops.rowwise import activated, gated
 from atoma_jax.quant.qtensor import QTensor
 from pallas_kernels import quantized_matmul as matmul_kernels
 from pallas_kernels.activations import (
@@ -27,7 +28,7 @@ from pallas_kernels.activations import (
     activations,
     summed,
 )
-from pallas_kernels.decode_combine import can_be_made, combined_activations
+from pallas_kernels.decode_combine import can_write, combined_activations
 from pallas_kernels.dense_matmul import dense_matmul
 from pallas_kernels.planar_dequantize import planar_dequantized
 from pallas_kernels.planar_matmul import form_of, planar_matmul
@@ -65,7 +66,7 @@ def kernel_parts(
         codes, factor = matmul_kernels.quantize_tokens(computed(x, backend))
         x, int8_activations = codes.astype(jnp.bfloat16), False  # exact
     product = _product(weight, layer, x.shape[0], backend, int8_activations=int8_activations)
-    if isinstance(x, Attended) and can_be_made(x.decoded, product.form):
+    if isinstance(x, Attended) and can_write(x.decoded, product.form):
         inputs = combined_activations(x.decoded, product.form, interpret=backend.kernels == "interpret")
     else:
         inputs = _made(_source(x, backend), product.form, backend).inputs
@@ -83,13 +84,18 @@ def kernel_net(
     backend: Backend,
     *,
     int8_activations: bool,
+    sub_norm: Callable[[Array], Array | Normed] | None,
     residual: Float32[Array, "T N"] | Added | None,
 ) -> Float32[Array, "T N"]:
-    """`gated_net` of weights that Pallas reads in place: not permuted, and tokens where activations are int8."""
+    """`gated_net` of weights that Pallas reads in place: none is permuted, and each `takes_tokens` if activations are
+    int8."""
     ups = _product(up, up_layer, x.shape[0], backend, int8_activations=int8_activations)
     downs = _product(down, down_layer, x.shape[0], backend, int8_activations=int8_activations)
     made = _made(_source(x, backend), ups.form, backend)
-    source = GatedRows(ups.parts(made.inputs), partial(activated, activation=activation))
+    gates = ups.parts(made.inputs)
+    source: Source = GatedRows(gates, partial(activated, activation=activation))
+    if sub_norm is not None:
+        source = _source(sub_norm(gated(summed(gates), activation, backend)), backend)
     parts = downs.parts(_made(source, downs.form, backend).inputs)
     if residual is None:
         return summed(parts)

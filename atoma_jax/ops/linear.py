@@ -15,7 +15,8 @@ from atoma_jax.native import matmul as native_matmul
 from atoma_jax.ops.backend import Backend, Precision
 from atoma_jax.ops.kernel_linear import format_of, has_kernel, kernel_net, kernel_parts, takes_tokens
 from atoma_jax.ops.parts import gathered
-from atoma_jax.ops.rowwise import Added, Attended, Normed, computed, gated
+from atoma_jax.ops.pending import Added, Attended, Normed, computed
+from atoma_jax.ops.rowwise import gated
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from pallas_kernels import quantized_matmul as matmul_kernels
 from pallas_kernels.activations import summed
@@ -157,6 +158,7 @@ def gated_net(
     backend: Backend,
     *,
     int8_activations: bool = False,
+    sub_norm: Callable[[Array], Array | Normed] | None = None,
     residual: Float32[Array, "T N"] | Added | None = None,
 ) -> Float32[Array, "T N"]:
     """down(activation(gate · x) · (up · x)), of one device, and what that is added to.
@@ -170,18 +172,23 @@ def gated_net(
         activation: of gates.
         backend: where it runs.
         int8_activations: as in `linear`.
+        sub_norm: in front of `down`.
         residual: what the net is added to.
     """
     int8 = int8_activations
-    if not is_one_call(up, down, backend, int8_activations=int8):
+    if not is_one_call(up, down, backend, int8_activations=int8, has_norm=sub_norm is not None):
         h = linear(x, up, backend, layer=up_layer, int8_activations=int8, gate=activation)
+        h = h if sub_norm is None else sub_norm(h)
         if residual is None:
             return linear(h, down, backend, layer=down_layer, int8_activations=int8)
         y = linear_added(h, down, residual, backend, layer=down_layer, int8_activations=int8)
         return computed(y, backend)
     if backend.uses_pallas:
         return kernel_net(
-            *(x, up, up_layer, down, down_layer, activation, backend), int8_activations=int8, residual=residual
+            *(x, up, up_layer, down, down_layer, activation, backend),
+            int8_activations=int8,
+            sub_norm=sub_norm,
+            residual=residual,
         )
     assert isinstance(up, QTensor)
     assert isinstance(down, QTensor)
@@ -198,14 +205,16 @@ def is_one_call(
     backend: Backend,
     *,
     int8_activations: bool,
+    has_norm: bool,
 ) -> bool:
     """Whether kernels make a gated net as one, whichever of its layers' variants the weights have: a native one all of
-    it, or Pallas's so that what a product makes is gated where the next one's activations are."""
+    it, or Pallas's so that the next product's activations are made from what one makes. `has_norm`: in front of `down`.
+    """
     ups, downs = (weight.stacks if isinstance(weight, LayerVariants) else (weight,) for weight in (up, down))
     if backend.uses_pallas:
         return all(_is_read_in_place(one, backend, int8_activations) for one in (*ups, *downs))
     how = _ACTIVATIONS[backend.precision]
-    if int8_activations or not all(_is_tiled(stack) and stack.permutation is None for stack in downs):
+    if int8_activations or has_norm or not all(_is_tiled(stack) and stack.permutation is None for stack in downs):
         return False
     return all(_is_tiled(one) and one.permutation is None and native_matmul.takes_net(one, how) for one in ups)
 

@@ -15,9 +15,10 @@ from atoma_jax.ops.backend import Backend
 from atoma_jax.ops.kernel_linear import has_kernel
 from atoma_jax.ops.linear import at_hand, gated_net, in_variant, is_one_call, linear, linear_added
 from atoma_jax.ops.parts import inputs_of, quantized_parts
+from atoma_jax.ops.pending import Added, Attended, Normed, computed
 from atoma_jax.ops.residual import all_tokens, is_cut, own_tokens, sum_of_parts
 from atoma_jax.ops.ring import goes_round, joined_products, summed_nets, summed_products
-from atoma_jax.ops.rowwise import Added, Attended, Normed, computed, gated
+from atoma_jax.ops.rowwise import gated
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from sharding.collectives import size_of
 
@@ -151,7 +152,8 @@ def net_of_stream(
         residual: what the net is added to.
     """
     mesh, width = backend.mesh, x.shape[1]
-    if mesh is None and sub_norm is None and is_one_call(up, down, backend, int8_activations=int8_activations):
+    has_norm = sub_norm is not None
+    if mesh is None and is_one_call(up, down, backend, int8_activations=int8_activations, has_norm=has_norm):
 
         def net(
             ups: QTensor | Array, up_place: Int32[Array, ""], downs: QTensor | Array, down_place: Int32[Array, ""]
@@ -159,11 +161,12 @@ def net_of_stream(
             return gated_net(
                 *(x, ups, up_place, downs, down_place, activation, backend),
                 int8_activations=int8_activations,
+                sub_norm=sub_norm,
                 residual=residual,
             )
 
         return _in_both(up, down, layer, net)
-    apart = sub_norm is not None or int8_activations or _is_permuted(down)
+    apart = has_norm or int8_activations or _is_permuted(down)
     if apart or x.shape[0] == tokens or not goes_round(tokens, width, mesh, "tensor"):
         h = linear_of_stream(
             x, up, backend, tokens=tokens, layer=layer, int8_activations=int8_activations, gate=activation

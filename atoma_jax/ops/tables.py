@@ -10,9 +10,9 @@ from atoma_jax.native import matmul as native_matmul
 from atoma_jax.ops.backend import Backend
 from atoma_jax.ops.linear import linear
 from atoma_jax.ops.parts import from_all_rows, own_rows
+from atoma_jax.ops.pending import Normed, computed
 from atoma_jax.ops.residual import is_cut
 from atoma_jax.ops.ring import goes_round, summed_products
-from atoma_jax.ops.rowwise import Normed, computed
 from atoma_jax.quant.qtensor import QTensor
 from pallas_kernels import quantized_matmul as matmul_kernels
 from sharding.collectives import join_over, part_index, size_of, swap_cut

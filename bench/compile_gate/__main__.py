@@ -47,7 +47,8 @@ def main(
             table.write(jax.__version__, {case.name: {gpu: row}})
         if row["spill_bytes"] or not write:
             wrong += table.problems(case.name, gpu, row, known, same_jax=known["jax"] == jax.__version__)
-    if steps or only is None:
+    is_default = not (steps or meshes or every) and only is None and target in (None, "h200")
+    if steps or is_default or (every and only is None):
         wrong += _steps(steps or every)
     if meshes or (not steps and only is None and target in (None, "h200")):
         wrong += _meshes(every or meshes, write=write)

@@ -1,18 +1,36 @@
 """The compile gate's cases of kernels that make activations, at the widths of Llama-3.1-8B and BitNet 2B4T."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
-import jax
 import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct
 
+from atoma_jax.model_spec import Activation
+from atoma_jax.ops.rowwise import activated
 from bench.compile_gate.cases import KernelCase
-from pallas_kernels.activations import IN_ORDER, Form, GatedRows, InFields, InSpans, Made, NormedRows, Rows, activations
+from pallas_kernels.activations import (
+    IN_ORDER,
+    Form,
+    GatedRows,
+    InFields,
+    InPairs,
+    InSpans,
+    Made,
+    NormedRows,
+    Rows,
+    activations,
+)
 from pallas_kernels.decode_combine import DecodedParts, combined, combined_activations
 
 LAYERS = 4
-FORMS: dict[str, Form] = {"spans of 32": InSpans(32), "bfloat16": IN_ORDER, "fields": InFields(64)}
+FORMS: dict[str, Form] = {
+    "spans of 32": InSpans(32),
+    "bfloat16": IN_ORDER,
+    "bfloat16 in pairs": InPairs(32, 4),
+    "fields": InFields(64),
+}
 
 
 def normed_case(form: str, M: int, K: int, *, parts: int, quick: bool = False) -> KernelCase:
@@ -34,13 +52,15 @@ def rows_case(form: str, M: int, K: int) -> KernelCase:
     return _case(f"rows, {form}, {M} × {K}", "Rows", function, (numbers(M, K),))
 
 
-def gated_case(form: str, M: int, K: int, *, quick: bool = False) -> KernelCase:
+def gated_case(activation: Activation, form: str, M: int, K: int, *, quick: bool = False) -> KernelCase:
     """Gates and ups."""
 
     def function(parts: Array) -> Made:
-        return activations(GatedRows(parts, jax.nn.silu), FORMS[form])
+        return activations(GatedRows(parts, partial(activated, activation=activation)), FORMS[form])
 
-    return _case(f"gates, {form}, {M} × {K}", "GatedRows", function, (numbers(1, M, 2 * K),), quick=quick)
+    return _case(
+        f"gates by {activation}, {form}, {M} × {K}", "GatedRows", function, (numbers(1, M, 2 * K),), quick=quick
+    )
 
 
 def combined_case(form: str | None, B: int, N: int, H: int, *, quick: bool = False) -> KernelCase:
@@ -75,12 +95,13 @@ CASES = [
     normed_case("spans of 32", 1, 4096, parts=8, quick=True),
     normed_case("spans of 32", 4, 4096, parts=0),
     normed_case("bfloat16", 1, 4096, parts=8),
-    normed_case("bfloat16", 128, 4096, parts=1),
+    normed_case("bfloat16 in pairs", 128, 4096, parts=1),
     normed_case("fields", 1, 6912, parts=0),
-    gated_case("spans of 32", 1, 14336, quick=True),
+    *(gated_case(how, "spans of 32", 1, 14336, quick=how == "silu") for how in get_args(Activation)),
+    gated_case("silu", "fields", 1, 14336),
     rows_case("spans of 32", 1, 4096),
     rows_case("fields", 1, 2560),
     combined_case(None, 64, 32, 128),
     combined_case("spans of 32", 1, 32, 128, quick=True),
-    combined_case("bfloat16", 64, 32, 128),
+    combined_case("bfloat16 in pairs", 64, 32, 128),
 ]

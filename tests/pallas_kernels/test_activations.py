@@ -115,13 +115,22 @@ def test_rows_are_added_up_and_normalized_on_the_way(form, parts, K):
         np.testing.assert_allclose(found.total, total, rtol=1e-5, atol=1e-6)
 
 
+GATES = {
+    "silu": (jax.nn.silu, lambda x: x / (1 + np.exp(-x))),
+    "gelu_tanh": (jax.nn.gelu, lambda x: 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))),
+    "relu_squared": (lambda x: jnp.square(jax.nn.relu(x)), lambda x: np.maximum(x, 0) ** 2),
+}
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("parts", [1, 2])
-def test_gates_and_ups_are_added_up_and_multiplied_on_the_way(form, parts):
+@pytest.mark.parametrize("gate", GATES)
+def test_gates_and_ups_are_added_up_and_multiplied_on_the_way(form, parts, gate):
+    activate, by_float64 = GATES[gate]
     sums = np.random.default_rng(parts).standard_normal((parts, 3, 2 * 384)).astype(np.float32)
-    found = jax.jit(lambda: activations(GatedRows(jnp.asarray(sums), jax.nn.silu), form, interpret=True))()
-    gate, up = np.split(sums.sum(axis=0, dtype=np.float64), 2, axis=1)
-    want = gate / (1 + np.exp(-gate)) * up
+    found = jax.jit(lambda: activations(GatedRows(jnp.asarray(sums), activate), form, interpret=True))()
+    gates, ups = np.split(sums.sum(axis=0, dtype=np.float64), 2, axis=1)
+    want = by_float64(gates) * ups
     assert found.total is None
     assert (np.abs(in_order(found.inputs, form) - want) <= allowed(want, form)).all()
 
