@@ -86,8 +86,8 @@ def _steps(every: bool) -> list[str]:
 
     wrong: list[str] = []
     for type_name, program in itertools.product(TYPES, PROGRAMS) if every else (QUICK,):
-        found = check_step(type_name, program, "h200")
-        print(f"Llama-3.1-8B, {type_name}, {program}: {len(found)} problems", flush=True)
+        launches, found = check_step(type_name, program, "h200")
+        print(f"Llama-3.1-8B, {type_name}, {program}: {launches} launches a layer, {len(found)} problems", flush=True)
         wrong += found
     return wrong
 

@@ -35,8 +35,8 @@ _SHORT = {"uint16": "u16", "bfloat16": "bf16", "float16": "f16", "float32": "f32
 PAGES, PAGE_SIZE, TABLE_WIDTH = 512, 16, 64
 
 
-def check_step(type_name: str, program: Program, target: Target) -> list[str]:
-    """What is wrong with the HLO of one step."""
+def check_step(type_name: str, program: Program, target: Target) -> tuple[int, list[str]]:
+    """Launches of a layer, and what is wrong with the HLO of one step."""
     spec = replace(with_type(LLAMA_8B, type_name), num_layers=LAYERS)
     backend = Backend(platform="cuda", operands="bfloat16", weight_layout="planar", kernels="pallas")
     graph, weights = graph_and_state(spec, backend, abstract_values(spec, type_name, backend))
@@ -55,7 +55,7 @@ def check_step(type_name: str, program: Program, target: Target) -> list[str]:
     launches, most = launches_of_a_layer(hlo), LAUNCHES[type_name]
     if program.kind == "decode" and not 0 < launches <= most:
         problems.append(f"a layer has {launches} launches, {most} at most")
-    return [f"{type_name}, {program} on {target}: {problem}" for problem in problems]
+    return launches, [f"{type_name}, {program} on {target}: {problem}" for problem in problems]
 
 
 def launches_of_a_layer(hlo: str) -> int:
