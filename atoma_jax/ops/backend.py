@@ -49,6 +49,11 @@ class Backend:
         return "float16" if library is not None and library.converts_halves else "float32"
 
     @property
+    def multiplies_alone(self) -> bool:
+        """Whether each device makes products by itself: of the tokens that it has, with weights that it has whole."""
+        return size_of(self.mesh, "tensor", "fsdp") == 1
+
+    @property
     def gathers(self) -> bool:
         """Whether weights are spread over devices that gather them before use."""
         return size_of(self.mesh, "fsdp") > 1

@@ -68,7 +68,7 @@ def linear_added(
     layer: Int32[Array, ""],
     int8_activations: bool = False,
 ) -> Float32[Array, "T N"] | Added:
-    """`linear` and what it is added to, of one device alone. The sum may be left to the norm that comes next."""
+    """`linear` and what it is added to, where devices multiply alone. The sum may be left to the next norm."""
     if isinstance(weight, LayerVariants):
 
         def product(stack: QTensor | Array, place: Int32[Array, ""]) -> Float32[Array, "T N"]:

@@ -34,7 +34,7 @@ def linear_of_stream(
     gate: Activation | None = None,
 ) -> Float32[Array, "T any"]:
     """`linear` of all `tokens` of a step, of which this device may have a part."""
-    if backend.mesh is None:
+    if backend.multiplies_alone:
         return linear(x, weight, backend, layer=layer, int8_activations=int8_activations, gate=gate)
     x = computed(x, backend)  # of this device's tokens alone
     y = _of_joined(x, weight, backend, layer, tokens=tokens, int8_activations=int8_activations)
@@ -82,7 +82,7 @@ def linear_of_parts(
     """`linear` where inputs may be cut over devices, as heads and feed-forward nets are: the sum over the parts, of the
     tokens that this device has of the stream, which is `width` wide. `whole`: every device has all inputs. `residual`:
     what it is added to, which may be left to the norm that comes next."""
-    if backend.mesh is None:
+    if backend.multiplies_alone:
         if residual is None:
             return linear(x, weight, backend, layer=layer, int8_activations=int8_activations)
         return linear_added(x, weight, residual, backend, layer=layer, int8_activations=int8_activations)
@@ -153,7 +153,9 @@ def net_of_stream(
     """
     mesh, width = backend.mesh, x.shape[1]
     has_norm = sub_norm is not None
-    if mesh is None and is_one_call(up, down, backend, int8_activations=int8_activations, has_norm=has_norm):
+    if backend.multiplies_alone and is_one_call(
+        up, down, backend, int8_activations=int8_activations, has_norm=has_norm
+    ):
 
         def net(
             ups: QTensor | Array, up_place: Int32[Array, ""], downs: QTensor | Array, down_place: Int32[Array, ""]

@@ -62,7 +62,7 @@ def logits(x: Float[Array, "B D"] | Normed, table: QTensor | Array, backend: Bac
     Along `fsdp` rows go to the parts of the table, not the table to the rows: they are fewer.
     """
     mesh = backend.mesh
-    if mesh is None:
+    if backend.multiplies_alone:
         return linear(x, table, backend)
     rows = join_over(computed(x, backend), mesh, "fsdp", 0)
     return swap_cut(linear(rows, table, backend), mesh, "fsdp", cut=0, join=1)

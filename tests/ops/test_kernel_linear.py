@@ -1,6 +1,7 @@
 """Pallas's products put together as a layer does, interpreted: what one leaves to be added up, normalized or gated, the
 next one's activations take in. Beside float64."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from atoma_jax import ops
 from atoma_jax.quant.qtensor import LayerVariants, QTensor
 from pallas_kernels.planar_weights import PlanarFormat
+from sharding.mesh import MeshShape
 from tests.pallas_kernels.packed_weights import packed
 
 BACKEND = ops.Backend(platform="cpu", operands="bfloat16", weight_layout="planar", kernels="interpret")
@@ -52,14 +54,15 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
-@partial(jax.jit, static_argnames="int8")
-def half_a_layer(x, a, attn_out, scales, up, down, *, int8):
+@partial(jax.jit, static_argnames=("int8", "backend"))
+def half_a_layer(x, a, attn_out, scales, up, down, *, int8, backend=BACKEND):
     """What attention gives, projected and added; then a gated net, added."""
     layer, what = jnp.int32(1), {"int8_activations": int8}
-    y = ops.linear_of_parts(a, attn_out, BACKEND, width=D, layer=layer, residual=x, **what)
+    y = ops.linear_of_parts(a, attn_out, backend, width=D, layer=layer, residual=x, **what)
+    assert isinstance(y, ops.Added)
     h = ops.Normed(y, scales, layer, 1e-5)
-    z = ops.net_of_stream(h, up, down, "silu", BACKEND, tokens=x.shape[0], layer=layer, residual=y, **what)
-    return ops.computed(y, BACKEND), z
+    z = ops.net_of_stream(h, up, down, "silu", backend, tokens=x.shape[0], layer=layer, residual=y, **what)
+    return ops.computed(y, backend), z
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16, 130])  # sums scaled, weights scaled, weights dequantized first
@@ -78,6 +81,16 @@ def test_half_a_layer_is_that_of_float64(kind, rows):
     allowed = {"ternary": 2e-2, "bf16": 1e-2, "Q4_0": 2e-4 if few else 2e-2}[kind]  # of the largest, twice rounded
     assert np.abs(np.asarray(stream) - total).max() <= allowed * np.abs(total).max()
     assert np.abs(np.asarray(out) - want).max() <= allowed * np.abs(want).max()
+
+
+def test_devices_that_share_no_weights_do_as_one_does():
+    """Nothing is exchanged: no `shard_map` is needed."""
+    x, a = np.random.default_rng(0).standard_normal((2, 1, D)).astype(np.float32)
+    arguments = (x, a, *(weight("Q4_0", D, D)[:1]), np.ones((LAYERS, D), np.float32))
+    nets = weight("Q4_0", 2 * F, D)[0], weight("Q4_0", D, F)[0]
+    mesh = replace(BACKEND, mesh=MeshShape(data=2))
+    alone, among = (half_a_layer(*arguments, *nets, int8=False, backend=backend) for backend in (BACKEND, mesh))
+    np.testing.assert_array_equal(alone[1], among[1])
 
 
 def test_a_product_that_is_added_to_something_leaves_the_sum_to_who_reads_it():
