@@ -9,6 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any, Literal
 
 DENSE_BLOCK = 64  # inputs of bfloat16 weights in one turn: what one request of the matrix units' tiles swizzles
 SCALED_WEIGHTS = 16  # rows of a tile from which on packed weights are scaled instead of sums
@@ -102,6 +103,7 @@ class AttentionTiles:
     span: int  # tokens of context in a block
     warps: int
     stages: int  # of loads that are under way
+    kernel: Literal["triton", "mosaic"] = "triton"  # whose it is: prefill has one of each
 
     def __post_init__(self) -> None:
         _check_sizes(self, ("rows", "span"), ("warps", "stages"))
@@ -190,7 +192,7 @@ def tuned_file(device: str) -> str:
 
 
 @functools.cache
-def _tuned(device: str) -> dict[str, dict[str, dict[str, int]]]:
+def _tuned(device: str) -> dict[str, dict[str, dict[str, Any]]]:
     """What was measured on a device, or on its like; nothing where nobody did."""
     folder = resources.files("pallas_kernels") / "tuned"
     alike = [like for pattern, like in _LIKE if pattern.search(device)]

@@ -1,7 +1,6 @@
 """Attention of a step over the paged cache, and what its kernels want to know of the step."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, no_type_check
 
 import jax
@@ -15,6 +14,7 @@ from pallas_kernels import attention_work, kv_pages, kv_write_pallas, paged_atte
 from pallas_kernels.attention_work import DecodeParts, QueryBlocks
 from pallas_kernels.decode_combine import combined
 from pallas_kernels.kv_pages import KVPages
+from pallas_kernels.tuning import AttentionTiles
 
 # Programs that a step of few sequences which decode is spread over: four for each multiprocessor of a large GPU.
 _PROGRAMS = 512
@@ -90,7 +90,7 @@ def attention_batch(
             decode_lengths, block=block, num_parts=num_parts, part=part, cover_empty=chunks is None
         )
         if chunks is not None:
-            tiles = paged_attention_pallas.tiles_of("prefill", pages, num_heads, backend.device)
+            tiles = _prefill_tiles(pages, num_heads, T, backend)
             size = max(1, tiles.rows // (num_heads // pages.k.shape[2]))
             blocks = attention_work.padded_query_blocks(*chunks, decode_lengths, T, size=size)
     return AttentionBatch(
@@ -106,6 +106,22 @@ def _context_parts(pages: KVPages, backend: Backend, B: int, blocks: int, fixed:
         return None, B + -(-programs // pages.k.shape[2])
     part = -(-blocks // _FIXED_PARTS)
     return part, B * -(-blocks // part)
+
+
+def _prefill_tiles(pages: KVPages, num_heads: int, num_tokens: int, backend: Backend) -> AttentionTiles:
+    """Tiles that were measured on this device with any size of pages and steps, if their kernel has these; else default
+    ones."""
+    tiles = paged_attention_pallas.tiles_of("prefill", pages, num_heads, backend.device)
+    if tiles.kernel == "triton" or _mosaic().takes(pages, num_heads, num_tokens, tiles):
+        return tiles
+    return paged_attention_pallas.tiles_of("prefill", pages, num_heads, "")
+
+
+def _mosaic() -> Any:
+    """The kernels of Mosaic GPU. Their import takes a quarter of a second, and few devices take one of them."""
+    from pallas_kernels import paged_attention_mosaic
+
+    return paged_attention_mosaic
 
 
 def attend(
@@ -177,16 +193,17 @@ def _attend_by_pallas(
     if not writes:
         place = {"layer": what["layer"], "page": batch.page, "slot": batch.slot}
         pages = kv_write_pallas.write_kv(pages, qkv, **place, interpret=interpret)
-    tiles = partial(paged_attention_pallas.tiles_of, num_heads=q.shape[1], device=backend.device)
     what = what | {"page_table": batch.page_table, "interpret": interpret}
+    tiles = paged_attention_pallas.tiles_of("decode", pages, q.shape[1], backend.device)
     decoded, pages = paged_attention_pallas.decode_attention(
-        *(qkv, pages, parts, tiles("decode", pages)), lengths=batch.decode_lengths, writes=writes, **what
+        *(qkv, pages, parts, tiles), lengths=batch.decode_lengths, writes=writes, **what
     )
     if batch.blocks is None:
         return Attended(decoded), pages
-    out = paged_attention_pallas.ragged_attention(
-        *(qkv, pages, batch.blocks, combined(decoded, interpret=interpret), tiles("prefill", pages)), **what
-    )
+    tiles = _prefill_tiles(pages, q.shape[1], q.shape[0], backend)
+    attention = paged_attention_pallas if tiles.kernel == "triton" else _mosaic()
+    out = combined(decoded, interpret=interpret)
+    out = attention.ragged_attention(qkv, pages, batch.blocks, out, tiles, **what)
     return out.reshape(q.shape[0], -1), pages
 
 

@@ -20,6 +20,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_dump_hlo_as_text",
     ]
 )
+os.environ["MOSAIC_GPU_DUMP_TO"] = str(DUMP)  # its kernels are compiled apart from XLA's
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # it tells three times that there is no driver
 
 # Not at the top: JAX reads what was set above when it is imported.

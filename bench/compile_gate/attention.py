@@ -11,7 +11,9 @@ from jaxtyping import Array
 
 from atoma_jax import ops
 from bench.compile_gate.cases import KernelCase, Target
-from pallas_kernels import kv_pages
+from pallas_kernels import kv_pages, paged_attention_mosaic
+from pallas_kernels.attention_work import QueryBlocks
+from pallas_kernels.tuning import AttentionTiles
 
 LAYERS, PAGES = 4, 4096  # more change nothing but the width of addresses: these caches are beyond 32 bits
 ROWS, WIDTH = 64, 512  # sequences, pages of a page table
@@ -106,6 +108,48 @@ def write_case(kv_dtype: str, *, quick: bool = False, targets: tuple[Target, ...
     )
 
 
+def mosaic_case(model: str, *, kv_dtype: str = "bfloat16", page_size: int = 16, quick: bool = False) -> KernelCase:
+    """Prefill by the kernel of Mosaic GPU alone, as only a device's tuned tiles take it."""
+    N, K, H, softcap = MODELS[model]
+    pages = jax.eval_shape(
+        partial(kv_pages.empty_pages, (LAYERS, PAGES * 128 // page_size, K, page_size, H), kv_dtype, as_bits=False)
+    )
+    i32, f32 = partial(ShapeDtypeStruct, dtype=jnp.int32), partial(ShapeDtypeStruct, dtype=jnp.float32)
+    tiles = paged_attention_mosaic.tiles_that_fit(H)
+    of_blocks: list[Any] = [i32((PREFILL * (N // K) // tiles.rows + ROWS,))] * 4
+    used: Any = i32(())
+    return KernelCase(
+        name=f"attention, {model}, {kv_dtype}, pages of {page_size}, prefill by Mosaic GPU",
+        kernel="_mosaic_gpu_kernel$",  # with JAX 0.10 by no other name
+        function=partial(_by_mosaic, tiles=tiles, scale=H**-0.5, softcap=softcap),
+        arguments=(
+            *(f32((PREFILL, N + 2 * K, H)), pages, QueryBlocks(used, *of_blocks), f32((PREFILL, N, H))),
+            *(i32((ROWS, WIDTH)), i32(()), i32(())),
+        ),
+        quick=quick,
+        targets=("h200",),
+    )
+
+
+def _by_mosaic(
+    qkv: Array,
+    pages: ops.KVPages,
+    blocks: QueryBlocks,
+    out: Array,
+    table: Array,
+    layer: Array,
+    window: Array,
+    *,
+    tiles: AttentionTiles,
+    scale: float,
+    softcap: float | None,
+    device: str,
+) -> Array:
+    del device  # Mosaic GPU asks JAX for it
+    what: dict[str, Any] = {"layer": layer, "window": window, "scale": scale, "softcap": softcap}
+    return paged_attention_mosaic.ragged_attention(qkv, pages, blocks, out, tiles, page_table=table, **what)
+
+
 SINCE_HOPPER: tuple[Target, ...] = ("h200", "b200")  # Triton has no fp8 for sm_80
 CASES = [
     *(case(model, tokens, quick=model == "Llama-3.1-8B") for model in MODELS for tokens in (ROWS, PREFILL)),
@@ -122,6 +166,12 @@ CASES = [
         for tokens in (ROWS, PREFILL)
     ),
     *(case("Llama-3.1-8B", tokens, kv_dtype="float16") for tokens in (ROWS, PREFILL)),
+    *(
+        mosaic_case(model, quick=model == "Llama-3.1-8B")
+        for model in ("Llama-3.1-8B", "Qwen3-0.6B", "Gemma 3 4B", "Gemma 2 9B", "H 64")
+    ),
+    mosaic_case("Llama-3.1-8B", page_size=64),
+    mosaic_case("Llama-3.1-8B", kv_dtype="float16"),
     *(write_case(kv_dtype, quick=kv_dtype == "int8") for kv_dtype in ("float32", "bfloat16", "float16", "int8")),
     write_case("fp8_e4m3", targets=SINCE_HOPPER),
 ]

@@ -1,5 +1,6 @@
 """What compiled kernels take, from XLA's dump: registers and spills by ptxas, shared memory by the list of launches,
-operations of the main loop by nvdisasm."""
+operations of the main loop by nvdisasm. Mosaic GPU assembles its kernels itself, for a newer version of PTX than ptxas
+may know: it leaves the assembler's report and its passes, and of matrix operations the PTX is counted."""
 
 import re
 import shutil
@@ -18,6 +19,9 @@ _ARITHMETIC = frozenset(
         *("HADD2", "HFMA2", "HMUL2", "HSETP2", "I2F", "I2FP", "F2F", "F2FP"),
         *("FADD", "FMUL", "FFMA", "FSETP", "FSEL"),
     ]
+)
+_REPORTED = re.compile(
+    r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) reg", re.DOTALL
 )
 _TENSOR_CORE = frozenset(["HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA", "QMMA", "UTCHMMA", "UTCIMMA"])
 
@@ -57,7 +61,9 @@ def kernel_resources(dump: Path, pattern: str) -> list[KernelResources]:
         ptx = path.read_text(encoding="utf-8")
         names = re.findall(r"\.entry (\w+)\(", ptx)
         if any(re.search(pattern, name) for name in names):
-            found += [one for one in _assembled(path, ptx, launches) if re.search(pattern, one.kernel)]
+            report = path.with_suffix(".ptxas")
+            kernels = [_by_mosaic(path, ptx, report)] if report.exists() else _assembled(path, ptx, launches)
+            found += [one for one in kernels if re.search(pattern, one.kernel)]
     if not found:
         raise ValueError(f"no kernel matches {pattern!r}; there are {', '.join(launches)}")
     return found
@@ -72,8 +78,7 @@ def _assembled(path: Path, ptx: str, launches: dict[str, tuple[int, int]]) -> li
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         listing = subprocess.run([_tool("nvdisasm"), "-c", str(cubin)], check=True, capture_output=True, text=True)
     found: list[KernelResources] = []
-    entry = r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) reg"
-    for name, stores, loads, registers in re.findall(entry, report, re.DOTALL):
+    for name, stores, loads, registers in _REPORTED.findall(report):
         loop = _longest_loop(_function(listing.stdout, name))
         threads, shared = launches.get(name, (0, 0))
         found.append(
@@ -88,6 +93,22 @@ def _assembled(path: Path, ptx: str, launches: dict[str, tuple[int, int]]) -> li
             )
         )
     return found
+
+
+def _by_mosaic(path: Path, ptx: str, report: Path) -> KernelResources:
+    [(name, stores, loads, registers)] = _REPORTED.findall(report.read_text(encoding="utf-8"))
+    launch = re.compile(r"gpu\.launch .* threads\(.*?\) in \(\S+ = %c(\d+),.*? dynamic_shared_memory_size %c(\d+)_")
+    with path.with_suffix(".mlir-passes.log").open(encoding="utf-8", errors="replace") as passes:
+        [threads, shared] = next(found.groups() for line in passes if (found := launch.search(line)))
+    return KernelResources(
+        kernel=name,
+        registers=int(registers),
+        spill_bytes=int(stores) + int(loads),
+        shared_memory=int(shared),
+        threads=int(threads),
+        loop_operations=0,
+        tensor_core=ptx.count("wgmma.mma_async"),
+    )
 
 
 def _launches(dump: Path) -> dict[str, tuple[int, int]]:

@@ -85,7 +85,7 @@ class Candidates:
 
 def neighbours(tiles: Tiles) -> Iterator[Tiles]:
     """Tiles that differ in one size, or in two that belong together: doubled or halved, stages one more or less."""
-    sizes = dataclasses.asdict(tiles)
+    sizes = [name for name in dataclasses.asdict(tiles) if name in _LIMITS]
     for name, up in itertools.product(sizes, (True, False)):
         yield from _changed(tiles, {name: up})
     for one, other, sign in _TOGETHER:

@@ -12,7 +12,7 @@ import numpy as np
 from atoma_jax import ops
 from bench.gpu_sections.attention import PAGE_SIZE, AttentionCase, random_pages
 from bench.real_models import packed_weight, random_value
-from pallas_kernels import attention_work, paged_attention_pallas
+from pallas_kernels import attention_work, paged_attention_mosaic, paged_attention_pallas
 from pallas_kernels.activations import InFields, Rows, activations, summed
 from pallas_kernels.decode_combine import combined
 from pallas_kernels.dense_matmul import dense_matmul
@@ -180,9 +180,8 @@ def _attention(case: AttentionCase) -> Subject:
             count = jnp.full(B, case.chunk, jnp.int32)
             blocks = attention_work.query_blocks(start, count, first, T, size=max(1, tiles.rows * K // N))
             out = jnp.zeros((T, N, H), jnp.float32)
-            return paged_attention_pallas.ragged_attention(
-                qkv, pages, blocks, out, tiles, layer=layer, page_table=table, **what
-            )
+            by = paged_attention_pallas if tiles.kernel == "triton" else paged_attention_mosaic
+            return by.ragged_attention(qkv, pages, blocks, out, tiles, layer=layer, page_table=table, **what)
 
         return call
 
@@ -201,6 +200,7 @@ def _attention(case: AttentionCase) -> Subject:
         current=lambda device: attention_tiles(device, operation, **sizes, kv_dtype=dtype, operand_bytes=2),
         arguments=arguments,
         run=run,
+        others=(paged_attention_mosaic.tiles_that_fit(H),) if kernel == "prefill" else (),
         least_rows=rows if kernel == "decode" else max(16, N // K),
         most_rows=rows if kernel == "decode" else 256,
     )

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec
 
 from pallas_kernels.kv_pages import KVPages
 from tests.pallas_kernels.contexts import Heads
-from tests.pallas_kernels.test_paged_attention_pallas import mixed, program
+from tests.pallas_kernels.steps import mixed
+from tests.pallas_kernels.test_paged_attention_pallas import program
 
 
 def main() -> None:
