@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.attention_work import QueryBlocks
-from pallas_kernels.kv_pages import KVPages, format_of
+from pallas_kernels.kv_pages import KVPages
 from pallas_kernels.paged_attention import NEVER
 from pallas_kernels.tuning import AttentionTiles
 
@@ -159,7 +159,7 @@ def takes(pages: KVPages, num_heads: int, num_tokens: int, tiles: AttentionTiles
     """Whether the kernel has this cache, so many query heads, steps of so many tokens, and these tiles."""
     K, S, H = pages.k.shape[2:]
     return (
-        format_of(pages).codes in (jnp.bfloat16, jnp.float16)
+        pages.k.dtype in (jnp.bfloat16, jnp.float16)
         and H % 64 == 0
         and H <= 256
         and S % 8 == 0
@@ -207,7 +207,7 @@ def ragged_attention(
         stages=tiles.stages,
         scale=scale,
         softcap=softcap,
-        dtype=format_of(pages).codes,
+        dtype=pages.k.dtype,
         interpret=bool(interpret),
     )
 

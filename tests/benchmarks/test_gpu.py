@@ -19,6 +19,7 @@ from bench.tune.__main__ import GAIN
 from bench.tune.__main__ import main as tune
 from bench.tune.search import neighbours
 from bench.tune.subjects import subjects
+from pallas_kernels.paged_attention_mosaic import tiles_that_fit
 from pallas_kernels.tuning import MatmulTiles
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +111,18 @@ class TestMarks:
         assert matmul._target("ternary", 1, int8=True) == {"target": 0.5, "fraction_of": "bandwidth"}
 
 
+def test_what_is_not_a_number_is_not_correct(monkeypatch: pytest.MonkeyPatch) -> None:
+    [case, *_] = attention._TINY
+
+    def sick(run: Any, pages: Any, inputs: Any, *_: Any) -> Any:
+        out, pages = run(pages, *inputs)
+        return 1.0, out * float("nan"), pages
+
+    monkeypatch.setattr(attention, "_timed", sick)
+    _, error = attention._measured(case, Context(small=True))
+    assert report.as_row(Measurement(name="a", seconds=1.0, error=error, allowed=1.0), CONTEXT)["correct"] is False
+
+
 @pytest.mark.slow  # a process for each section, and their programs
 @pytest.mark.parametrize("name", ["limits", "matmul", "attention", "engine"])
 def test_every_section_runs_to_its_end_on_a_cpu(name: str, tmp_path: Path) -> None:
@@ -141,6 +154,10 @@ def test_neighbours_of_tiles_differ_by_one_step_and_stay_in_bounds() -> None:
     assert replace(tiles, block_n=32, warps=4) in found
     assert replace(tiles, block_n=32, splits=2) in found
     assert not any(one.splits < 1 or one.warps > 8 or one == tiles for one in found)
+    by_mosaic = tiles_that_fit(128)
+    found = list(neighbours(by_mosaic))
+    assert {one.kernel for one in found} == {"mosaic"}
+    assert replace(by_mosaic, span=64) in found
 
 
 @pytest.mark.parametrize("only", ["(", "no such kernel"])
