@@ -150,7 +150,7 @@ class _Softmax(NamedTuple):
 
 
 def tiles_that_fit(head_dim: int) -> AttentionTiles:
-    """Tiles that leave no shared memory for a stage more: what tuning starts from."""
+    """Tiles that fit: what tuning starts from."""
     span = 128 if head_dim <= _STAGED_WHOLE else 64
     return AttentionTiles(rows=ROWS, span=span, warps=WARPS, stages=2, kernel="mosaic")
 
@@ -164,6 +164,8 @@ def takes(pages: KVPages, num_heads: int, num_tokens: int, tiles: AttentionTiles
         and H <= 256
         and S % 8 == 0
         and tiles.span % max(S, 64) == 0
+        and tiles.span <= 256
+        and tiles.stages >= 2  # with one, V comes only after the product that a masked block waits for it in front of
         and num_heads // K <= tiles.rows == ROWS
         and tiles.rows // (num_heads // K) <= num_tokens
         and tiles.warps == WARPS
@@ -382,7 +384,8 @@ def _walk(shared: _Shared, shape: _Shape, block: _Block, group: Array) -> _Softm
         if masked:
             logits = jnp.where(_seen(block, shape, group, place), logits, NEVER)
         largest = jnp.maximum(state.largest, jnp.max(logits, axis=1) * shape.unit)
-        # Where nothing was seen yet, what is subtracted must not be what it is subtracted from.
+        # Where nothing was seen yet, what is subtracted must not be what it is subtracted from: fused with the product,
+        # that would leave the rounding of a huge number, whose power is infinite.
         less = jnp.where(largest > shape.nothing / 2, largest, 0.0) if masked else largest
         weights = jnp.exp2(logits * shape.unit - _by_row(less, logits))
         decay = jnp.exp2(state.largest - largest)
@@ -412,8 +415,8 @@ def _walk(shared: _Shared, shape: _Shape, block: _Block, group: Array) -> _Softm
 
 
 def _forget_unused(values: Any, stage: Array, used: Array, shape: _Shape) -> None:
-    """Makes zeros of V behind a context's end, as 0 · NaN is NaN. Both groups do, each before its own product: who
-    comes second writes what is there."""
+    """Makes zeros of V behind a context's end, as 0 · NaN is NaN. Both groups do, each before its own turn, so that
+    either has been through before the other's product."""
 
     @pl.when(used < shape.span)
     def _() -> None:

@@ -109,10 +109,12 @@ def _context_parts(pages: KVPages, backend: Backend, B: int, blocks: int, fixed:
 
 
 def _prefill_tiles(pages: KVPages, num_heads: int, num_tokens: int, backend: Backend) -> AttentionTiles:
-    """Tiles that were measured on this device with any size of pages and steps, if their kernel has these; else default
-    ones."""
+    """Tiles that were measured on this device with any size of pages and steps, if their kernel has these and is not to
+    be interpreted; else default ones."""
     tiles = paged_attention_pallas.tiles_of("prefill", pages, num_heads, backend.device)
-    if tiles.kernel == "triton" or _mosaic().takes(pages, num_heads, num_tokens, tiles):
+    if tiles.kernel == "triton":
+        return tiles
+    if backend.kernels == "pallas" and _mosaic().takes(pages, num_heads, num_tokens, tiles):
         return tiles
     return paged_attention_pallas.tiles_of("prefill", pages, num_heads, "")
 

@@ -60,6 +60,12 @@ class Step:
         np.testing.assert_array_equal(out[idle], 0.0)
 
 
+def behind_long_contexts(heads: Heads, kv_dtype: str, *, as_bits: bool = True) -> Step:
+    """Two chunks whose queries see several blocks of their contexts whole."""
+    contexts = Contexts(heads, [370, 300, 1, 1, 1, 1], kv_dtype, width=LONGEST // heads.S, as_bits=as_bits)
+    return Step(contexts, [], [(300, 70), (250, 50)])
+
+
 def mixed(heads: Heads, kv_dtype: str, *, as_bits: bool = True) -> Step:
     """Three contexts decode: of one token, of one beyond a page, and a long one, cut into parts. Then a prompt of two
     blocks, one token, and a chunk behind a context; then padding."""

@@ -1,75 +1,40 @@
-"""Prefill by the kernel of Mosaic GPU equals attention in float64. Its interpreter runs groups of warps as threads,
-with their barriers and copies, but no products of registers: the compile gate alone has those.
-"""
+"""Prefill by the kernel of Mosaic GPU equals attention in float64, as its interpreter runs it; when it is chosen."""
 
+import subprocess
+import sys
 from dataclasses import asdict, replace
-from functools import lru_cache, partial
+from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.pallas import mosaic_gpu
 
 from atoma_jax import ops
-from pallas_kernels import attention_work, paged_attention, paged_attention_mosaic, tuning
-from pallas_kernels.kv_pages import empty_pages, write_kv
-from tests.pallas_kernels.contexts import LAYER, NO_WINDOW, Heads
-from tests.pallas_kernels.steps import mixed
+from pallas_kernels import attention_work, paged_attention_mosaic, tuning
+from pallas_kernels.kv_pages import empty_pages
+from tests.pallas_kernels.contexts import NO_WINDOW, Heads
+from tests.pallas_kernels.steps import behind_long_contexts, mixed
 
-# Of slots that hold NaN. An exception in one of the interpreter's threads would leave the others waiting.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
-needs_its_interpreter = pytest.mark.skipif(
-    not hasattr(mosaic_gpu, "InterpretGPUParams"),
-    reason="the interpreter of JAX 0.10 knows no transposed operands",
-)
-
-HOPPER = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-# A copy from behind an array's end brings zeros on a GPU. Here it brings NaN, which must not get anywhere either.
-# Accesses to memory that no barrier orders fail.
-INTERPRETER = {"out_of_bounds_reads": "uninitialized", "detect_races": True}
-BOTH = NO_WINDOW, 37
+# Heads, cache, softcap, span, stages, and steps with their windows.
 CASES = {
-    "four heads a kv head, H 128": (Heads(8, 2, 128, 16), "bfloat16", None, 128, BOTH),
-    "seven heads a kv head, softcap": (Heads(7, 1, 64, 32), "float16", 1.5, 64, BOTH[1:]),
-    "a head a kv head, pages of 64": (Heads(2, 2, 64, 64), "bfloat16", None, 64, BOTH[:1]),
-    "H 256 in parts": (Heads(2, 1, 256, 8), "bfloat16", None, 64, BOTH[1:]),
+    "H 128": (Heads(8, 2, 128, 16), "bfloat16", None, 128, 2, [(behind_long_contexts, NO_WINDOW)]),
+    "seven heads a kv head": (Heads(7, 1, 64, 32), "float16", 1.5, 64, 2, [(mixed, 37)]),
+    "a head a kv head": (
+        *(Heads(2, 2, 64, 64), "bfloat16", None, 64, 3),
+        [(mixed, NO_WINDOW), (behind_long_contexts, 170)],
+    ),
+    "H 256": (Heads(2, 1, 256, 8), "bfloat16", None, 64, 2, [(behind_long_contexts, 170)]),
 }
 
 
-@lru_cache
-def program(heads: Heads, softcap: float | None, span: int):
-    tiles = replace(paged_attention_mosaic.tiles_that_fit(heads.H), span=span)
-    interpret = mosaic_gpu.InterpretGPUParams(**INTERPRETER)
-
-    @jax.jit
-    def run(q, k, v, pages, page, slot, table, lengths, chunks, window):
-        pages = write_kv(pages, k, v, layer=jnp.int32(LAYER), page=page, slot=slot)
-        what = {"layer": jnp.int32(LAYER), "page_table": table, "window": window}
-        what |= {"scale": heads.H**-0.5, "softcap": softcap}
-        rows, qkv = table.shape[0], jnp.concatenate([q, k, v], axis=1)
-        decoded = paged_attention.decode_attention(q[:rows], pages, lengths=lengths, **what)
-        out = jnp.full(q.shape, jnp.nan, jnp.float32)
-        out = out.at[:rows].set(jnp.where((lengths > 0)[:, None, None], decoded, out[:rows]))
-        size = tiles.rows // (heads.N // heads.K)
-        blocks = attention_work.padded_query_blocks(*chunks, lengths, q.shape[0], size=size)
-        out = paged_attention_mosaic.ragged_attention(qkv, pages, blocks, out, tiles, **what, interpret=interpret)
-        return out, pages
-
-    def on_hopper(*arguments):
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=HOPPER)):
-            return run(*arguments)
-
-    return on_hopper
-
-
-@needs_its_interpreter
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of JAX 0.10 knows no transposed operands")
 @pytest.mark.parametrize("case", CASES)
-def test_a_mixed_step_is_right_with_and_without_a_window(case: str) -> None:
-    heads, kv_dtype, softcap, span, windows = CASES[case]
-    step = mixed(heads, kv_dtype, as_bits=False)
-    for window in windows:
-        out, pages = step.run(program(heads, softcap, span), step.contexts.pages(), window)
-        step.check(out, pages, window=window, softcap=softcap)
+def test_steps_are_right_with_and_without_a_window(case: str) -> None:
+    command = [sys.executable, "-m", "tests.pallas_kernels.interpreted_mosaic", case]
+    ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "right"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +48,9 @@ def test_a_mixed_step_is_right_with_and_without_a_window(case: str) -> None:
         (Heads(256, 1, 128, 16), "bfloat16", {}),
         (Heads(8, 2, 128, 16), "bfloat16", {"rows": 64}),
         (Heads(8, 2, 128, 16), "bfloat16", {"span": 32}),
+        (Heads(8, 2, 128, 16), "bfloat16", {"span": 512}),
         (Heads(8, 2, 128, 16), "bfloat16", {"warps": 8}),
+        (Heads(8, 2, 128, 16), "bfloat16", {"stages": 1}),
     ],
 )
 def test_what_it_does_not_have_is_refused_with_its_sizes(heads: Heads, kv_dtype: str, changed: dict[str, int]) -> None:
@@ -112,10 +79,10 @@ def test_a_device_whose_tiles_say_so_takes_it_where_pages_and_steps_fit(monkeypa
     N, K, H, rows = 8, 2, 128, 4
     i32, f32 = (partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
 
-    def is_by_triton(page_size: int, T: int, device: str) -> bool:
+    def is_by_triton(page_size: int, T: int, device: str, kernels: ops.Kernels = "pallas") -> bool:
         """Whether a step that prefills has Triton's kernel for that."""
         backend = ops.Backend(
-            platform="cuda", operands="bfloat16", weight_layout="planar", kernels="pallas", device=device
+            platform="cuda", operands="bfloat16", weight_layout="planar", kernels=kernels, device=device
         )
 
         def attend(q, k, v, pages, page, slot, table, lengths, chunks, layer):
@@ -136,3 +103,4 @@ def test_a_device_whose_tiles_say_so_takes_it_where_pages_and_steps_fit(monkeypa
     assert is_by_triton(256, 64, "NVIDIA H200")
     assert is_by_triton(16, 16, "NVIDIA H200")
     assert is_by_triton(16, 64, "NVIDIA A100")
+    assert is_by_triton(16, 64, "NVIDIA H200", kernels="interpret")
