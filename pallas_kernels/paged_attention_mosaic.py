@@ -155,21 +155,24 @@ def tiles_that_fit(head_dim: int) -> AttentionTiles:
     return AttentionTiles(rows=ROWS, span=span, warps=WARPS, stages=2, kernel="mosaic")
 
 
-def takes(pages: KVPages, num_heads: int, num_tokens: int, tiles: AttentionTiles) -> bool:
-    """Whether the kernel has this cache, so many query heads, steps of so many tokens, and these tiles."""
+def why_not(pages: KVPages, num_heads: int, num_tokens: int, tiles: AttentionTiles) -> str | None:
+    """What the kernel does not have of a cache, query heads, tokens of a step and tiles; None: it has all of it."""
     K, S, H = pages.k.shape[2:]
-    return (
-        pages.k.dtype in (jnp.bfloat16, jnp.float16)
-        and H % 64 == 0
-        and H <= 256
-        and S % 8 == 0
-        and tiles.span % max(S, 64) == 0
-        and tiles.span <= 256
-        and tiles.stages >= 2  # with one, V comes only after the product that a masked block waits for it in front of
-        and num_heads // K <= tiles.rows == ROWS
-        and tiles.rows // (num_heads // K) <= num_tokens
-        and tiles.warps == WARPS
+    G, dtype = num_heads // K, pages.k.dtype
+    has = (
+        (dtype in (jnp.bfloat16, jnp.float16), f"a cache of {dtype}, must be bfloat16 or float16"),
+        (H % 64 == 0 and H <= 256, f"a head dim of {H}, must be a multiple of 64 up to 256"),
+        (S % 8 == 0, f"pages of {S} tokens, must be a multiple of 8"),
+        (tiles.rows == ROWS, f"tiles.rows {tiles.rows}, must be {ROWS}"),
+        (tiles.warps == WARPS, f"tiles.warps {tiles.warps}, must be {WARPS}"),
+        # With one, V comes only after the product that a masked block waits for it in front of.
+        (tiles.stages >= 2, f"tiles.stages {tiles.stages}, must be at least 2"),
+        (tiles.span % 64 == 0 and tiles.span <= 256, f"tiles.span {tiles.span}, must be a multiple of 64 up to 256"),
+        (tiles.span % S == 0, f"pages of {S} tokens, must divide tiles.span, {tiles.span}"),
+        (G <= ROWS, f"{G} query heads a kv head, must be at most {ROWS}"),
+        (num_tokens >= ROWS // G, f"steps of {num_tokens} tokens, must be at least the {ROWS // G} of a block"),
     )
+    return next((says for is_so, says in has if not is_so), None)
 
 
 def ragged_attention(
@@ -190,12 +193,11 @@ def ragged_attention(
     own interpreter, which knows no products of registers: weights go through shared memory there.
 
     Raises:
-        ValueError: `takes` says no.
+        ValueError: `why_not` says something.
     """
     (T, N, _), (L, P, K, S, H) = out.shape, pages.k.shape
-    if not takes(pages, N, T, tiles):
-        what = f"{T} tokens, {N // K} query heads a kv head, pages {pages.k.dtype}[{S}, {H}], {tiles}"
-        raise ValueError(f"no kernel of Mosaic GPU for {what}; paged_attention_pallas.py has one")
+    if missing := why_not(pages, N, T, tiles):
+        raise ValueError(f"Mosaic GPU's attention does not take {missing}; paged_attention_pallas.py has one")
     shape = _Shape(
         G=N // K,
         K=K,

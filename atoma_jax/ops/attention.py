@@ -114,7 +114,7 @@ def _prefill_tiles(pages: KVPages, num_heads: int, num_tokens: int, backend: Bac
     tiles = paged_attention_pallas.tiles_of("prefill", pages, num_heads, backend.device)
     if tiles.kernel == "triton":
         return tiles
-    if backend.kernels == "pallas" and _mosaic().takes(pages, num_heads, num_tokens, tiles):
+    if backend.kernels == "pallas" and _mosaic().why_not(pages, num_heads, num_tokens, tiles) is None:
         return tiles
     return paged_attention_pallas.tiles_of("prefill", pages, num_heads, "")
 

@@ -1,5 +1,6 @@
 """Prefill by the kernel of Mosaic GPU equals attention in float64, as its interpreter runs it; when it is chosen."""
 
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -38,38 +39,34 @@ def test_steps_are_right_with_and_without_a_window(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_dtype", "changed"),
+    ("heads", "kv_dtype", "changed", "says"),
     [
-        (Heads(8, 2, 128, 16), "int8", {}),
-        (Heads(8, 2, 128, 16), "float32", {}),
-        (Heads(8, 2, 96, 16), "bfloat16", {}),
-        (Heads(8, 2, 128, 4), "bfloat16", {}),
-        (Heads(8, 2, 128, 256), "bfloat16", {}),  # more than a block of the context
-        (Heads(256, 1, 128, 16), "bfloat16", {}),
-        (Heads(8, 2, 128, 16), "bfloat16", {"rows": 64}),
-        (Heads(8, 2, 128, 16), "bfloat16", {"span": 32}),
-        (Heads(8, 2, 128, 16), "bfloat16", {"span": 512}),
-        (Heads(8, 2, 128, 16), "bfloat16", {"warps": 8}),
-        (Heads(8, 2, 128, 16), "bfloat16", {"stages": 1}),
+        (Heads(8, 2, 128, 16), "int8", {}, "a cache of int8, must be bfloat16 or float16"),
+        (Heads(8, 2, 128, 16), "float32", {}, "a cache of float32, must be bfloat16 or float16"),
+        (Heads(8, 2, 96, 16), "bfloat16", {}, "a head dim of 96, must be a multiple of 64 up to 256"),
+        (Heads(8, 2, 128, 4), "bfloat16", {}, "pages of 4 tokens, must be a multiple of 8"),
+        (Heads(8, 2, 128, 256), "bfloat16", {}, "pages of 256 tokens, must divide tiles.span, 128"),
+        (Heads(256, 1, 128, 16), "bfloat16", {}, "256 query heads a kv head, must be at most 128"),
+        (Heads(2, 2, 128, 16), "bfloat16", {}, "steps of 64 tokens, must be at least the 128 of a block"),
+        (Heads(8, 2, 128, 16), "bfloat16", {"rows": 64}, "tiles.rows 64, must be 128"),
+        (Heads(8, 2, 128, 16), "bfloat16", {"span": 32}, "tiles.span 32, must be a multiple of 64 up to 256"),
+        (Heads(8, 2, 128, 16), "bfloat16", {"span": 512}, "tiles.span 512, must be a multiple of 64 up to 256"),
+        (Heads(8, 2, 128, 16), "bfloat16", {"warps": 8}, "tiles.warps 8, must be 12"),
+        (Heads(8, 2, 128, 16), "bfloat16", {"stages": 1}, "tiles.stages 1, must be at least 2"),
     ],
 )
-def test_what_it_does_not_have_is_refused_with_its_sizes(heads: Heads, kv_dtype: str, changed: dict[str, int]) -> None:
+def test_what_it_does_not_have_is_refused_by_name(
+    heads: Heads, kv_dtype: str, changed: dict[str, int], says: str
+) -> None:
+    T, tiles = 64, replace(paged_attention_mosaic.tiles_that_fit(heads.H), **changed)
     pages = jax.eval_shape(lambda: empty_pages((2, 4, heads.K, heads.S, heads.H), kv_dtype, as_bits=False))
-    tiles = paged_attention_mosaic.tiles_that_fit(heads.H)
-    good = jax.eval_shape(lambda: empty_pages((2, 4, 2, 16, 128), "bfloat16", as_bits=False))
-    assert paged_attention_mosaic.takes(good, 8, 32, tiles)
-    assert not paged_attention_mosaic.takes(good, 8, 31, tiles)
-    tiles = replace(tiles, **changed)
-    assert not paged_attention_mosaic.takes(pages, heads.N, 64, tiles)
-    i32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    out = jax.ShapeDtypeStruct((64, heads.N, heads.H), jnp.float32)
-    qkv = jax.ShapeDtypeStruct((64, heads.N + 2 * heads.K, heads.H), jnp.float32)
+    i32, f32 = (partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
     attend = partial(paged_attention_mosaic.ragged_attention, tiles=tiles, scale=1.0, softcap=None)
+    blocks = attention_work.QueryBlocks(i32(()), *[i32((4,))] * 4)
+    qkv, out = f32((T, heads.N + 2 * heads.K, heads.H)), f32((T, heads.N, heads.H))
     what = {"layer": i32(()), "page_table": i32((2, 4)), "window": i32(())}
-    with pytest.raises(
-        ValueError, match=rf"64 tokens, {heads.N // heads.K} query heads a kv head, pages .*kernel='mosaic'"
-    ):
-        jax.eval_shape(attend, qkv, pages, attention_work.QueryBlocks(i32(()), *[i32((4,))] * 4), out, **what)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        jax.eval_shape(attend, qkv, pages, blocks, out, **what)
 
 
 def test_a_device_whose_tiles_say_so_takes_it_where_pages_and_steps_fit(monkeypatch: pytest.MonkeyPatch) -> None:
